@@ -1,0 +1,96 @@
+"""Adam on one flat vector: a handful of operations a step, however many small tensors the networks have."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer(Protocol):
+    """What an update asks of an optimizer."""
+
+    learning_rate: float
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        ...
+
+    def clipped_step(self, max_grad_norm: float) -> float:
+        """Scale the gradient down to `max_grad_norm`, step, and return its norm before that."""
+        ...
+
+
+class NonFiniteUpdateError(ArithmeticError):
+    """The loss or its gradient is NaN or infinite; the weights are as they were before that step."""
+
+
+class FlatAdam:
+    """Adam (Kingma and Ba 2015, algorithm 1) with the global norm of the gradient clipped.
+
+    The module's parameters become views of one vector, and their gradients views of another, so the
+    module's device must not change afterwards. Loading a state dict into the module is fine.
+
+    Args:
+        module: whose parameters to optimize; all of one dtype, on one device.
+        learning_rate: step size; may be set anew before each step.
+        eps: added to the root of the second moment; 1e-5 in the code of the PPO paper.
+    """
+
+    def __init__(
+        self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5
+    ) -> None:
+        """Gather the parameters."""
+        self.learning_rate = learning_rate
+        self.betas = betas
+        self.eps = eps
+        self.n_steps = 0
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.weights = torch.cat([p.detach().flatten() for p in parameters])
+        self.gradient = torch.zeros_like(self.weights)
+        self.first_moment = torch.zeros_like(self.weights)
+        self.second_moment = torch.zeros_like(self.weights)
+        offset = 0
+        for parameter in parameters:
+            size = parameter.numel()
+            parameter.data = self.weights[offset : offset + size].view(parameter.shape)
+            parameter.grad = self.gradient[offset : offset + size].view(parameter.shape)
+            offset += size
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero, in place: they stay views of the one vector."""
+        self.gradient.zero_()
+
+    def clipped_step(self, max_grad_norm: float) -> float:
+        """Scale the gradient down to `max_grad_norm` if it is longer, step, and return its norm before that.
+
+        Raises:
+            NonFiniteUpdateError: if the gradient is not finite; nothing is changed then.
+        """
+        norm = float(torch.linalg.vector_norm(self.gradient))
+        if not math.isfinite(norm):
+            raise NonFiniteUpdateError(f"the gradient's norm is {norm}")
+        self.gradient.mul_(min(1.0, max_grad_norm / (norm + 1e-6)))
+        beta1, beta2 = self.betas
+        self.n_steps += 1
+        self.first_moment.lerp_(self.gradient, 1.0 - beta1)
+        self.second_moment.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1.0 - beta2)
+        root = self.second_moment.sqrt().div_(math.sqrt(1.0 - beta2**self.n_steps)).add_(self.eps)
+        self.weights.addcdiv_(self.first_moment, root, value=-self.learning_rate / (1.0 - beta1**self.n_steps))
+        return norm
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Moments and step count."""
+        return {
+            "first_moment": self.first_moment,
+            "second_moment": self.second_moment,
+            "n_steps": torch.tensor(self.n_steps),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        self.first_moment.copy_(state["first_moment"])
+        self.second_moment.copy_(state["second_moment"])
+        self.n_steps = int(state["n_steps"])

@@ -1,0 +1,213 @@
+"""Proximal policy optimization (Schulman et al. 2017): PPO-Clip and PPO-Penalty."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from proximo.algorithms.adam import Optimizer
+from proximo.algorithms.update import Loss, Minibatch, Policy, run_epochs
+from proximo.core.advantages import gae
+from proximo.core.batch import Batch
+from proximo.core.distributions import Distribution
+from proximo.core.kl import AdaptiveKL
+from proximo.core.losses import clipped_surrogate, clipped_value, kl_penalized_surrogate, value_loss
+from proximo.core.masked import explained_variance, masked_mean
+from proximo.errors import in_range, one_of
+
+Schedule = Literal["constant", "linear"]
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Settings of PPO, and the update that follows them."""
+
+    objective: Literal["clip", "kl_penalty"] = "clip"
+    """Policy loss: `clip` is PPO-Clip (eq. 7 of the paper), `kl_penalty` is PPO-Penalty (eq. 8)."""
+    learning_rate: float = 3e-4
+    """Step size of Adam."""
+    learning_rate_schedule: Schedule = "constant"
+    """`linear` brings the learning rate down to 0 at the end of the run."""
+    clip_epsilon: float = 0.2
+    """The probability ratio may leave [1 - clip_epsilon, 1 + clip_epsilon] without reward for it."""
+    clip_schedule: Schedule = "constant"
+    """`linear` brings clip_epsilon down to 0 at the end of the run."""
+    n_epochs: int = 10
+    """Passes over each rollout."""
+    batch_size: int = 64
+    """Steps per minibatch; minibatches differ by at most one step."""
+    gamma: float = 0.99
+    """Discount per step."""
+    gae_lambda: float = 0.95
+    """Bias against variance of the advantages: 0 is the one-step TD error, 1 is Monte Carlo minus value."""
+    normalize_advantages: bool = True
+    """Shift and scale the advantages of each minibatch to mean 0 and standard deviation 1."""
+    value_coef: float = 0.5
+    """Weight of the value loss (the mean squared error, without a factor 1/2)."""
+    value_clip_epsilon: float | None = None
+    """Clip the critic's change to this many (scaled) reward units per update; none by default."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """The gradient of all weights together is scaled down to this norm."""
+    target_kl: float | None = None
+    """End the update of a rollout once a minibatch's approx_kl exceeds 1.5 times this; never by default."""
+    kl_coef: float = 1.0
+    """PPO-Penalty: the coefficient beta to begin with."""
+    kl_target: float = 0.01
+    """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5."""
+    microbatch_size: int | None = None
+    """Cut minibatches into pieces of this size to save memory; the gradient stays the same."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings.
+
+        Raises:
+            UserError: naming the setting, its value, what is possible, and a usual value.
+        """
+        in_range("clip_epsilon", self.clip_epsilon, above=0.0, below=1.0, usual="0.2")
+        in_range("learning_rate", self.learning_rate, above=0.0, usual="0.0003")
+        in_range("n_epochs", self.n_epochs, at_least=1, usual="10")
+        in_range("batch_size", self.batch_size, at_least=1, usual="64")
+        in_range("gamma", self.gamma, at_least=0.0, at_most=1.0, usual="0.99")
+        in_range("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0, usual="0.95")
+        in_range("value_coef", self.value_coef, at_least=0.0, usual="0.5")
+        in_range("entropy_coef", self.entropy_coef, at_least=0.0, usual="0.0 to 0.01")
+        in_range("max_grad_norm", self.max_grad_norm, above=0.0, usual="0.5")
+        in_range("value_clip_epsilon", self.value_clip_epsilon, above=0.0, usual="0.2, or none at all")
+        in_range("target_kl", self.target_kl, above=0.0, usual="0.01 to 0.05, or none at all")
+        in_range("kl_coef", self.kl_coef, at_least=0.0, usual="1.0")
+        in_range("kl_target", self.kl_target, above=0.0, usual="0.01")
+        in_range("microbatch_size", self.microbatch_size, at_least=1, usual="none at all")
+        for name in ("learning_rate_schedule", "clip_schedule"):
+            one_of(name, getattr(self, name), ("constant", "linear"))
+        one_of("objective", self.objective, ("clip", "kl_penalty"))
+
+    def at(self, remaining: float, kl_coef: float) -> PPO:
+        """Return the settings in force when `remaining` (1 at the start, 0 at the end) of the run is left.
+
+        A function of the run's own step count alone, so a resumed run goes on where the schedule was.
+        """
+        remaining = max(remaining, 1e-8)
+        rate_factor = remaining if self.learning_rate_schedule == "linear" else 1.0
+        clip_factor = remaining if self.clip_schedule == "linear" else 1.0
+        return replace(
+            self,
+            learning_rate=self.learning_rate * rate_factor,
+            clip_epsilon=self.clip_epsilon * clip_factor,
+            kl_coef=kl_coef,
+        )
+
+    def next_kl_coef(self, metrics: dict[str, float]) -> float:
+        """Return beta for the next iteration (PPO-Penalty), from the KL that the last update reached."""
+        if self.objective == "clip":
+            return self.kl_coef
+        return AdaptiveKL(self.kl_coef, self.kl_target).updated(metrics["kl_old_new"]).coef
+
+    def update(
+        self, policy: Policy, optimizer: Optimizer, batch: Batch, generator: torch.Generator
+    ) -> dict[str, float]:
+        """Improve `policy` in place on one rollout; return metrics by their names.
+
+        Advantages are GAE(gamma, gae_lambda); the critic's target is `advantages + values` of collection
+        time (TD(lambda)). `generator` draws the order of the minibatches and nothing else.
+
+        Raises:
+            NonFiniteUpdateError: if the loss or gradient is not finite; the weights stay finite.
+        """
+        optimizer.learning_rate = self.learning_rate
+        advantages = gae(
+            batch.rewards,
+            batch.values,
+            batch.next_values,
+            batch.terminated,
+            batch.done,
+            batch.mask,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
+        )
+        returns = advantages + batch.values
+        quality = explained_variance(batch.values, returns, batch.mask)
+        everything = Minibatch(batch, advantages, returns).as_steps()
+        if self.objective == "kl_penalty":
+            with torch.no_grad():
+                everything = replace(everything, old_distribution=policy.evaluate(everything.batch).distribution)
+        metrics = run_epochs(
+            policy,
+            optimizer,
+            everything,
+            self._loss,
+            n_epochs=self.n_epochs,
+            batch_size=self.batch_size,
+            microbatch_size=self.microbatch_size,
+            normalize_advantages=self.normalize_advantages,
+            max_grad_norm=self.max_grad_norm,
+            target_kl=self.target_kl,
+            generator=generator,
+        )
+        metrics["explained_variance"] = float(quality)
+        if everything.old_distribution is not None:
+            metrics["kl_coef"] = self.kl_coef
+            metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
+        return metrics
+
+    def _loss(self, policy: Policy, minibatch: Minibatch) -> Loss:
+        """Policy loss + value_coef * value loss - entropy_coef * entropy (Schulman et al. 2017, eq. 9)."""
+        batch, denominator = minibatch.batch, minibatch.denominator
+        new = policy.evaluate(batch)
+        if self.objective == "clip":
+            surrogate = clipped_surrogate(
+                new.log_probs,
+                batch.log_probs,
+                minibatch.advantages,
+                batch.mask,
+                clip_epsilon=self.clip_epsilon,
+                denominator=denominator,
+            )
+        else:
+            assert minibatch.old_distribution is not None
+            surrogate = kl_penalized_surrogate(
+                new.log_probs,
+                batch.log_probs,
+                minibatch.advantages,
+                minibatch.old_distribution.kl(new.distribution),
+                batch.mask,
+                kl_coef=self.kl_coef,
+                denominator=denominator,
+            )
+        critic_loss = self._value_loss(new.values, minibatch)
+        entropy = masked_mean(new.entropy, batch.mask, denominator=denominator)
+        total = surrogate.loss + self.value_coef * critic_loss - self.entropy_coef * entropy
+        return Loss(
+            total,
+            surrogate.approx_kl,
+            {
+                "policy_loss": surrogate.loss,
+                "value_loss": critic_loss,
+                "entropy": entropy,
+                "clip_fraction": surrogate.clip_fraction,
+            },
+        )
+
+    def _value_loss(self, values: Tensor, minibatch: Minibatch) -> Tensor:
+        batch, returns, denominator = minibatch.batch, minibatch.returns, minibatch.denominator
+        if self.value_clip_epsilon is None:
+            return value_loss(values, returns, batch.mask, denominator=denominator)
+        return clipped_value(
+            values,
+            batch.values,
+            returns,
+            batch.mask,
+            clip_epsilon=self.value_clip_epsilon,
+            denominator=denominator,
+        )
+
+
+def _mean_kl(policy: Policy, everything: Minibatch, old: Distribution) -> float:
+    """Exact mean KL(old || new) over all steps, nats, after the update."""
+    with torch.no_grad():
+        new = policy.evaluate(everything.batch).distribution
+        return float(masked_mean(old.kl(new), everything.batch.mask))

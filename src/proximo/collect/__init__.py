@@ -1,0 +1,1 @@
+"""Collecting experience: environments behind one contract, and the rollout."""

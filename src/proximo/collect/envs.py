@@ -1,0 +1,353 @@
+"""Every kind of vector environment behind one contract (`VectorEnvs`), and the plain one: `SerialEnvs`."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from proximo.errors import UserError
+
+SpacePolicy = Literal["raise", "warn"]
+
+
+class Step(NamedTuple):
+    """One step of N environments, after any automatic reset.
+
+    | field              | shape   | what                                                                  |
+    |--------------------|---------|-----------------------------------------------------------------------|
+    | observations       | [N, *O] | what to act on next: of the next episode where one has ended          |
+    | rewards            | [N]     | the environment's own, float64                                        |
+    | terminated         | [N]     | the environment's own end                                             |
+    | truncated          | [N]     | cut from outside (time limit); an episode that is both is terminated  |
+    | final_observations | [N, *O] | the true next observation, also where an episode ended                |
+    | valid              | [N]     | False for a step that only reset (NEXT_STEP autoreset): no experience |
+
+    The arrays are overwritten by the next call.
+    """
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    final_observations: np.ndarray
+    valid: np.ndarray
+
+
+class Snapshot(NamedTuple):
+    """What it takes to come back to the present step: arrays and JSON-able values."""
+
+    arrays: dict[str, np.ndarray]
+    values: dict[str, Any]
+
+
+class VectorEnvs(Protocol):
+    """N environments that step together and reset by themselves."""
+
+    n_envs: int
+    observation_space: spaces.Space
+    action_space: spaces.Space
+
+    def reset(self) -> np.ndarray:
+        """Begin the first episode of each environment; return observations `[N, *O]`."""
+        ...
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Step each environment with its row of `actions` (a fresh array, kept by the callee)."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """Describe the present moment."""
+        ...
+
+    def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
+        """Return to a moment: its observations, and the environments that had to begin a fresh episode."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+
+class EnvironmentFault(UserError):  # noqa: N818 (what went wrong is the environment's, not an error of ours)
+    """An environment raised, or returned what it must not; `record` is enough to play the episode again."""
+
+    def __init__(self, message: str, record: dict[str, Any]) -> None:
+        """Keep the message for people and the record for `proximo check-env ENV --replay FILE`."""
+        super().__init__(message)
+        self.record = record
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Survive the way from a worker process to the main one."""
+        return type(self), (str(self), self.record)
+
+
+def episode_seed(run_seed: int, env_index: int, episode: int) -> int:
+    """The seed of one episode: different for every environment and every episode, the same on every machine."""
+    return int(np.random.SeedSequence([run_seed, env_index, episode]).generate_state(1, np.uint32)[0])
+
+
+@dataclass(frozen=True)
+class SpaceCheck:
+    """Finds what is wrong with a batch of observations; bounds are widened by float rounding."""
+
+    low: np.ndarray
+    high: np.ndarray
+    bounded: bool
+
+    @staticmethod
+    def of(space: spaces.Space) -> SpaceCheck:
+        """Prepare the bounds of a Box; other spaces have none here."""
+        if not isinstance(space, spaces.Box):
+            return SpaceCheck(np.zeros(()), np.zeros(()), bounded=False)
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
+        return SpaceCheck(low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high)), bounded)
+
+    def fits(self, observations: np.ndarray) -> bool:
+        """Whether all of them are finite and inside the bounds."""
+        if not np.isfinite(observations).all():
+            return False
+        return not self.bounded or bool(((observations >= self.low) & (observations <= self.high)).all())
+
+    def first_problem(self, observation: np.ndarray) -> tuple[str, bool] | None:
+        """What is wrong with one observation, in words, and whether it is a value out of bounds (not NaN)."""
+        values = observation.ravel()
+        for index in np.flatnonzero(~np.isfinite(values)):
+            return f"observation[{index}] is {values[index]}", False
+        if self.bounded:
+            low, high = self.low.ravel(), self.high.ravel()
+            for index in np.flatnonzero((values < low) | (values > high)):
+                return (
+                    f"observation[{index}] is {values[index]:.9g}, outside its space's bounds "
+                    f"[{low[index]:.6g}, {high[index]:.6g}]",
+                    True,
+                )
+        return None
+
+
+class SerialEnvs:
+    """N environments in this process, stepped one after the other; no copies, nothing allocated per step.
+
+    Episode e of environment i is seeded by `episode_seed(seed, i, e)`, and the actions since each reset are
+    kept, so an open episode can be rebuilt by playing it again. Resets happen within the step that ended
+    the episode, so every row is experience.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], gym.Env],
+        n_envs: int,
+        seed: int,
+        *,
+        name: str = "the environment",
+        first_index: int = 0,
+        on_space_violation: SpacePolicy = "raise",
+    ) -> None:
+        """Make the environments; `first_index` is the number of the first one among all of the run's."""
+        self.n_envs = n_envs
+        self._seed = seed
+        self._name = name
+        self._first = first_index
+        self._on_violation = on_space_violation
+        self._warned = False
+        self.warnings: list[str] = []
+        self._envs = [make() for _ in range(n_envs)]
+        self.observation_space = self._envs[0].observation_space
+        self.action_space = self._envs[0].action_space
+        self._shape = tuple(self.observation_space.shape or ())
+        self._check = SpaceCheck.of(self.observation_space)
+        dtype = self.observation_space.dtype
+        dtype = np.float32 if dtype == np.float64 else dtype
+        self._observations = np.zeros((n_envs, *self._shape), dtype)
+        self._final = np.zeros_like(self._observations)
+        self._rewards = np.zeros(n_envs)
+        self._terminated = np.zeros(n_envs, bool)
+        self._truncated = np.zeros(n_envs, bool)
+        self._valid = np.ones(n_envs, bool)
+        self._episodes = np.zeros(n_envs, np.int64)
+        self._history: list[np.ndarray] = []
+        self._starts = np.zeros(n_envs, np.int64)
+
+    def reset(self) -> np.ndarray:
+        """Begin episode 0 of each environment; return observations `[N, *O]`."""
+        self._episodes[:] = 0
+        self._history, self._starts = [], np.zeros(self.n_envs, np.int64)
+        for index in range(self.n_envs):
+            self._begin_episode(index)
+        return self._observations
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Step each environment with its row of `actions`.
+
+        Raises:
+            EnvironmentFault: if one raises or returns what it must not.
+        """
+        self._history.append(actions)
+        for index, env in enumerate(self._envs):
+            try:
+                observation, reward, terminated, truncated, _ = env.step(actions[index])
+            except Exception as error:
+                raise self._raised(index, "step", error) from error
+            if np.shape(observation) != self._shape:
+                raise self._fault(index, f"observation has shape {np.shape(observation)}, not {self._shape}")
+            self._final[index] = observation
+            self._rewards[index] = self._number(index, reward)
+            self._terminated[index] = terminated
+            self._truncated[index] = truncated
+        self._check_values()
+        np.copyto(self._observations, self._final)
+        for index in np.flatnonzero(self._terminated | self._truncated):
+            self._episodes[index] += 1
+            self._starts[index] = len(self._history)
+            self._begin_episode(int(index))
+        self._forget_closed_episodes()
+        return Step(
+            self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Episode numbers, the open episodes' actions, and the observations they have led to."""
+        opened = [np.stack(self._actions_of(i)) for i in range(self.n_envs) if self._length_of(i) > 0]
+        arrays = {
+            "observations": self._observations.copy(),
+            "episodes": self._episodes.copy(),
+            "lengths": np.array([self._length_of(i) for i in range(self.n_envs)]),
+        }
+        if opened:
+            arrays["open_actions"] = np.concatenate(opened)
+        return Snapshot(arrays, {})
+
+    def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
+        """Play the open episodes again and compare where they lead, bit for bit.
+
+        An environment that does not come back to the same observation (it draws on something that its seed
+        does not fix) begins its next episode instead; those are listed.
+        """
+        arrays = snapshot.arrays
+        self._episodes[:] = arrays["episodes"]
+        lengths = arrays["lengths"].tolist()
+        longest = max(lengths)
+        ends = np.cumsum(lengths)
+        self._history = []
+        if longest:
+            open_actions = arrays["open_actions"]
+            self._history = [np.zeros((self.n_envs, *open_actions.shape[1:]), open_actions.dtype) for _ in range(longest)]
+        self._starts[:] = [longest - length for length in lengths]
+        fresh = []
+        for index, length in enumerate(lengths):
+            self._begin_episode(index)
+            for offset, action in enumerate(arrays["open_actions"][ends[index] - length : ends[index]] if length else []):
+                self._history[longest - length + offset][index] = action
+            if not self._replay(index, arrays["observations"][index]):
+                self._episodes[index] += 1
+                self._starts[index] = longest
+                self._begin_episode(index)
+                fresh.append(self._first + index)
+        return self._observations, fresh
+
+    def close(self) -> None:
+        """Close each environment."""
+        for env in self._envs:
+            env.close()
+
+    def _replay(self, index: int, expected: np.ndarray) -> bool:
+        """Step one environment through its open episode; whether it ends at the expected observation."""
+        for action in self._actions_of(index):
+            try:
+                observation, _, terminated, truncated, _ = self._envs[index].step(action)
+            except Exception:  # an environment that cannot be replayed is reported by the caller
+                return False
+            if terminated or truncated or np.shape(observation) != self._shape:
+                return False
+            self._observations[index] = observation
+        return self._observations[index].tobytes() == expected.tobytes()
+
+    def _begin_episode(self, index: int) -> None:
+        seed = episode_seed(self._seed, self._first + index, int(self._episodes[index]))
+        try:
+            result = self._envs[index].reset(seed=seed)
+        except Exception as error:
+            raise self._raised(index, "reset", error) from error
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise self._fault(index, "reset() must return (observation, info), the pair that Gymnasium asks for")
+        if np.shape(result[0]) != self._shape:
+            raise self._fault(index, f"reset() returned shape {np.shape(result[0])}, not {self._shape}")
+        self._observations[index] = result[0]
+        problem = self._check.first_problem(self._observations[index])
+        if problem:
+            self._report(index, f"after reset(), {problem[0]}", problem[1])
+
+    def _check_values(self) -> None:
+        if not np.isfinite(self._rewards).all():
+            index = int(np.flatnonzero(~np.isfinite(self._rewards))[0])
+            raise self._fault(index, f"the reward is {self._rewards[index]}")
+        if not self._check.fits(self._final):
+            for index in range(self.n_envs):
+                problem = self._check.first_problem(self._final[index])
+                if problem:
+                    self._report(index, *problem)
+
+    def _report(self, index: int, problem: str, is_bound: bool) -> None:
+        """Raise, or, for a value out of bounds where the user asked for it, note it once."""
+        if not (is_bound and self._on_violation == "warn"):
+            raise self._fault(index, problem)
+        if not self._warned:
+            self._warned = True
+            self.warnings.append(f"{self._where(index)}: {problem} (said once; training goes on)")
+
+    def _number(self, index: int, reward: Any) -> float:  # noqa: ANN401 (whatever the environment gave)
+        if type(reward) is float:
+            return reward
+        array = np.asarray(reward)
+        if array.size != 1 or array.dtype.kind not in "fiub":
+            raise self._fault(index, f"the reward must be one number, not {reward!r}")
+        return float(array.reshape(()))
+
+    def _length_of(self, index: int) -> int:
+        return len(self._history) - int(self._starts[index])
+
+    def _actions_of(self, index: int) -> Sequence[np.ndarray]:
+        return [row[index] for row in self._history[int(self._starts[index]) :]]
+
+    def _forget_closed_episodes(self) -> None:
+        """Drop actions that no open episode holds, now and then, so that memory does not grow."""
+        oldest = int(self._starts.min())
+        if oldest >= 4096:
+            del self._history[:oldest]
+            self._starts -= oldest
+
+    def _where(self, index: int) -> str:
+        episode, step = int(self._episodes[index]), self._length_of(index)
+        return f"{self._name}, environment {self._first + index}, episode {episode}, step {step}"
+
+    def _raised(self, index: int, method: str, error: Exception) -> EnvironmentFault:
+        lines = traceback.format_exception(error)
+        own = "".join(lines[-4:]).rstrip()
+        return self._fault(index, f"{method}() raised {type(error).__name__}: {error}\n{own}")
+
+    def _fault(self, index: int, problem: str) -> EnvironmentFault:
+        """Say what went wrong where, with a record that replays it."""
+        seed = episode_seed(self._seed, self._first + index, int(self._episodes[index]))
+        actions = self._actions_of(index)
+        last = f" The action was {actions[-1].tolist()}." if actions else ""
+        hint = ""
+        if "outside its space" in problem:
+            hint = (
+                "\nWiden the bounds of observation_space, or clip the observation, in the environment; "
+                "--on-space-violation warn lets training go on."
+            )
+        record = {
+            "env_index": self._first + index,
+            "episode": int(self._episodes[index]),
+            "step": len(actions),
+            "seed": seed,
+            "actions": [action.tolist() for action in actions],
+            "problem": problem,
+        }
+        return EnvironmentFault(f"{self._where(index)} (seed {seed}): {problem}.{last}{hint}", record)

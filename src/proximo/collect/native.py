@@ -1,0 +1,120 @@
+"""Gymnasium vector environments, in every autoreset mode, behind the `VectorEnvs` contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from proximo.collect.envs import EnvironmentFault, Snapshot, SpaceCheck, Step, episode_seed
+from proximo.errors import UserError
+
+
+def make_native(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
+    """Make the environment's own vector version.
+
+    Raises:
+        UserError: if it has none.
+    """
+    spec = gym.registry.get(env_id)
+    if spec is None or spec.vector_entry_point is None:
+        raise UserError(f"{env_id} has no vector version of its own. Use --vectorization serial or workers.")
+    try:
+        return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+    except Exception as error:
+        raise UserError(f"The vector version of {env_id} could not be made: {error}") from error
+
+
+class NativeEnvs:
+    """One `gymnasium.vector.VectorEnv`; its autoreset mode (NEXT_STEP, SAME_STEP, DISABLED) makes no difference.
+
+    NEXT_STEP: the step after an episode's end only resets; it is marked as not valid. SAME_STEP: the true
+    final observation comes from `info["final_obs"]`. DISABLED: the ended environments are reset here.
+    Such an environment cannot be brought back to a moment within an episode: a resumed run begins
+    fresh episodes in all of them, seeded by the run's seed and the step at which it went on.
+    """
+
+    def __init__(self, envs: VectorEnv, seed: int, *, name: str = "the environment") -> None:
+        """Wrap `envs`; reads the autoreset mode from its metadata (NEXT_STEP if it does not say)."""
+        self._envs = envs
+        self._seed = seed
+        self._name = name
+        self._mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self.n_envs = envs.num_envs
+        self.observation_space = envs.single_observation_space
+        self.action_space = envs.single_action_space
+        self._check = SpaceCheck.of(self.observation_space)
+        self._reset_due = np.zeros(self.n_envs, bool)
+        self._n_steps = 0
+
+    def reset(self) -> np.ndarray:
+        """Begin the first episode of each environment; return observations `[N, *O]`."""
+        return self._reset_all(fresh_start=0)
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Step each environment with its row of `actions`.
+
+        Raises:
+            EnvironmentFault: if a reward or observation is not finite.
+        """
+        observations, rewards, terminated, truncated, info = self._envs.step(actions)
+        self._n_steps += 1
+        observations = np.array(observations)
+        rewards = np.asarray(rewards, np.float64)
+        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        valid = ~self._reset_due
+        self._refuse_non_finite(observations, rewards, valid, actions)
+        done = (terminated | truncated) & valid
+        final = observations
+        if self._mode is AutoresetMode.NEXT_STEP:
+            self._reset_due = done
+        elif done.any() and self._mode is AutoresetMode.SAME_STEP:
+            final = observations.copy()
+            for index in np.flatnonzero(done):
+                final[index] = info["final_obs"][index]
+        elif done.any():
+            final = observations.copy()
+            seed = episode_seed(self._seed, self.n_envs, self._n_steps)
+            seeds = [seed + i for i in range(self.n_envs)]
+            after, _ = self._envs.reset(seed=seeds, options={"reset_mask": done})
+            observations = np.array(after)
+        return Step(observations, rewards, terminated, truncated, final, valid)
+
+    def snapshot(self) -> Snapshot:
+        """Only how far it got: what is inside cannot be reached."""
+        return Snapshot({}, {"n_steps": self._n_steps})
+
+    def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
+        """Begin fresh episodes everywhere, other ones than at the start."""
+        self._n_steps = int(snapshot.values["n_steps"])
+        return self._reset_all(fresh_start=self._n_steps), list(range(self.n_envs))
+
+    def close(self) -> None:
+        """Close the vector environment."""
+        self._envs.close()
+
+    def _reset_all(self, fresh_start: int) -> np.ndarray:
+        self._reset_due[:] = False
+        observations, _ = self._envs.reset(seed=episode_seed(self._seed, 0, fresh_start))
+        return np.array(observations)
+
+    def _refuse_non_finite(
+        self, observations: np.ndarray, rewards: np.ndarray, valid: np.ndarray, actions: np.ndarray
+    ) -> None:
+        bad_rewards = ~np.isfinite(rewards) & valid
+        bad_rows = ~np.isfinite(observations).reshape(self.n_envs, -1).all(1)
+        for index in np.flatnonzero(bad_rewards | bad_rows):
+            found = self._check.first_problem(observations[index])
+            problem = f"the reward is {rewards[index]}" if bad_rewards[index] else found[0] if found else "?"
+            where = f"{self._name}, environment {index}, step {self._n_steps} of the run"
+            record = {
+                "env_index": int(index),
+                "episode": -1,
+                "step": self._n_steps,
+                "seed": None,
+                "actions": [actions[index].tolist()],
+                "problem": problem,
+            }
+            raise EnvironmentFault(f"{where}: {problem}. The action was {actions[index].tolist()}.", record)

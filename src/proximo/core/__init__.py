@@ -1,0 +1,1 @@
+"""Pure functions of tensors and small frozen values; imports torch and nothing heavier."""

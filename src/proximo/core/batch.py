@@ -1,0 +1,78 @@
+"""`Batch`: what collecting hands to learning. Every tensor is `[B, T, ...]`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Experience of B environments (or B responses) over T steps.
+
+    A field is here only if an algorithm's `update` reads it. Steps where `mask` is False are not
+    experience (a reset row of a vector environment, padding): whatever stands there counts for nothing.
+
+    | field          | shape      | symbol        | role                                                       |
+    |----------------|------------|---------------|------------------------------------------------------------|
+    | observations   | [B, T, *O] | s_t           | what the policy saw, before its own normalization           |
+    | actions        | [B, T, *A] | a_t           | what the policy sampled, before any clipping to the space   |
+    | mask           | [B, T]     |               | True where the step is experience                          |
+    | rewards        | [B, T]     | r_t           | reward of the step, as scaled for learning                  |
+    | log_probs      | [B, T]     | log pi_old    | log-probability of `actions` when they were sampled         |
+    | values         | [B, T]     | V_old(s_t)    | the critic at collection time                               |
+    | next_values    | [B, T]     | V_old(s_t+1)  | the critic at the true next observation, the final one      |
+    |                |            |               | where an episode ended; zeroed in GAE only by `terminated`  |
+    | terminated     | [B, T]     |               | the environment's own end: nothing comes after              |
+    | done           | [B, T]     |               | terminated or truncated: the next step is another episode   |
+    """
+
+    observations: Shaped[Tensor, "B T *O"]
+    actions: Shaped[Tensor, "B T *A"]
+    mask: Bool[Tensor, "B T"]
+    rewards: Float[Tensor, "B T"]
+    log_probs: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"]
+    next_values: Float[Tensor, "B T"]
+    terminated: Bool[Tensor, "B T"]
+    done: Bool[Tensor, "B T"]
+
+    @property
+    def n_valid(self) -> int:
+        """Number of steps that are experience."""
+        return int(self.mask.sum())
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        """Select rows (along B) of every field."""
+        return Batch(**{name: tensor[rows] for name, tensor in self._tensors()})
+
+    def as_steps(self) -> Batch:
+        """Every valid step as a row of its own: `[n_valid, 1, ...]`, in order of B, then T.
+
+        For policies without memory the order of steps carries nothing, so minibatches may be cut anywhere.
+        """
+        keep = self.mask.flatten()
+        return Batch(**{name: tensor.flatten(0, 1)[keep].unsqueeze(1) for name, tensor in self._tensors()})
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+
+
+def minibatch_indices(n_rows: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Cut a fresh random order of `n_rows` rows into minibatches of about `batch_size`.
+
+    Every row is in exactly one minibatch. Sizes differ by at most one, so there is no small remainder whose
+    advantages would be normalized over a handful of steps (or over one, which has no spread at all).
+
+    Raises:
+        ValueError: if `n_rows` or `batch_size` is below 1.
+    """
+    if n_rows < 1 or batch_size < 1:
+        raise ValueError(f"n_rows and batch_size must be at least 1, got {n_rows} and {batch_size}")
+    n_minibatches = max(1, round(n_rows / batch_size))
+    order = torch.randperm(n_rows, generator=generator, device=generator.device)
+    return torch.tensor_split(order, n_minibatches)

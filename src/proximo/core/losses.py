@@ -1,0 +1,111 @@
+"""Losses, all to be minimized. A `denominator` is as in `masked.masked_mean`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from proximo.core.kl import k3
+from proximo.core.masked import masked_mean
+
+
+class SurrogateLoss(NamedTuple):
+    """A policy loss and what it shows of the step away from the old policy (scalars, no gradient but `loss`).
+
+    `approx_kl` is the k3 estimate of KL(old || new), `clip_fraction` the share of steps whose ratio is
+    outside the band.
+    """
+
+    loss: Float[Tensor, ""]
+    approx_kl: Float[Tensor, ""]
+    clip_fraction: Float[Tensor, ""]
+
+
+def clipped_surrogate(
+    log_probs: Float[Tensor, "B T"],
+    old_log_probs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip_epsilon: float,
+    denominator: float | Tensor | None = None,
+) -> SurrogateLoss:
+    """PPO-Clip policy loss (Schulman et al. 2017, eq. 7), to be minimized.
+
+        ratio = exp(log pi(a|s) - log pi_old(a|s))
+        loss  = -mean[ min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) ]
+
+    Pessimistic: once the ratio has left [1 - eps, 1 + eps] in the direction that A favours, the gradient
+    is zero; outside it in the other direction the gradient is whole, so a mistake is always taken back.
+    All tensors are [B, T]; steps where `mask` is False count for nothing.
+    """
+    log_ratio = log_probs - old_log_probs
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    with torch.no_grad():
+        outside = ((ratio - 1.0).abs() > clip_epsilon).to(ratio.dtype)
+        approx_kl = masked_mean(k3(old_log_probs, log_probs), mask, denominator=denominator)
+        clip_fraction = masked_mean(outside, mask, denominator=denominator)
+    return SurrogateLoss(-masked_mean(objective, mask, denominator=denominator), approx_kl, clip_fraction)
+
+
+def kl_penalized_surrogate(
+    log_probs: Float[Tensor, "B T"],
+    old_log_probs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    kl: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    kl_coef: float,
+    denominator: float | Tensor | None = None,
+) -> SurrogateLoss:
+    """PPO-Penalty policy loss (Schulman et al. 2017, eq. 8), to be minimized.
+
+        loss = -mean[ ratio * A - beta * KL(pi_old(.|s) || pi(.|s)) ]
+
+    `kl` is the exact divergence per step, nats, with gradient to the new policy; `kl_coef` is beta. Nothing
+    is clipped: `clip_fraction` is 0.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    objective = ratio * advantages - kl_coef * kl
+    with torch.no_grad():
+        approx_kl = masked_mean(k3(old_log_probs, log_probs), mask, denominator=denominator)
+    loss = -masked_mean(objective, mask, denominator=denominator)
+    return SurrogateLoss(loss, approx_kl, torch.zeros_like(approx_kl))
+
+
+def value_loss(
+    values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    denominator: float | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Mean squared error of the critic, `mean[(V - R)^2]` (Schulman et al. 2017, below eq. 9; no factor 1/2)."""
+    return masked_mean((values - returns).square(), mask, denominator=denominator)
+
+
+def clipped_value(
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip_epsilon: float,
+    denominator: float | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Value loss that takes the worse of the plain and the clipped prediction (as in OpenAI baselines' ppo2).
+
+        V_clip = V_old + clip(V - V_old, -eps, eps)
+        loss   = mean[ max((V - R)^2, (V_clip - R)^2) ]
+
+    `clip_epsilon` is in the units of the values. Without the max, a critic on the far side of the band
+    would get no gradient to come back.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_epsilon, clip_epsilon)
+    worse = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return masked_mean(worse, mask, denominator=denominator)

@@ -1,0 +1,59 @@
+"""Masked reductions, all of them here, each with an explicit denominator.
+
+What stands at a masked place never reaches a result, not even as NaN or infinity times zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def masked_sum(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """Sum of `x` where `mask` is True."""
+    return torch.where(mask, x, 0.0).sum()
+
+
+def masked_mean(
+    x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"], *, denominator: float | Tensor | None = None
+) -> Float[Tensor, ""]:
+    """Sum of `x` where `mask` is True, over `denominator`, or over the number of valid steps without one.
+
+    Pass the whole batch's count of valid steps as `denominator` when `x` is only a part of it (a
+    microbatch): the parts then add up to the mean of the whole, however they were cut. Without a single
+    valid step the result is 0.
+    """
+    count = mask.sum().clamp(min=1) if denominator is None else denominator
+    return masked_sum(x, mask) / count
+
+
+def masked_variance(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """Population variance (denominator: the number of valid steps) of `x` where `mask` is True."""
+    return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
+
+def whiten(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """Shift and scale `x` to mean 0 and standard deviation 1 over valid steps; masked places become 0.
+
+    The standard deviation has denominator `n - 1`, as in Schulman's and most later code, and 1e-8 is added
+    to it. A single valid step has no spread: it is returned as it is rather than as 0 / 0.
+    """
+    count = mask.sum()
+    centered = x - masked_mean(x, mask)
+    variance = masked_sum(centered.square(), mask) / (count - 1).clamp(min=1)
+    whitened = torch.where(count > 1, centered / (variance.sqrt() + 1e-8), x)
+    return torch.where(mask, whitened, 0.0)
+
+
+def explained_variance(
+    predictions: Float[Tensor, "*S"], targets: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]
+) -> Float[Tensor, ""]:
+    """`1 - Var[targets - predictions] / Var[targets]` over valid steps.
+
+    1: the critic predicts the returns exactly; 0: no better than their mean; negative: worse than that.
+    NaN where the targets do not vary, since nothing is there to explain.
+    """
+    target_variance = masked_variance(targets, mask)
+    explained = 1.0 - masked_variance(targets - predictions, mask) / target_variance
+    return torch.where(target_variance > 0, explained, torch.nan)

@@ -1,0 +1,67 @@
+"""The one exception for mistakes a person can mend: it carries the whole message they should read."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input: what is wrong, where, why, and how to mend it, in one readable message.
+
+    The command line prints the message and exits with code 2; Python callers see an ordinary
+    exception. Mistakes in Proximo itself are never raised as `UserError`.
+    """
+
+
+def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
+    """Return up to `count` of `known` that look most like `name`, best first, ignoring case."""
+    by_lowercase: dict[str, str] = {}
+    for candidate in known:
+        by_lowercase.setdefault(candidate.lower(), candidate)
+    matches = difflib.get_close_matches(name.lower(), list(by_lowercase), n=count, cutoff=0.5)
+    return [by_lowercase[match] for match in matches]
+
+
+def in_range(
+    name: str,
+    value: float | None,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    usual: str,
+) -> None:
+    """Check that a setting is a number inside its range; None is a setting that is not used.
+
+    Raises:
+        UserError: with the name, the value, what is possible and a usual value.
+    """
+    if value is None:
+        return
+    bounds = [(at_least, ">="), (above, ">"), (at_most, "<="), (below, "<")]
+    wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = is_number and not (
+        (at_least is not None and value < at_least)
+        or (above is not None and value <= above)
+        or (at_most is not None and value > at_most)
+        or (below is not None and value >= below)
+    )
+    if not fits:
+        raise UserError(f"{name} is {value!r}; it must be a number {wanted}. A usual value is {usual}.")
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    """Check that a setting is one of the words it may be.
+
+    Raises:
+        UserError: with the name, the value and the words.
+    """
+    known = list(known)
+    if value not in known:
+        closest = nearest(str(value), known, count=1)
+        hint = f" Did you mean {closest[0]!r}?" if closest else ""
+        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}.{hint}")

@@ -1,0 +1,1 @@
+"""Networks with what the algorithms ask of them."""

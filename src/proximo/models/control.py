@@ -1,0 +1,308 @@
+"""Actor-critics over Gymnasium spaces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from proximo.core.batch import Batch
+from proximo.core.distributions import Categorical, DiagonalGaussian
+from proximo.core.normalize import RunningMoments
+from proximo.errors import UserError, in_range, one_of
+
+Array = TypeVar("Array", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The networks, and the normalization that belongs to them."""
+
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers; actor and critic are separate networks of this shape."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """Nonlinearity between the layers."""
+    orthogonal_init: bool = True
+    """Orthogonal weights with gain sqrt(2), 0.01 for the actor's last layer and 1 for the critic's."""
+    log_std_init: float = 0.0
+    """Logarithm of the standard deviation of continuous actions to begin with."""
+    rescale_actions: bool = True
+    """Continuous actions: -1 and 1 of the policy are the lowest and highest action of a bounded space."""
+    normalize_observations: bool = False
+    """Shift and scale observations by the running mean and variance of everything seen."""
+    clip_observation: float = 10.0
+    """Normalized observations are clipped to plus or minus this."""
+    normalize_rewards: bool = False
+    """Divide rewards by the running standard deviation of the discounted return."""
+    clip_reward: float = 10.0
+    """Scaled rewards are clipped to plus or minus this."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings.
+
+        Raises:
+            UserError: naming the setting, its value and what is possible.
+        """
+        if not all(isinstance(size, int) and size >= 1 for size in self.hidden_sizes):
+            raise UserError(f"hidden_sizes is {self.hidden_sizes!r}; each must be an integer >= 1, such as 64 64.")
+        one_of("activation", self.activation, ("tanh", "relu"))
+        in_range("log_std_init", self.log_std_init, at_least=-20.0, at_most=5.0, usual="0.0")
+        in_range("clip_observation", self.clip_observation, above=0.0, usual="10")
+        in_range("clip_reward", self.clip_reward, above=0.0, usual="10")
+
+
+class Evaluation(NamedTuple):
+    """Scores of a batch's actions; tensors `[B, T]`, the distribution over `[B, T]`."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    values: Tensor
+    distribution: Categorical | DiagonalGaussian
+
+
+class Acted(NamedTuple):
+    """What the policy did at N observations: actions `[N, *A]` as sampled, log-probs and values `[N]`."""
+
+    actions: Tensor
+    log_probs: Tensor
+    values: Tensor
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value function, with the normalizers that belong to them.
+
+    Learning works in the policy's own units: actions as sampled (before rescaling and clipping to the
+    space), rewards as scaled. `__call__`, `value` and `log_prob` work in the environment's units.
+    """
+
+    observation_mean: Tensor
+    observation_variance: Tensor
+    observation_count: Tensor
+    return_mean: Tensor
+    return_variance: Tensor
+    return_count: Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        config: NetworkConfig,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Build the networks; `generator` draws the initial weights.
+
+        Raises:
+            UserError: if a space is of a kind that is not supported.
+        """
+        super().__init__()
+        self.observation_space = _supported_observations(observation_space)
+        self.action_space = _supported_actions(action_space)
+        self.config = config
+        n_inputs = int(np.prod(self.observation_space.shape))
+        if isinstance(self.action_space, spaces.Discrete):
+            n_outputs = Categorical.parameter_size(int(self.action_space.n))
+            self.log_std = None
+        else:
+            n_outputs = DiagonalGaussian.parameter_size(int(np.prod(self.action_space.shape)))
+            self.log_std = nn.Parameter(torch.full((n_outputs,), config.log_std_init))
+        self.actor = _mlp(n_inputs, config, n_outputs, head_gain=0.01, generator=generator)
+        self.critic = _mlp(n_inputs, config, 1, head_gain=1.0, generator=generator)
+        for name, moments in (("observation", RunningMoments.empty((n_inputs,))), ("return", RunningMoments.empty())):
+            self.register_buffer(f"{name}_mean", moments.mean)
+            self.register_buffer(f"{name}_variance", moments.variance)
+            self.register_buffer(f"{name}_count", moments.count)
+        self._action_offset, self._action_scale = _action_map(self.action_space, rescale=config.rescale_actions)
+
+    # --- for learning -------------------------------------------------------------------------------------
+
+    def act(self, observations: Tensor, generator: torch.Generator) -> Acted:
+        """Sample actions at raw `observations` `[N, *O]`; no gradient."""
+        with torch.no_grad():
+            inputs = self._normalized(observations.flatten(1))
+            distribution = self._distribution(inputs)
+            actions = distribution.sample(generator)
+            return Acted(actions, distribution.log_prob(actions), self.critic(inputs).squeeze(-1))
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Score `batch.actions` under the present weights, with gradient."""
+        inputs = self._normalized(batch.observations.flatten(2))
+        distribution = self._distribution(inputs)
+        values = self.critic(inputs).squeeze(-1)
+        return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
+
+    def scaled_values(self, observations: Tensor) -> Tensor:
+        """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
+        with torch.no_grad():
+            return self.critic(self._normalized(observations.flatten(1))).squeeze(-1)
+
+    def to_environment(self, actions: Tensor) -> np.ndarray:
+        """Turn sampled actions `[N, *A]` into a fresh array of actions that the environment accepts."""
+        array = actions.detach().cpu().numpy()
+        space = self.action_space
+        if isinstance(space, spaces.Discrete):
+            return array + int(space.start)
+        scaled = array.reshape(-1, *space.shape) * self._action_scale + self._action_offset
+        return scaled.clip(space.low, space.high).astype(space.dtype)
+
+    def update_observation_moments(self, observations: Tensor) -> None:
+        """Merge raw observations `[N, *O]` into the normalizer. Only ever between two rollouts."""
+        moments = RunningMoments(self.observation_mean, self.observation_variance, self.observation_count)
+        moments = moments.updated(observations.flatten(1))
+        self.observation_mean, self.observation_variance = moments.mean, moments.variance
+        self.observation_count = moments.count
+
+    def update_return_moments(self, discounted_returns: Tensor) -> None:
+        """Merge running discounted returns `[N]` into the reward scale. Only ever between two rollouts."""
+        moments = RunningMoments(self.return_mean, self.return_variance, self.return_count)
+        moments = moments.updated(discounted_returns)
+        self.return_mean, self.return_variance, self.return_count = moments.mean, moments.variance, moments.count
+
+    @property
+    def reward_scale(self) -> float:
+        """Environment reward units per scaled unit; 1 where rewards are not normalized."""
+        if not self.config.normalize_rewards or float(self.return_count) == 0:
+            return 1.0
+        return math.sqrt(float(self.return_variance) + 1e-8)
+
+    # --- for people ---------------------------------------------------------------------------------------
+
+    def __call__(self, observation: Array, *, deterministic: bool = True, seed: int | None = None) -> Array:
+        """Choose an action for one observation or a batch of them.
+
+        Args:
+            observation: shaped as the observation space, or with one leading dimension; NumPy or torch.
+            deterministic: take the most likely action; False samples.
+            seed: makes a sampled action repeatable.
+
+        Returns:
+            Actions of the environment's own kind, inside its action space, NumPy for NumPy and torch for torch.
+
+        Raises:
+            ValueError: if the shape does not fit the observation space.
+        """
+        inputs, single = self._inputs(observation)
+        generator = None if seed is None else torch.Generator(inputs.device).manual_seed(seed)
+        with torch.no_grad():
+            distribution = self._distribution(inputs)
+            actions = distribution.mode() if deterministic else distribution.sample(generator)
+        result = self.to_environment(actions)
+        result = result[0] if single else result
+        return torch.as_tensor(result) if isinstance(observation, Tensor) else result
+
+    def value(self, observation: Array) -> Array:
+        """Expected discounted return from one observation or a batch, in the environment's own reward units.
+
+        Raises:
+            ValueError: if the shape does not fit the observation space.
+        """
+        inputs, single = self._inputs(observation)
+        with torch.no_grad():
+            values = self.critic(inputs).squeeze(-1) * self.reward_scale
+        return _like(observation, values[0] if single else values)
+
+    def log_prob(self, observation: Array, action: Array) -> Array:
+        """Log-probability of `action` (as the environment takes it) at one observation or a batch.
+
+        Continuous actions: the log-density of the policy's Gaussian, in the environment's action units, at
+        `action`; an action that was clipped to the space is scored where it stands.
+
+        Raises:
+            ValueError: if a shape does not fit its space.
+        """
+        inputs, single = self._inputs(observation)
+        actions = torch.as_tensor(action, device=inputs.device).reshape(len(inputs), *self.action_space.shape)
+        with torch.no_grad():
+            if isinstance(self.action_space, spaces.Discrete):
+                log_probs = self._distribution(inputs).log_prob(actions - int(self.action_space.start))
+            else:
+                scale = torch.as_tensor(self._action_scale, dtype=torch.float32).flatten()
+                offset = torch.as_tensor(self._action_offset, dtype=torch.float32).flatten()
+                own_units = (actions.flatten(1).to(torch.float32) - offset) / scale
+                log_probs = self._distribution(inputs).log_prob(own_units) - scale.log().sum()
+        return _like(observation, log_probs[0] if single else log_probs)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _normalized(self, flat: Tensor) -> Tensor:
+        flat = flat.to(torch.float32)
+        if not self.config.normalize_observations:
+            return flat
+        mean = self.observation_mean.to(torch.float32)
+        scale = (self.observation_variance + 1e-8).rsqrt().to(torch.float32)
+        limit = self.config.clip_observation
+        return ((flat - mean) * scale).clamp(-limit, limit)
+
+    def _distribution(self, inputs: Tensor) -> Categorical | DiagonalGaussian:
+        parameters = self.actor(inputs)
+        return Categorical(parameters) if self.log_std is None else DiagonalGaussian(parameters, self.log_std)
+
+    def _inputs(self, observation: np.ndarray | Tensor) -> tuple[Tensor, bool]:
+        """Normalize one observation or a batch to `[N, features]`; True if it was one."""
+        device = next(self.parameters()).device
+        tensor = torch.as_tensor(observation, device=device)
+        shape = self.observation_space.shape
+        single = tuple(tensor.shape) == shape
+        if not single and tuple(tensor.shape[1:]) != shape:
+            raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or (N, {shape})")
+        return self._normalized((tensor.unsqueeze(0) if single else tensor).flatten(1)), single
+
+
+def _mlp(
+    n_inputs: int, config: NetworkConfig, n_outputs: int, *, head_gain: float, generator: torch.Generator | None
+) -> nn.Sequential:
+    """Linear layers with the activation between them, initialized as the config says."""
+    sizes = [n_inputs, *config.hidden_sizes, n_outputs]
+    layers: list[nn.Module] = []
+    for index, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        linear = nn.Linear(before, after)
+        is_head = index == len(sizes) - 2
+        if config.orthogonal_init:
+            nn.init.orthogonal_(linear.weight, head_gain if is_head else math.sqrt(2), generator=generator)
+            nn.init.zeros_(linear.bias)
+        else:
+            bound = 1.0 / math.sqrt(before)
+            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
+        layers.append(linear)
+        if not is_head:
+            layers.append(nn.Tanh() if config.activation == "tanh" else nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+def _action_map(space: spaces.Discrete | spaces.Box, *, rescale: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Offset and scale, each shaped as the space, from the policy's units to the environment's."""
+    if isinstance(space, spaces.Discrete):
+        return np.zeros(()), np.ones(())
+    bounded = np.isfinite(space.low) & np.isfinite(space.high) & rescale
+    low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+    return (high + low) / 2.0, np.maximum((high - low) / 2.0, 1e-8)
+
+
+def _supported_observations(space: spaces.Space) -> spaces.Box:
+    if isinstance(space, spaces.Box):
+        return space
+    raise UserError(
+        f"The observation space is {space}; Proximo learns from Box observations. "
+        "Wrap the environment in gymnasium.wrappers.FlattenObservation, which turns it into a Box."
+    )
+
+
+def _supported_actions(space: spaces.Space) -> spaces.Discrete | spaces.Box:
+    if isinstance(space, spaces.Discrete):
+        return space
+    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
+        return space
+    raise UserError(
+        f"The action space is {space}; Proximo acts in Discrete spaces and in Box spaces of floats. "
+        "Wrap the environment in gymnasium.wrappers.TransformAction to offer one of these."
+    )
+
+
+def _like(example: np.ndarray | Tensor, result: Tensor) -> np.ndarray | Tensor:
+    """NumPy where `example` is NumPy, torch where it is torch."""
+    return result if isinstance(example, Tensor) else result.cpu().numpy()

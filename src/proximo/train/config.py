@@ -1,0 +1,175 @@
+"""The settings of a control run: frozen dataclasses in code, flat names everywhere else.
+
+Every setting has one name, unique among all of them: the same word is the command-line flag, the TOML key
+and the keyword of `proximo.train`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from proximo.algorithms.ppo import PPO
+from proximo.collect.envs import SpacePolicy
+from proximo.errors import UserError, in_range, nearest, one_of
+from proximo.models.control import NetworkConfig
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The task, and how many copies of it run how."""
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium id, my_file.py:MyEnv, or package.module:MyEnv."""
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments for making the environment (in a config file: a table [env_kwargs])."""
+    n_envs: int = 8
+    """Environments that run side by side."""
+    vectorization: Literal["serial", "workers", "native"] = "serial"
+    """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
+    about 1 ms a step; `native`: the environment's own vector version."""
+    n_workers: int | None = None
+    """Worker processes; by default one per CPU core, at most n_envs."""
+    max_episode_steps: int | None = None
+    """Truncate episodes after this many steps; by default whatever the environment does."""
+    on_space_violation: SpacePolicy = "raise"
+    """An observation outside the bounds of its own space stops the run, or is told once (`warn`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        in_range("n_envs", self.n_envs, at_least=1, usual="8")
+        in_range("n_workers", self.n_workers, at_least=1, usual="one per CPU core")
+        in_range("max_episode_steps", self.max_episode_steps, at_least=1, usual="none at all")
+        one_of("vectorization", self.vectorization, ("serial", "workers", "native"))
+        one_of("on_space_violation", self.on_space_violation, ("raise", "warn"))
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """Everything that a control run needs to be run again."""
+
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    algorithm: PPO = field(default_factory=PPO)
+    total_steps: int = 1_000_000
+    """Environment steps in all, over all environments; the run ends before it would go past them."""
+    rollout_length: int = 256
+    """Steps per environment and iteration."""
+    seed: int = 0
+    """Seeds the weights, the actions, the minibatches, and each episode of each environment."""
+    checkpoint_every: int | None = None
+    """Environment steps between checkpoints; by default a twentieth of total_steps."""
+    keep_checkpoints: int = 3
+    """How many checkpoints to keep, the best one not counted."""
+    stop_at_return: float | None = None
+    """End early once the mean return of the last 100 episodes reaches this."""
+    device: str = "cpu"
+    """Where the networks are: cpu, cuda, cuda:1, ... Small networks are fastest on the CPU."""
+    threads: int = 1
+    """CPU threads for torch; small networks are fastest with one."""
+    debug: bool = False
+    """Check at each iteration that every probability ratio is 1 before the first update."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        in_range("total_steps", self.total_steps, at_least=1, usual="1000000")
+        in_range("rollout_length", self.rollout_length, at_least=1, usual="256")
+        in_range("seed", self.seed, at_least=0, usual="1")
+        in_range("checkpoint_every", self.checkpoint_every, at_least=1, usual="a twentieth of total_steps")
+        in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, usual="3")
+        in_range("threads", self.threads, at_least=1, usual="1")
+        if self.algorithm.batch_size > self.steps_per_iteration:
+            raise UserError(
+                f"batch_size is {self.algorithm.batch_size}, but a rollout has only {self.steps_per_iteration} steps "
+                f"(n_envs {self.environment.n_envs} x rollout_length {self.rollout_length}). Set batch_size to at "
+                f"most {self.steps_per_iteration}, or rollout_length to at least "
+                f"{-(-self.algorithm.batch_size // self.environment.n_envs)}."
+            )
+        if self.steps_per_iteration > self.total_steps:
+            raise UserError(
+                f"total_steps is {self.total_steps}, but one iteration alone takes {self.steps_per_iteration} steps "
+                f"(n_envs {self.environment.n_envs} x rollout_length {self.rollout_length}). Set total_steps to at "
+                f"least {self.steps_per_iteration}, or rollout_length to at most "
+                f"{max(1, self.total_steps // self.environment.n_envs)}."
+            )
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps in one rollout."""
+        return self.environment.n_envs * self.rollout_length
+
+    @property
+    def checkpoint_interval(self) -> int:
+        """Environment steps between checkpoints."""
+        return self.checkpoint_every or max(self.total_steps // 20, self.steps_per_iteration)
+
+
+def settings_of(config: object) -> dict[str, Any]:
+    """Every setting of a config by its own name; nested dataclasses are walked through."""
+    settings: dict[str, Any] = {}
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            settings |= settings_of(value)
+        else:
+            settings[entry.name] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+
+Config = TypeVar("Config")
+
+
+def with_settings(config: Config, settings: dict[str, Any], *, where: str) -> Config:
+    """Return `config` with some settings changed.
+
+    `where` says in messages where the settings come from ("config.toml", "proximo.train()").
+
+    Raises:
+        UserError: for an unknown name (with the nearest one), a value of the wrong type, or an impossible one.
+    """
+    known = settings_of(config)
+    for name in settings:
+        if name not in known:
+            closest = nearest(name, known, count=1)
+            hint = f" Did you mean {closest[0]!r}?" if closest else ""
+            raise UserError(f"{where}: there is no setting {name!r}.{hint}")
+    return _replaced(config, settings, where)
+
+
+def _replaced(config: Any, settings: dict[str, Any], where: str) -> Any:  # noqa: ANN401
+    hints = typing.get_type_hints(type(config))
+    changes = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            changes[entry.name] = _replaced(value, settings, where)
+        elif entry.name in settings:
+            changes[entry.name] = _typed(entry.name, settings[entry.name], hints[entry.name], where)
+    return dataclasses.replace(config, **changes)
+
+
+def _typed(name: str, value: Any, hint: Any, where: str) -> Any:  # noqa: ANN401
+    """Check a value against its annotation: exact, but an integer may stand for a float."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is Literal and value in typing.get_args(option):
+            return value
+        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if option is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if origin is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
+            return value
+    wanted = " or ".join(
+        "none" if option is type(None) else ", ".join(map(repr, typing.get_args(option)))
+        if typing.get_origin(option) is Literal
+        else getattr(option, "__name__", str(option))
+        for option in options
+    )
+    raise UserError(f"{where}: {name} is {value!r}; it must be {wanted}.")

@@ -1,0 +1,293 @@
+"""The control loop: collect, update, log, save. All of a run's state is one `ControlState`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
+from proximo.collect.make import EnvFactory, make_env
+from proximo.collect.native import NativeEnvs, make_native
+from proximo.collect.rollout import Carry, Episodes, rollout
+from proximo.collect.workers import WorkerEnvs
+from proximo.core.batch import Batch
+from proximo.errors import UserError
+from proximo.models.control import ActorCritic, NetworkConfig
+from proximo.models.spaces import space_from_json, space_to_json
+from proximo.runs.checkpoint import Checkpoint, mark_best, prune_checkpoints, save_checkpoint
+from proximo.runs.directory import RunDirectory
+from proximo.runs.metrics import append_metrics
+from proximo.train.config import ControlConfig, settings_of, with_settings
+
+Metrics = dict[str, Any]
+
+CLOCK_METRICS = frozenset({"seconds", "steps_per_second", "seconds_collecting", "seconds_updating"})
+"""Metrics that a clock decides; all others are the same in a resumed run."""
+
+
+@dataclass
+class ControlState:
+    """Everything that changes while a control run goes on; a checkpoint is this and nothing else."""
+
+    policy: ActorCritic
+    optimizer: FlatAdam
+    carry: Carry
+    action_generator: torch.Generator
+    shuffle_generator: torch.Generator
+    kl_coef: float
+    iteration: int = 0
+    env_steps: int = 0
+    n_episodes: int = 0
+    recent_returns: deque[float] = field(default_factory=lambda: deque(maxlen=100))
+    recent_lengths: deque[int] = field(default_factory=lambda: deque(maxlen=100))
+    best_return: float | None = None
+    saved_at_step: int = 0
+    seconds: float = 0.0
+
+
+def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
+    """Make the vector environment that the config asks for."""
+    task = config.environment
+    if task.vectorization == "native":
+        return NativeEnvs(make_native(task.env_id, task.n_envs, task.env_kwargs), config.seed, name=task.env_id)
+
+    def make_one() -> Any:  # noqa: ANN401 (a gymnasium.Env)
+        return make_env(factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
+
+    if task.vectorization == "workers":
+        return WorkerEnvs(
+            make_one,
+            task.n_envs,
+            config.seed,
+            name=task.env_id,
+            n_workers=task.n_workers,
+            on_space_violation=task.on_space_violation,
+        )
+    return SerialEnvs(
+        make_one, task.n_envs, config.seed, name=task.env_id, on_space_violation=task.on_space_violation
+    )
+
+
+def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
+    """The state before the first step.
+
+    Raises:
+        UserError: if a space is of a kind that is not supported.
+        EnvironmentFault: if an environment cannot be reset.
+    """
+    weights, actions, shuffles = np.random.SeedSequence([config.seed, 0x9E3779B9]).generate_state(3, np.uint64)
+    policy = ActorCritic(
+        envs.observation_space,
+        envs.action_space,
+        config.network,
+        torch.Generator().manual_seed(int(weights)),
+    ).to(config.device)
+    return ControlState(
+        policy=policy,
+        optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
+        carry=Carry.start(envs.reset()),
+        action_generator=torch.Generator(config.device).manual_seed(int(actions)),
+        shuffle_generator=torch.Generator().manual_seed(int(shuffles)),
+        kl_coef=config.algorithm.kl_coef,
+    )
+
+
+def iterate(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> Iterator[Metrics]:
+    """Train until `total_steps`, yielding the metrics of each iteration once they are written.
+
+    A checkpoint is saved whenever one is due and at the end. The consumer may stop between two iterations;
+    `save` then keeps what there is.
+
+    Raises:
+        EnvironmentFault: if an environment raises or returns what it must not; a replay file is written.
+        UserError: if the update becomes non-finite.
+    """
+    while not finished(config, state):
+        began = time.perf_counter()
+        algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
+        batch, episodes = _collect(config, run, state, envs)
+        collected = time.perf_counter()
+        first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
+        try:
+            metrics: Metrics = algorithm.update(state.policy, state.optimizer, batch, state.shuffle_generator)
+        except NonFiniteUpdateError as error:
+            raise UserError(_non_finite_message(config, state, error)) from error
+        state.kl_coef = algorithm.next_kl_coef(metrics)
+        if config.network.normalize_observations:
+            state.policy.update_observation_moments(batch.observations[batch.mask])
+        _count(state, batch, episodes)
+        updated = time.perf_counter()
+        state.seconds += updated - began
+        if first_ratio_error is not None:
+            metrics["first_ratio_error"] = first_ratio_error
+        metrics |= {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
+        row = _progress(state) | metrics | _clocks(state, batch, began, collected, updated)
+        append_metrics(run.metrics_path, row)
+        if finished(config, state) or state.env_steps - state.saved_at_step >= config.checkpoint_interval:
+            save(config, run, state, envs)
+        yield row
+
+
+def finished(config: ControlConfig, state: ControlState) -> bool:
+    """Whether another rollout would go past `total_steps`, or the wanted return is reached."""
+    full = len(state.recent_returns) == state.recent_returns.maxlen
+    reached = (
+        config.stop_at_return is not None
+        and full
+        and float(np.mean(state.recent_returns)) >= config.stop_at_return
+    )
+    return reached or state.env_steps + config.steps_per_iteration > config.total_steps
+
+
+def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
+    """Write a checkpoint of `state`; mark it `best` if its return is; drop the oldest ones."""
+    state.saved_at_step = state.env_steps
+    current = float(np.mean(state.recent_returns)) if state.recent_returns else None
+    is_best = current is not None and (state.best_return is None or current >= state.best_return)
+    if is_best:
+        state.best_return = current
+    snapshot = envs.snapshot()
+    tensors = {
+        "policy": dict(state.policy.state_dict()),
+        "optimizer": state.optimizer.state_dict(),
+        "generators": {
+            "actions": state.action_generator.get_state(),
+            "shuffles": state.shuffle_generator.get_state(),
+        },
+        "carry": {name: torch.from_numpy(array) for name, array in vars(state.carry).items()},
+        "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
+    }
+    counters = {name: getattr(state, name) for name in _COUNTERS}
+    described = {
+        **counters,
+        "recent_returns": list(state.recent_returns),
+        "recent_lengths": list(state.recent_lengths),
+        "environments": snapshot.values,
+        "policy": describe_policy(state.policy),
+    }
+    path = save_checkpoint(run.checkpoints, state.env_steps, tensors, described)
+    if is_best:
+        mark_best(run.checkpoints, path)
+    prune_checkpoints(run.checkpoints, config.keep_checkpoints)
+
+
+def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> tuple[ControlState, list[int]]:
+    """The state of a checkpoint, and the environments that had to begin a fresh episode (none: exact)."""
+    state = start(config, envs)
+    tensors, described = checkpoint.tensors, checkpoint.state
+    state.policy.load_state_dict(tensors["policy"])
+    state.optimizer.load_state_dict(tensors["optimizer"])
+    state.action_generator.set_state(tensors["generators"]["actions"])
+    state.shuffle_generator.set_state(tensors["generators"]["shuffles"])
+    for name, tensor in tensors["carry"].items():
+        setattr(state.carry, name, tensor.numpy().copy())
+    arrays = {name: tensor.numpy() for name, tensor in tensors["environments"].items()}
+    observations, fresh = envs.restore(Snapshot(arrays, described["environments"]))
+    for index in fresh:
+        state.carry.observations[index] = observations[index]
+        for per_episode in (state.carry.episode_return, state.carry.episode_length, state.carry.discounted_return):
+            per_episode[index] = 0
+    for name in _COUNTERS:
+        setattr(state, name, described[name])
+    state.recent_returns.extend(described["recent_returns"])
+    state.recent_lengths.extend(described["recent_lengths"])
+    return state, fresh
+
+
+def describe_policy(policy: ActorCritic) -> dict[str, Any]:
+    """What `load_policy` needs beside the tensors, as JSON-able values."""
+    return {
+        "observation_space": space_to_json(policy.observation_space),
+        "action_space": space_to_json(policy.action_space),
+        "network": settings_of(policy.config),
+    }
+
+
+_COUNTERS = ("kl_coef", "iteration", "env_steps", "n_episodes", "best_return", "saved_at_step", "seconds")
+
+
+def _collect(
+    config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs
+) -> tuple[Batch, Episodes]:
+    """One rollout; what an environment did wrong is written down so that it can be played again."""
+    try:
+        return rollout(
+            state.policy,
+            envs,
+            state.carry,
+            config.rollout_length,
+            state.action_generator,
+            gamma=config.algorithm.gamma,
+        )
+    except EnvironmentFault as fault:
+        record = {"env_id": config.environment.env_id, "env_kwargs": config.environment.env_kwargs, **fault.record}
+        path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
+        path.write_text(json.dumps(record))
+        message = f"{fault}\nReplay it: proximo check-env {config.environment.env_id} --replay {path}"
+        raise EnvironmentFault(message, fault.record) from fault
+
+
+def _ratio_error(policy: ActorCritic, batch: Batch) -> float:
+    """Largest distance of a probability ratio from 1 before any update; above rounding, something is wrong."""
+    with torch.no_grad():
+        log_ratio = policy.evaluate(batch).log_probs - batch.log_probs
+    error = float(log_ratio.expm1().abs()[batch.mask].max())
+    if not error < 1e-3:
+        raise AssertionError(f"before the first update a probability ratio is {1 + error}, not 1")
+    return error
+
+
+def _count(state: ControlState, batch: Batch, episodes: Episodes) -> None:
+    state.iteration += 1
+    state.env_steps += batch.n_valid
+    state.n_episodes += len(episodes.returns)
+    state.recent_returns.extend(episodes.returns)
+    state.recent_lengths.extend(episodes.lengths)
+
+
+def _progress(state: ControlState) -> Metrics:
+    returns, lengths = state.recent_returns, state.recent_lengths
+    return {
+        "iteration": state.iteration,
+        "env_steps": state.env_steps,
+        "n_episodes": state.n_episodes,
+        "return_mean": float(np.mean(returns)) if returns else None,
+        "length_mean": float(np.mean(lengths)) if lengths else None,
+    }
+
+
+def _clocks(state: ControlState, batch: Batch, began: float, collected: float, updated: float) -> Metrics:
+    return {
+        "seconds": state.seconds,
+        "steps_per_second": batch.n_valid / max(updated - began, 1e-9),
+        "seconds_collecting": collected - began,
+        "seconds_updating": updated - collected,
+    }
+
+
+def _non_finite_message(config: ControlConfig, state: ControlState, error: NonFiniteUpdateError) -> str:
+    return (
+        f"Learning broke down in iteration {state.iteration + 1} (after {state.env_steps} steps): {error}. "
+        "The weights were not touched; the last checkpoint is sound.\n"
+        f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
+        f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards."
+    )
+
+
+def load_policy(checkpoint: Checkpoint) -> ActorCritic:
+    """Rebuild the policy of a checkpoint on the CPU, for acting; nothing of the environment is imported."""
+    described = checkpoint.state["policy"]
+    network = with_settings(NetworkConfig(), described["network"], where=str(checkpoint.path))
+    spaces = (space_from_json(described[f"{kind}_space"]) for kind in ("observation", "action"))
+    policy = ActorCritic(*spaces, network)
+    policy.load_state_dict(checkpoint.tensors["policy"])
+    return policy.eval().requires_grad_(False)
+

@@ -1,0 +1,69 @@
+"""Episodes with frozen weights and a frozen normalizer, in the environment's own rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+
+from proximo.collect.envs import SerialEnvs
+from proximo.errors import in_range
+from proximo.models.control import ActorCritic
+
+EVALUATION_STREAM = 2**31
+"""Mixed into the seeds so that evaluation never sees the episodes of training with the same seed."""
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """Undiscounted returns and lengths of the episodes, in the order of their seeds."""
+
+    returns: list[float]
+    lengths: list[int]
+
+
+def evaluate_policy(
+    policy: ActorCritic,
+    make: Callable[[], gym.Env],
+    *,
+    n_episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    name: str = "the environment",
+    max_envs: int = 10,
+) -> EpisodeScores:
+    """Play `n_episodes` episodes and return what they scored.
+
+    The episodes are fixed beforehand by their seeds, so short episodes are not favoured over long ones.
+    The policy is not changed in any way.
+
+    Raises:
+        UserError: if `n_episodes` is below 1.
+        EnvironmentFault: if the environment raises or returns what it must not.
+    """
+    in_range("episodes", n_episodes, at_least=1, usual="100")
+    n_envs = min(max_envs, n_episodes)
+    envs = SerialEnvs(make, n_envs, EVALUATION_STREAM + seed, name=name, on_space_violation="warn")
+    quota = [len(range(index, n_episodes, n_envs)) for index in range(n_envs)]
+    returns: list[list[float]] = [[] for _ in range(n_envs)]
+    lengths: list[list[int]] = [[] for _ in range(n_envs)]
+    running_return, running_length = np.zeros(n_envs), np.zeros(n_envs, np.int64)
+    observations = envs.reset()
+    n_steps = 0
+    while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
+        n_steps += 1
+        actions = policy(observations, deterministic=deterministic, seed=None if deterministic else seed + n_steps)
+        step = envs.step(np.asarray(actions))
+        running_return += step.rewards
+        running_length += 1
+        for index in np.flatnonzero(step.terminated | step.truncated):
+            if len(returns[index]) < quota[index]:
+                returns[index].append(float(running_return[index]))
+                lengths[index].append(int(running_length[index]))
+            running_return[index], running_length[index] = 0.0, 0
+        observations = step.observations
+    envs.close()
+    order = [(number % n_envs, number // n_envs) for number in range(n_episodes)]
+    return EpisodeScores([returns[i][e] for i, e in order], [lengths[i][e] for i, e in order])
