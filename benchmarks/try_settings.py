@@ -1,6 +1,6 @@
 """Train one environment with settings given on the command line and print its deterministic evaluation.
 
-    python benchmarks/try_settings.py Pendulum-v1 --seeds 0 1 -- learning_rate=5e-4 n_envs=8
+python benchmarks/try_settings.py Pendulum-v1 learning_rate=5e-4 n_envs=8 --seeds 0,1
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from proximo.train.evaluate import evaluate_policy
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("env_id")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", default="0", help="separated by commas")
     parser.add_argument("settings", nargs="*", help="name=value")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -34,7 +34,7 @@ def main() -> None:
     changes = {name: _literal(value) for name, value in changes.items()}
     base = PRESETS[arguments.env_id].settings if arguments.env_id in PRESETS else {}
     factory = find_factory(arguments.env_id)
-    for seed in arguments.seeds:
+    for seed in map(int, arguments.seeds.split(",")):
         settings = {"env_id": arguments.env_id, **base, **changes, "seed": seed}
         config = with_settings(ControlConfig(), settings, where="command line")
         began = time.perf_counter()
@@ -43,9 +43,7 @@ def main() -> None:
             envs = control.make_envs(config, factory)
             state = control.start(config, envs)
             curve = [row["return_mean"] for row in control.iterate(config, run, state, envs)]
-        scores = evaluate_policy(
-            state.policy, lambda: make_env(factory, arguments.env_id, {}), n_episodes=100, seed=0
-        )
+        scores = evaluate_policy(state.policy, lambda: make_env(factory, arguments.env_id, {}), n_episodes=100, seed=0)
         picked = [curve[int(i)] for i in np.linspace(0, len(curve) - 1, 8)]
         print(
             json.dumps(

@@ -6,9 +6,11 @@ over the seeds listed in docs/benchmarks.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 from gymnasium import spaces
 
 from proximo.train.config import ControlConfig, with_settings
@@ -132,22 +134,42 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def default_settings(observation_space: spaces.Space, action_space: spaces.Space) -> dict[str, Any]:
+def default_settings(action_space: spaces.Space) -> dict[str, Any]:
     """Sensible settings for an unknown environment, by its spaces.
 
     Continuous actions usually come with observations and rewards of any magnitude, so both are normalized.
     """
-    del observation_space
     if isinstance(action_space, spaces.Box):
         return dict(
-            n_envs=8, rollout_length=256, batch_size=64, n_epochs=10, normalize_observations=True, normalize_rewards=True
+            n_envs=8,
+            rollout_length=256,
+            batch_size=64,
+            n_epochs=10,
+            normalize_observations=True,
+            normalize_rewards=True,
         )
-    return dict(n_envs=8, rollout_length=128, batch_size=128, n_epochs=4, entropy_coef=0.01, normalize_observations=True)
+    return dict(
+        n_envs=8,
+        rollout_length=128,
+        batch_size=128,
+        n_epochs=4,
+        entropy_coef=0.01,
+        normalize_observations=True,
+    )
 
 
-def preset_config(env_id: str) -> ControlConfig | None:
-    """The tuned config of an environment, or None if there is none."""
+def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlConfig, str]:
+    """The tuned settings of an environment, or defaults by its spaces, and a line that says which.
+
+    `make` is called only where there are no tuned settings.
+    """
     preset = PRESETS.get(env_id)
-    if preset is None:
-        return None
-    return with_settings(ControlConfig(), {"env_id": env_id, **preset.settings}, where=f"preset {env_id}")
+    if preset is not None:
+        config = with_settings(ControlConfig(), {"env_id": env_id, **preset.settings}, where=f"preset {env_id}")
+        return config, f"tuned for {env_id} ({preset.source}); measured: {preset.score}"
+    env = make()
+    settings = default_settings(env.action_space)
+    env.close()
+    config = with_settings(ControlConfig(), {"env_id": env_id, **settings}, where="defaults")
+    kind = "continuous" if isinstance(env.action_space, spaces.Box) else "discrete"
+    return config, f"defaults for {kind} actions: nobody has tuned {env_id}"

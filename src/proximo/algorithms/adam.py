@@ -40,7 +40,12 @@ class FlatAdam:
     """
 
     def __init__(
-        self, module: nn.Module, *, learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-5
+        self,
+        module: nn.Module,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-5,
     ) -> None:
         """Gather the parameters."""
         self.learning_rate = learning_rate

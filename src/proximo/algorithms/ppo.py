@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import Optimizer
-from proximo.algorithms.update import Loss, Minibatch, Policy, run_epochs
+from proximo.algorithms.fused import ClipSettings, run_fused_epochs
+from proximo.algorithms.update import Loss, Minibatch, run_epochs
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch
 from proximo.core.distributions import Distribution
 from proximo.core.kl import AdaptiveKL
 from proximo.core.losses import clipped_surrogate, clipped_value, kl_penalized_surrogate, value_loss
 from proximo.core.masked import explained_variance, masked_mean
+from proximo.core.policy import Policy
 from proximo.errors import in_range, one_of
 
 Schedule = Literal["constant", "linear"]
@@ -59,6 +61,9 @@ class PPO:
     """PPO-Penalty: the coefficient beta to begin with."""
     kl_target: float = 0.01
     """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5."""
+    update_path: Literal["auto", "eager", "fused"] = "auto"
+    """`eager` lets torch derive the gradient, the reference; `fused` has it written out, for plain perceptrons and
+    PPO-Clip; `auto` is fused where that is possible."""
     microbatch_size: int | None = None
     """Cut minibatches into pieces of this size to save memory; the gradient stays the same."""
 
@@ -84,7 +89,17 @@ class PPO:
         in_range("microbatch_size", self.microbatch_size, at_least=1, usual="none at all")
         for name in ("learning_rate_schedule", "clip_schedule"):
             one_of(name, getattr(self, name), ("constant", "linear"))
+        one_of("update_path", self.update_path, ("auto", "eager", "fused"))
+        if self.update_path == "fused" and not self._can_fuse:
+            raise UserError(
+                "update_path is 'fused', which knows neither objective 'kl_penalty' nor microbatch_size; "
+                "use 'auto' or 'eager'."
+            )
         one_of("objective", self.objective, ("clip", "kl_penalty"))
+
+    @property
+    def _can_fuse(self) -> bool:
+        return self.objective == "clip" and self.microbatch_size is None
 
     def at(self, remaining: float, kl_coef: float) -> PPO:
         """Return the settings in force when `remaining` (1 at the start, 0 at the end) of the run is left.
@@ -132,6 +147,11 @@ class PPO:
         returns = advantages + batch.values
         quality = explained_variance(batch.values, returns, batch.mask)
         everything = Minibatch(batch, advantages, returns).as_steps()
+        if self.update_path != "eager" and self._can_fuse:
+            plain = policy.plain(everything.batch)
+            if plain is not None:
+                metrics = run_fused_epochs(plain, optimizer, everything, self._clip_settings, generator)
+                return metrics | {"explained_variance": float(quality)}
         if self.objective == "kl_penalty":
             with torch.no_grad():
                 everything = replace(everything, old_distribution=policy.evaluate(everything.batch).distribution)
@@ -154,11 +174,16 @@ class PPO:
             metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
         return metrics
 
+    @property
+    def _clip_settings(self) -> ClipSettings:
+        return ClipSettings(**{name: getattr(self, name) for name in ClipSettings._fields})
+
     def _loss(self, policy: Policy, minibatch: Minibatch) -> Loss:
         """Policy loss + value_coef * value loss - entropy_coef * entropy (Schulman et al. 2017, eq. 9)."""
         batch, denominator = minibatch.batch, minibatch.denominator
         new = policy.evaluate(batch)
-        if self.objective == "clip":
+        old = minibatch.old_distribution
+        if old is None:
             surrogate = clipped_surrogate(
                 new.log_probs,
                 batch.log_probs,
@@ -168,12 +193,11 @@ class PPO:
                 denominator=denominator,
             )
         else:
-            assert minibatch.old_distribution is not None
             surrogate = kl_penalized_surrogate(
                 new.log_probs,
                 batch.log_probs,
                 minibatch.advantages,
-                minibatch.old_distribution.kl(new.distribution),
+                old.kl(new.distribution),
                 batch.mask,
                 kl_coef=self.kl_coef,
                 denominator=denominator,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,23 +13,7 @@ from proximo.algorithms.adam import Optimizer
 from proximo.core.batch import Batch, minibatch_indices
 from proximo.core.distributions import Distribution
 from proximo.core.masked import whiten
-
-
-class Evaluation(NamedTuple):
-    """What `policy.evaluate(batch)` returns; every tensor `[B, T]`, `distribution` over `[B, T]`."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    values: Tensor
-    distribution: Distribution
-
-
-class Policy(Protocol):
-    """What the algorithms ask of a policy."""
-
-    def evaluate(self, batch: Batch) -> Evaluation:
-        """Score `batch.actions` under the present weights, with gradient."""
-        ...
+from proximo.core.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -53,9 +37,7 @@ class Minibatch:
     def as_steps(self) -> Minibatch:
         """Every valid step as a row of its own, as `Batch.as_steps`; before there is an old distribution."""
         keep = self.batch.mask
-        return Minibatch(
-            self.batch.as_steps(), self.advantages[keep].unsqueeze(1), self.returns[keep].unsqueeze(1)
-        )
+        return Minibatch(self.batch.as_steps(), self.advantages[keep].unsqueeze(1), self.returns[keep].unsqueeze(1))
 
     def split(self, size: int | None) -> list[Minibatch]:
         """Cut into microbatches of at most `size` rows, all with this minibatch's denominator."""

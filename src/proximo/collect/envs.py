@@ -207,9 +207,7 @@ class SerialEnvs:
             self._starts[index] = len(self._history)
             self._begin_episode(int(index))
         self._forget_closed_episodes()
-        return Step(
-            self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid
-        )
+        return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
 
     def snapshot(self) -> Snapshot:
         """Episode numbers, the open episodes' actions, and the observations they have led to."""
@@ -237,12 +235,16 @@ class SerialEnvs:
         self._history = []
         if longest:
             open_actions = arrays["open_actions"]
-            self._history = [np.zeros((self.n_envs, *open_actions.shape[1:]), open_actions.dtype) for _ in range(longest)]
+            self._history = [
+                np.zeros((self.n_envs, *open_actions.shape[1:]), open_actions.dtype) for _ in range(longest)
+            ]
         self._starts[:] = [longest - length for length in lengths]
         fresh = []
         for index, length in enumerate(lengths):
             self._begin_episode(index)
-            for offset, action in enumerate(arrays["open_actions"][ends[index] - length : ends[index]] if length else []):
+            for offset, action in enumerate(
+                arrays["open_actions"][ends[index] - length : ends[index]] if length else []
+            ):
                 self._history[longest - length + offset][index] = action
             if not self._replay(index, arrays["observations"][index]):
                 self._episodes[index] += 1
@@ -301,7 +303,7 @@ class SerialEnvs:
             self._warned = True
             self.warnings.append(f"{self._where(index)}: {problem} (said once; training goes on)")
 
-    def _number(self, index: int, reward: Any) -> float:  # noqa: ANN401 (whatever the environment gave)
+    def _number(self, index: int, reward: Any) -> float:
         if type(reward) is float:
             return reward
         array = np.asarray(reward)

@@ -44,7 +44,7 @@ def find_factory(env_id: str) -> EnvFactory:
         factory = getattr(module, name)
         if not callable(factory):
             raise UserError(f"{env_id}: {name} is a {type(factory).__name__}, not a class or function.")
-        return factory
+        return factory  # type: ignore[return-value]
     if name in gym.registry:
         return lambda **kwargs: gym.make(name, disable_env_checker=True, **kwargs)
     own = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, gym.Env)]
@@ -108,7 +108,7 @@ def _check_registered(env_id: str) -> None:
     )
 
 
-def _import_file(path: Path) -> Any:  # noqa: ANN401 (a module has no more precise type)
+def _import_file(path: Path) -> Any:
     """Import a Python file under a name of its own; the same file is imported once."""
     path = path.expanduser().resolve()
     if not path.is_file():
@@ -133,7 +133,7 @@ def _import_file(path: Path) -> Any:  # noqa: ANN401 (a module has no more preci
     return module
 
 
-def _import_module(name: str) -> Any:  # noqa: ANN401
+def _import_module(name: str) -> Any:
     """Import a module, looking in the current folder first, as `python -m` does."""
     here = str(Path.cwd())
     added = here not in sys.path

@@ -76,9 +76,7 @@ class NativeEnvs:
                 final[index] = info["final_obs"][index]
         elif done.any():
             final = observations.copy()
-            seed = episode_seed(self._seed, self.n_envs, self._n_steps)
-            seeds = [seed + i for i in range(self.n_envs)]
-            after, _ = self._envs.reset(seed=seeds, options={"reset_mask": done})
+            after, _ = self._envs.reset(options={"reset_mask": done})
             observations = np.array(after)
         return Step(observations, rewards, terminated, truncated, final, valid)
 

@@ -104,9 +104,7 @@ class _Recorder:
         numbers = [np.zeros((n, length)) for _ in range(2)]
         return _Recorder(np.zeros((n, length, *observations.shape[1:]), observations.dtype), *numbers, *flags)
 
-    def write(
-        self, t: int, rewards: np.ndarray, terminated: np.ndarray, done: np.ndarray, valid: np.ndarray
-    ) -> None:
+    def write(self, t: int, rewards: np.ndarray, terminated: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
         self.rewards[:, t] = rewards
         self.terminated[:, t] = terminated
         self.done[:, t] = done
@@ -119,9 +117,7 @@ def _advance(carry: Carry, rewards: np.ndarray, valid: np.ndarray) -> None:
 
 
 def _advance_discounted(carry: Carry, rewards: np.ndarray, valid: np.ndarray, gamma: float) -> np.ndarray:
-    carry.discounted_return[:] = np.where(
-        valid, gamma * carry.discounted_return + rewards, carry.discounted_return
-    )
+    carry.discounted_return[:] = np.where(valid, gamma * carry.discounted_return + rewards, carry.discounted_return)
     return carry.discounted_return
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.core.normalize import RunningMoments
+from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of
 
 Array = TypeVar("Array", np.ndarray, Tensor)
@@ -54,15 +55,6 @@ class NetworkConfig:
         in_range("log_std_init", self.log_std_init, at_least=-20.0, at_most=5.0, usual="0.0")
         in_range("clip_observation", self.clip_observation, above=0.0, usual="10")
         in_range("clip_reward", self.clip_reward, above=0.0, usual="10")
-
-
-class Evaluation(NamedTuple):
-    """Scores of a batch's actions; tensors `[B, T]`, the distribution over `[B, T]`."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    values: Tensor
-    distribution: Categorical | DiagonalGaussian
 
 
 class Acted(NamedTuple):
@@ -112,7 +104,10 @@ class ActorCritic(nn.Module):
             self.log_std = nn.Parameter(torch.full((n_outputs,), config.log_std_init))
         self.actor = _mlp(n_inputs, config, n_outputs, head_gain=0.01, generator=generator)
         self.critic = _mlp(n_inputs, config, 1, head_gain=1.0, generator=generator)
-        for name, moments in (("observation", RunningMoments.empty((n_inputs,))), ("return", RunningMoments.empty())):
+        for name, moments in (
+            ("observation", RunningMoments.empty((n_inputs,))),
+            ("return", RunningMoments.empty()),
+        ):
             self.register_buffer(f"{name}_mean", moments.mean)
             self.register_buffer(f"{name}_variance", moments.variance)
             self.register_buffer(f"{name}_count", moments.count)
@@ -134,6 +129,16 @@ class ActorCritic(nn.Module):
         distribution = self._distribution(inputs)
         values = self.critic(inputs).squeeze(-1)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
+
+    def plain(self, batch: Batch) -> PlainActorCritic:
+        """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them."""
+        with torch.no_grad():
+            inputs = self._normalized(batch.observations.flatten(0, 1).flatten(1)).contiguous()
+        actor, critic = (
+            [(layer.weight, layer.bias) for layer in network if isinstance(layer, nn.Linear)]
+            for network in (self.actor, self.critic)
+        )
+        return PlainActorCritic(inputs, actor, critic, self.log_std, self.config.activation)
 
     def scaled_values(self, observations: Tensor) -> Tensor:
         """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
@@ -160,7 +165,11 @@ class ActorCritic(nn.Module):
         """Merge running discounted returns `[N]` into the reward scale. Only ever between two rollouts."""
         moments = RunningMoments(self.return_mean, self.return_variance, self.return_count)
         moments = moments.updated(discounted_returns)
-        self.return_mean, self.return_variance, self.return_count = moments.mean, moments.variance, moments.count
+        self.return_mean, self.return_variance, self.return_count = (
+            moments.mean,
+            moments.variance,
+            moments.count,
+        )
 
     @property
     def reward_scale(self) -> float:
@@ -192,7 +201,7 @@ class ActorCritic(nn.Module):
             actions = distribution.mode() if deterministic else distribution.sample(generator)
         result = self.to_environment(actions)
         result = result[0] if single else result
-        return torch.as_tensor(result) if isinstance(observation, Tensor) else result
+        return torch.as_tensor(result) if isinstance(observation, Tensor) else result  # type: ignore[return-value]
 
     def value(self, observation: Array) -> Array:
         """Expected discounted return from one observation or a batch, in the environment's own reward units.
@@ -215,7 +224,7 @@ class ActorCritic(nn.Module):
             ValueError: if a shape does not fit its space.
         """
         inputs, single = self._inputs(observation)
-        actions = torch.as_tensor(action, device=inputs.device).reshape(len(inputs), *self.action_space.shape)
+        actions = torch.as_tensor(action, device=inputs.device).reshape(len(inputs), *(self.action_space.shape or ()))
         with torch.no_grad():
             if isinstance(self.action_space, spaces.Discrete):
                 log_probs = self._distribution(inputs).log_prob(actions - int(self.action_space.start))
@@ -253,7 +262,12 @@ class ActorCritic(nn.Module):
 
 
 def _mlp(
-    n_inputs: int, config: NetworkConfig, n_outputs: int, *, head_gain: float, generator: torch.Generator | None
+    n_inputs: int,
+    config: NetworkConfig,
+    n_outputs: int,
+    *,
+    head_gain: float,
+    generator: torch.Generator | None,
 ) -> nn.Sequential:
     """Linear layers with the activation between them, initialized as the config says."""
     sizes = [n_inputs, *config.hidden_sizes, n_outputs]
@@ -303,6 +317,6 @@ def _supported_actions(space: spaces.Space) -> spaces.Discrete | spaces.Box:
     )
 
 
-def _like(example: np.ndarray | Tensor, result: Tensor) -> np.ndarray | Tensor:
+def _like(example: Array, result: Tensor) -> Array:
     """NumPy where `example` is NumPy, torch where it is torch."""
-    return result if isinstance(example, Tensor) else result.cpu().numpy()
+    return result if isinstance(example, Tensor) else result.cpu().numpy()  # type: ignore[return-value]

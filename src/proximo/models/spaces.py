@@ -38,7 +38,7 @@ def space_from_json(value: dict[str, Any]) -> spaces.Space:
             shape = tuple(int(size) for size in value["shape"])
             dtype = np.dtype(value["dtype"])
             low, high = (_bound_from_json(value[key], shape, dtype) for key in ("low", "high"))
-            return spaces.Box(low, high, shape, dtype.type)  # type: ignore[arg-type]
+            return spaces.Box(low, high, shape, dtype.type)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"The checkpoint describes a space that cannot be rebuilt: {value!r} ({error})") from error
     raise UserError(f"The checkpoint describes a space of unknown kind: {value!r}")

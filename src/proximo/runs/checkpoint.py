@@ -111,8 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return _load(path)
     except UserError as error:
         raise UserError(
-            f"The checkpoint {path} was not loaded: {error}. "
-            "Restore it from a copy, or use another checkpoint."
+            f"The checkpoint {path} was not loaded: {error}. Restore it from a copy, or use another checkpoint."
         ) from error
 
 
@@ -132,9 +131,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
         except UserError as error:
             skipped.append(f"{name}: {error}")
     if not skipped:
-        raise UserError(
-            f"There is no checkpoint in {folder}. The run was stopped before it saved its first one."
-        )
+        raise UserError(f"There is no checkpoint in {folder}. The run was stopped before it saved its first one.")
     raise UserError(
         f"No checkpoint in {folder} can be used:\n"
         + "\n".join(f"  {line}" for line in skipped)

@@ -106,6 +106,4 @@ def parse_tensors(name: str, data: bytes) -> dict[str, torch.Tensor]:
         return {key: tensor.clone() for key, tensor in loaded.items()}
     except Exception as error:
         # The file may be a stranger's: the reader raises errors of many kinds, and none is our mistake.
-        raise UserError(
-            f"{name} is no readable safetensors file ({type(error).__name__}: {error})"
-        ) from error
+        raise UserError(f"{name} is no readable safetensors file ({type(error).__name__}: {error})") from error

@@ -102,9 +102,7 @@ def open_run(path: Path | str) -> RunDirectory:
             return run
     runs = _newest_runs(path) if path.is_dir() else []
     if runs:
-        raise UserError(
-            f"{path} is not a run, but a folder that holds runs. Name one of them:\n{_listed(runs)}"
-        )
+        raise UserError(f"{path} is not a run, but a folder that holds runs. Name one of them:\n{_listed(runs)}")
     raise UserError(
         f"{path} is not a run: it has no config.toml. A run is a folder that proximo train made, such as "
         "runs/CartPole-v1/2026-01-31T12-00-00-seed1."
@@ -197,9 +195,7 @@ def _listed(runs: list[Path]) -> str:
 def _missing(path: Path) -> str:
     """Say that `path` does not exist, and what does that looks like it."""
     parents = [path.parent, *path.parent.parents]
-    index, existing = next(
-        (i, each) for i, each in enumerate(parents) if each.is_dir() or each == each.parent
-    )
+    index, existing = next((i, each) for i, each in enumerate(parents) if each.is_dir() or each == each.parent)
     wanted = path.name if index == 0 else parents[index - 1].name
     alike: list[Path] = []
     for folder in (existing, RUNS_ROOT):
@@ -212,11 +208,7 @@ def _missing(path: Path) -> str:
     if alike:
         return f"{message} Did you mean one of these?\n{_listed(alike)}"
     runs = _newest_runs(RUNS_ROOT)
-    return (
-        f"{message} The newest runs are:\n{_listed(runs)}"
-        if runs
-        else f"{message} There are no runs here yet."
-    )
+    return f"{message} The newest runs are:\n{_listed(runs)}" if runs else f"{message} There are no runs here yet."
 
 
 def _without_none(value: Any) -> Any:

@@ -86,9 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
         if name not in present:
             raise UserError(f"{name} is missing")
         if present[name] != file.size:
-            raise UserError(
-                f"{name} is damaged: it has {present[name]:,} bytes, {MANIFEST_NAME} says {file.size:,}"
-            )
+            raise UserError(f"{name} is damaged: it has {present[name]:,} bytes, {MANIFEST_NAME} says {file.size:,}")
     extra = sorted(present.keys() - manifest.files.keys() - {MANIFEST_NAME})
     if extra:
         raise UserError(f"{extra[0]!r} does not belong to the checkpoint: {MANIFEST_NAME} does not list it")
@@ -194,6 +192,5 @@ def _is_count(value: object) -> TypeGuard[int]:
 def _check_digest(name: str, digest: str, promised: FileRecord) -> None:
     if digest != promised.sha256:
         raise UserError(
-            f"{name} is damaged: its SHA-256 begins with {digest[:12]}, {MANIFEST_NAME} says "
-            f"{promised.sha256[:12]}"
+            f"{name} is damaged: its SHA-256 begins with {digest[:12]}, {MANIFEST_NAME} says {promised.sha256[:12]}"
         )

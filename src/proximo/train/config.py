@@ -10,7 +10,10 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 from proximo.algorithms.ppo import PPO
 from proximo.collect.envs import SpacePolicy
@@ -22,9 +25,9 @@ from proximo.models.control import NetworkConfig
 class EnvironmentConfig:
     """The task, and how many copies of it run how."""
 
-    env_id: str = "CartPole-v1"
+    env_id: Annotated[str, tyro.conf.Suppress] = "CartPole-v1"
     """Gymnasium id, my_file.py:MyEnv, or package.module:MyEnv."""
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
+    env_kwargs: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Arguments for making the environment (in a config file: a table [env_kwargs])."""
     n_envs: int = 8
     """Environments that run side by side."""
@@ -107,6 +110,23 @@ class ControlConfig:
         return self.checkpoint_every or max(self.total_steps // 20, self.steps_per_iteration)
 
 
+@dataclass(frozen=True)
+class TrainArguments:
+    """Learn a control task. The defaults shown are those of the environment named."""
+
+    settings: Annotated[ControlConfig, tyro.conf.OmitArgPrefixes]
+    config: Path | None = None
+    """A TOML file of settings; flags go over it."""
+    run_dir: Path | None = None
+    """Where to write; by default a new folder runs/ENV/TIME-seedSEED."""
+    env_kwargs: str = "{}"
+    """Arguments for making the environment, as a JSON object."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
 def settings_of(config: object) -> dict[str, Any]:
     """Every setting of a config by its own name; nested dataclasses are walked through."""
     settings: dict[str, Any] = {}
@@ -139,7 +159,7 @@ def with_settings(config: Config, settings: dict[str, Any], *, where: str) -> Co
     return _replaced(config, settings, where)
 
 
-def _replaced(config: Any, settings: dict[str, Any], where: str) -> Any:  # noqa: ANN401
+def _replaced(config: Any, settings: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(type(config))
     changes = {}
     for entry in dataclasses.fields(config):
@@ -151,7 +171,7 @@ def _replaced(config: Any, settings: dict[str, Any], where: str) -> Any:  # noqa
     return dataclasses.replace(config, **changes)
 
 
-def _typed(name: str, value: Any, hint: Any, where: str) -> Any:  # noqa: ANN401
+def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     """Check a value against its annotation: exact, but an integer may stand for a float."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
@@ -167,7 +187,9 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:  # noqa: ANN401
         if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
             return value
     wanted = " or ".join(
-        "none" if option is type(None) else ", ".join(map(repr, typing.get_args(option)))
+        "none"
+        if option is type(None)
+        else ", ".join(map(repr, typing.get_args(option)))
         if typing.get_origin(option) is Literal
         else getattr(option, "__name__", str(option))
         for option in options

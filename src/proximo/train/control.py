@@ -24,7 +24,7 @@ from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.models.spaces import space_from_json, space_to_json
 from proximo.runs.checkpoint import Checkpoint, mark_best, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import append_metrics
+from proximo.runs.metrics import append_metrics, sync_metrics
 from proximo.train.config import ControlConfig, settings_of, with_settings
 
 Metrics = dict[str, Any]
@@ -59,7 +59,7 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
     if task.vectorization == "native":
         return NativeEnvs(make_native(task.env_id, task.n_envs, task.env_kwargs), config.seed, name=task.env_id)
 
-    def make_one() -> Any:  # noqa: ANN401 (a gymnasium.Env)
+    def make_one() -> Any:
         return make_env(factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
 
     if task.vectorization == "workers":
@@ -71,9 +71,7 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
             n_workers=task.n_workers,
             on_space_violation=task.on_space_violation,
         )
-    return SerialEnvs(
-        make_one, task.n_envs, config.seed, name=task.env_id, on_space_violation=task.on_space_violation
-    )
+    return SerialEnvs(make_one, task.n_envs, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
 
 
 def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
@@ -140,9 +138,7 @@ def finished(config: ControlConfig, state: ControlState) -> bool:
     """Whether another rollout would go past `total_steps`, or the wanted return is reached."""
     full = len(state.recent_returns) == state.recent_returns.maxlen
     reached = (
-        config.stop_at_return is not None
-        and full
-        and float(np.mean(state.recent_returns)) >= config.stop_at_return
+        config.stop_at_return is not None and full and float(np.mean(state.recent_returns)) >= config.stop_at_return
     )
     return reached or state.env_steps + config.steps_per_iteration > config.total_steps
 
@@ -173,6 +169,7 @@ def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Ve
         "environments": snapshot.values,
         "policy": describe_policy(state.policy),
     }
+    sync_metrics(run.metrics_path)
     path = save_checkpoint(run.checkpoints, state.env_steps, tensors, described)
     if is_best:
         mark_best(run.checkpoints, path)
@@ -193,7 +190,11 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
     observations, fresh = envs.restore(Snapshot(arrays, described["environments"]))
     for index in fresh:
         state.carry.observations[index] = observations[index]
-        for per_episode in (state.carry.episode_return, state.carry.episode_length, state.carry.discounted_return):
+        for per_episode in (
+            state.carry.episode_return,
+            state.carry.episode_length,
+            state.carry.discounted_return,
+        ):
             per_episode[index] = 0
     for name in _COUNTERS:
         setattr(state, name, described[name])
@@ -214,9 +215,7 @@ def describe_policy(policy: ActorCritic) -> dict[str, Any]:
 _COUNTERS = ("kl_coef", "iteration", "env_steps", "n_episodes", "best_return", "saved_at_step", "seconds")
 
 
-def _collect(
-    config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs
-) -> tuple[Batch, Episodes]:
+def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> tuple[Batch, Episodes]:
     """One rollout; what an environment did wrong is written down so that it can be played again."""
     try:
         return rollout(
@@ -228,7 +227,11 @@ def _collect(
             gamma=config.algorithm.gamma,
         )
     except EnvironmentFault as fault:
-        record = {"env_id": config.environment.env_id, "env_kwargs": config.environment.env_kwargs, **fault.record}
+        record = {
+            "env_id": config.environment.env_id,
+            "env_kwargs": config.environment.env_kwargs,
+            **fault.record,
+        }
         path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
         path.write_text(json.dumps(record))
         message = f"{fault}\nReplay it: proximo check-env {config.environment.env_id} --replay {path}"
@@ -286,8 +289,7 @@ def load_policy(checkpoint: Checkpoint) -> ActorCritic:
     """Rebuild the policy of a checkpoint on the CPU, for acting; nothing of the environment is imported."""
     described = checkpoint.state["policy"]
     network = with_settings(NetworkConfig(), described["network"], where=str(checkpoint.path))
-    spaces = (space_from_json(described[f"{kind}_space"]) for kind in ("observation", "action"))
-    policy = ActorCritic(*spaces, network)
+    observations, actions = space_from_json(described["observation_space"]), space_from_json(described["action_space"])
+    policy = ActorCritic(observations, actions, network)
     policy.load_state_dict(checkpoint.tensors["policy"])
     return policy.eval().requires_grad_(False)
-

@@ -1,0 +1,46 @@
+"""Proximo trains policies with proximal policy optimization: robots, games and language models, one PPO."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proximo.api import Run as Run
+    from proximo.api import evaluate as evaluate
+    from proximo.api import load as load
+    from proximo.api import resume as resume
+    from proximo.api import train as train
+    from proximo.errors import UserError as UserError
+    from proximo.models.control import ActorCritic as ActorCritic
+    from proximo.train.config import ControlConfig as ControlConfig
+
+try:
+    __version__ = version("proximo")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "train": "proximo.api",
+    "resume": "proximo.api",
+    "load": "proximo.api",
+    "evaluate": "proximo.api",
+    "Run": "proximo.api",
+    "UserError": "proximo.errors",
+    "ActorCritic": "proximo.models.control",
+    "ControlConfig": "proximo.train.config",
+}
+
+__all__ = ["ActorCritic", "ControlConfig", "Run", "UserError", "evaluate", "load", "resume", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `proximo.core` can be had without Gymnasium."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'proximo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

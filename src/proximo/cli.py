@@ -1,0 +1,436 @@
+"""The command line: `proximo train CartPole-v1` and its siblings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from proximo.errors import UserError, nearest
+
+USAGE = """\
+proximo trains policies with proximal policy optimization.
+
+  proximo train ENV         learn a control task          ENV: Gymnasium id, my_file.py:MyEnv, package.module:MyEnv
+  proximo resume RUN        go on exactly where it stopped
+  proximo evaluate RUN      episodes with frozen weights and normalizer
+  proximo watch RUN         a video of the policy
+  proximo report RUN...     pictures and a diagnosis; several runs are compared
+  proximo check-env ENV     what is wrong with my environment, before training on it
+  proximo doctor            versions, cores, GPU, disk, extras, and how to mend what is missing
+  proximo presets           environments with tuned settings, their sources and measured scores
+
+proximo COMMAND --help tells more. Start with: proximo train CartPole-v1
+"""
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 2, 130
+
+
+@dataclass(frozen=True)
+class ResumeArguments:
+    """Go on exactly where a run stopped."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    env: str | None = None
+    """The environment, where the run's own name for it is not a registered Gymnasium id."""
+    allow_import: bool = False
+    """Import the file or module that the run names as its environment; only for runs of your own."""
+    total_steps: int | None = None
+    """Train up to this many steps instead of the number the run was begun with."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """Play episodes with frozen weights and normalizer; scores are in the environment's own rewards."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    episodes: int = 100
+    """How many episodes."""
+    seed: int = 0
+    """Fixes the episodes; training never sees the same ones."""
+    stochastic: bool = False
+    """Sample actions instead of taking the most likely one."""
+    checkpoint: str = "latest"
+    """latest, best, or the step of one."""
+    env: str | None = None
+    """The environment, where the run's own name for it is not a registered Gymnasium id."""
+    allow_import: bool = False
+    """Import the file or module that the run names as its environment; only for runs of your own."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class WatchArguments:
+    """Write a video of the policy: an mp4, or a GIF where there is no encoder."""
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    episodes: int = 1
+    """How many episodes, one after the other."""
+    seed: int = 0
+    """Fixes the episodes."""
+    stochastic: bool = False
+    """Sample actions instead of taking the most likely one."""
+    checkpoint: str = "latest"
+    """latest, best, or the step of one."""
+    env: str | None = None
+    """The environment, where the run's own name for it is not a registered Gymnasium id."""
+    allow_import: bool = False
+    """Import the file or module that the run names as its environment; only for runs of your own."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class ReportArguments:
+    """Draw pictures of one or several runs and say in words what they show."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    out: Path | None = None
+    """Folder to write to; by default report/ in the run, or a new folder beside several runs."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class CheckEnvArguments:
+    """Tell what is wrong with an environment before training on it."""
+
+    env: tyro.conf.Positional[str]
+    """Gymnasium id, my_file.py:MyEnv, or package.module:MyEnv."""
+    steps: int = 2000
+    """Random steps to play."""
+    seed: int = 0
+    """Seeds the environment and the random actions."""
+    env_kwargs: str = "{}"
+    """Arguments for making the environment, as a JSON object."""
+    replay: Path | None = None
+    """Play a replay file again, which a stopped run has left."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+@dataclass(frozen=True)
+class DoctorArguments:
+    """Tell what this machine has, what is missing, and how to mend it."""
+
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 bad input, 130 interrupted with a checkpoint saved."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"proximo: {error}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("proximo: interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_DONE
+    sys.exit(code)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return EXIT_DONE if words else EXIT_BAD_INPUT
+    if words[0] in ("-V", "--version", "version"):
+        import proximo
+
+        print(f"proximo {proximo.__version__}")
+        return EXIT_DONE
+    command = COMMANDS.get(words[0])
+    if command is None:
+        closest = nearest(words[0], COMMANDS, count=1)
+        hint = f" Did you mean {closest[0]!r}?" if closest else ""
+        raise UserError(f"There is no command {words[0]!r}.{hint}\nCommands: {', '.join(COMMANDS)}")
+    return command(words[1:])
+
+
+# --- train ------------------------------------------------------------------------------------------------
+
+
+def _train(words: list[str]) -> int:
+    """`proximo train ENV [--config FILE.toml] [flags]`: flags go over the file, the file over tuned settings."""
+    from proximo.api import environment_source, train_with
+    from proximo.collect.make import make_env
+    from proximo.presets import resolve_settings
+    from proximo.terminal import Display
+    from proximo.train.config import ControlConfig, TrainArguments, with_settings
+
+    file = _config_file(words)
+    from_file = _read_toml(file) if file else {}
+    named = words[0] if words and not words[0].startswith("-") else None
+    env_id = named or from_file.get("env_id")
+    wants_help = any(word in ("-h", "--help") for word in words)
+    if env_id is None and not wants_help:
+        raise UserError("proximo train needs an environment right after it, such as: proximo train CartPole-v1")
+    base, source, factory = ControlConfig(), "", None
+    kwargs = from_file.get("env_kwargs", {}) | _json_object("--env-kwargs", _flag_value(words, "--env-kwargs"))
+    if env_id is not None:
+        env_id, factory = environment_source(env_id)
+        made = factory
+        base, source = resolve_settings(env_id, lambda: make_env(made, env_id, kwargs))
+        changes = from_file | {"env_id": env_id, "env_kwargs": kwargs}
+        base = with_settings(base, changes, where=str(file) if file else "proximo train")
+        source += f"; changed by {file}" if file else ""
+
+    rest = words[1:] if named else words
+    given = tyro.cli(TrainArguments, args=rest, prog=f"proximo train {env_id or 'ENV'}", default=TrainArguments(base))
+    assert factory is not None
+    display = Display.choose(quiet=given.quiet)
+    flags = [word for word in words[1:] if word.startswith("--")]
+    source += f"; changed by {', '.join(flags)}" if flags else ""
+    return _finish(train_with(given.settings, factory, display, given.run_dir, source), display, as_json=given.json)
+
+
+def _resume(words: list[str]) -> int:
+    from proximo.api import resume_with
+    from proximo.terminal import Display
+
+    given = _parse(ResumeArguments, words, "resume")
+    display = Display.choose(quiet=given.quiet)
+    run = resume_with(given.run, given.env, display, allow_import=given.allow_import, total_steps=given.total_steps)
+    return _finish(run, display, as_json=given.json)
+
+
+def _finish(run: Any, display: Any, *, as_json: bool) -> int:
+    """Draw the pictures, show the result, and say what may be typed next."""
+    from proximo.report.report import write_report
+    from proximo.runs.checkpoint import newest_checkpoint
+    from proximo.runs.directory import RunDirectory
+
+    directory = RunDirectory(run.path)
+    facts = _result_facts(run)
+    pictures, findings = [], []
+    if run.env_steps:
+        report = write_report([directory], None)
+        pictures = report.pictures
+        findings = [f"{f.seen} {f.meaning} {f.advice}" for f in report.findings[directory.path.name]]
+    if run.env_steps:
+        facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
+    resume = f"proximo resume {run.path}"
+    rest = [f"proximo evaluate {run.path}", f"proximo watch {run.path}", f"proximo report {run.path}"]
+    display.result(facts, pictures, findings, [resume, *rest[:2]] if run.interrupted_by else rest)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "run": str(run.path),
+                    "env_id": run.config.environment.env_id,
+                    "env_steps": run.env_steps,
+                    "return_mean": run.return_mean,
+                    "seconds": run.seconds,
+                    "interrupted": run.interrupted_by is not None,
+                }
+            )
+        )
+    if run.interrupted_by is None:
+        return EXIT_DONE
+    return EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by
+
+
+def _result_facts(run: Any) -> dict[str, str]:
+    """The result in words, with the threshold that the environment itself calls solved."""
+    import gymnasium
+
+    speed = f"{run.env_steps:,} steps in {run.seconds:.1f} s ({run.env_steps / max(run.seconds, 1e-9):,.0f} steps/s)"
+    ended = {} if run.interrupted_by is None else {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
+    if run.return_mean is None:
+        return ended | {"result": "no episode has ended yet", "took": speed}
+    result = f"mean return {run.return_mean:.1f} over the last 100 training episodes"
+    spec = gymnasium.registry.get(run.config.environment.env_id)
+    threshold = spec.reward_threshold if spec else None
+    if threshold is not None:
+        verdict = "solved" if run.return_mean >= threshold else "not solved yet"
+        result += f": {verdict} ({run.config.environment.env_id} counts as solved at {threshold:g})"
+    return ended | {"result": result, "took": speed}
+
+
+# --- the other commands -----------------------------------------------------------------------------------
+
+
+def _evaluate(words: list[str]) -> int:
+    from proximo.api import evaluate
+
+    given = _parse(EvaluateArguments, words, "evaluate")
+    result = evaluate(
+        given.run,
+        given.env,
+        episodes=given.episodes,
+        seed=given.seed,
+        deterministic=not given.stochastic,
+        checkpoint=given.checkpoint,
+        allow_import=given.allow_import,
+    )
+    if given.json:
+        print(json.dumps(result))
+        return EXIT_DONE
+    how = "most likely actions" if result["deterministic"] else "sampled actions"
+    print(f"{result['env_id']}: {result['episodes']} episodes, {how}, seed {result['seed']}")
+    print(f"return  {result['return_mean']:.2f} +- {result['return_std']:.2f}", end="")
+    print(f"  (from {result['return_min']:.2f} to {result['return_max']:.2f})")
+    print(f"length  {result['length_mean']:.1f} steps")
+    return EXIT_DONE
+
+
+def _watch(words: list[str]) -> int:
+    from proximo.api import make_for, open_policy, run_environment
+    from proximo.report.video import record_video
+
+    given = _parse(WatchArguments, words, "watch")
+    directory, config, policy, step = open_policy(given.run, given.checkpoint)
+    _, factory = run_environment(config, given.env, allow_import=given.allow_import)
+    path = record_video(
+        policy,
+        lambda: make_for(config, factory, render_mode="rgb_array"),
+        directory.videos / f"step_{step}-seed{given.seed}",
+        n_episodes=given.episodes,
+        seed=given.seed,
+        deterministic=not given.stochastic,
+    )
+    print(json.dumps({"video": str(path)}) if given.json else path)
+    return EXIT_DONE
+
+
+def _report(words: list[str]) -> int:
+    from proximo.report.report import report_json, write_report
+    from proximo.runs.directory import open_run
+
+    given = _parse(ReportArguments, words, "report")
+    if not given.runs:
+        raise UserError("proximo report needs one or more run directories.")
+    report = write_report([open_run(path) for path in given.runs], given.out)
+    print(json.dumps(report_json(report)) if given.json else report.text)
+    return EXIT_DONE
+
+
+def _check_env(words: list[str]) -> int:
+    from dataclasses import asdict
+
+    from proximo.collect.check import check_environment, format_report, load_record, replay_record
+    from proximo.collect.make import find_factory, make_env
+
+    given = _parse(CheckEnvArguments, words, "check-env")
+    kwargs = _json_object("--env-kwargs", given.env_kwargs)
+    factory = find_factory(given.env)
+
+    if given.replay is not None:
+        record = load_record(given.replay)
+        kwargs = record.get("env_kwargs", {}) | kwargs
+        said = replay_record(lambda: make_env(factory, given.env, kwargs), record)
+        print(json.dumps({"replay": said}) if given.json else said)
+        return EXIT_DONE
+    report = check_environment(
+        lambda: make_env(factory, given.env, kwargs), given.env, n_steps=given.steps, seed=given.seed
+    )
+    if given.json:
+        print(json.dumps({"env_id": given.env, "ok": report.ok, **asdict(report)}))
+    else:
+        print(format_report(report))
+    return EXIT_DONE if report.ok else EXIT_BAD_INPUT
+
+
+def _doctor(words: list[str]) -> int:
+    from dataclasses import asdict
+
+    from proximo.doctor import diagnose_machine, main_text
+
+    given = _parse(DoctorArguments, words, "doctor")
+    if given.json:
+        print(json.dumps({"entries": [asdict(entry) for entry in diagnose_machine()]}))
+        return EXIT_DONE
+    text, _ = main_text()
+    print(text)
+    return EXIT_DONE
+
+
+def _presets(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from proximo.presets import PRESETS
+
+    if words:
+        raise UserError(f"proximo presets takes no arguments, but got {' '.join(words)}")
+    table = Table("environment", "steps", "source", "measured score")
+    for env_id, preset in PRESETS.items():
+        table.add_row(env_id, f"{preset.settings['total_steps']:,}", preset.source, preset.score)
+    Console().print(table)
+    return EXIT_DONE
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "resume": _resume,
+    "evaluate": _evaluate,
+    "watch": _watch,
+    "report": _report,
+    "check-env": _check_env,
+    "doctor": _doctor,
+    "presets": _presets,
+}
+
+
+def _parse(kind: Any, words: list[str], command: str) -> Any:
+    return tyro.cli(kind, args=words, prog=f"proximo {command}")
+
+
+def _config_file(words: list[str]) -> Path | None:
+    value = _flag_value(words, "--config")
+    return None if value is None else Path(value)
+
+
+def _flag_value(words: list[str], flag: str) -> str | None:
+    """The value of a flag that is needed before the others can be understood."""
+    for index, word in enumerate(words):
+        if word == flag and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a TOML file: {error}. A line looks like: learning_rate = 0.001") from error
+
+
+def _json_object(flag: str, text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{flag} is not JSON ({error}); it looks like: {flag} '{{\"hardcore\": true}}'") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{flag} must be a JSON object, not {value!r}")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What the algorithms ask of a policy: one of the two hinges between the floors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from proximo.core.batch import Batch
+from proximo.core.distributions import Distribution
+
+
+class Evaluation(NamedTuple):
+    """What `policy.evaluate(batch)` returns; every tensor `[B, T]`, `distribution` over `[B, T]`."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    values: Tensor
+    distribution: Distribution
+
+
+class Policy(Protocol):
+    """Anything that can score the actions of a batch."""
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Score `batch.actions` under the present weights, with gradient."""
+        ...
+
+    def plain(self, batch: Batch) -> PlainActorCritic | None:
+        """Lay open the networks for the steps of a batch `[M, 1]`, or None where they are not plain ones."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainActorCritic:
+    """A memoryless actor and critic that are plain multilayer perceptrons, laid open for a fused update.
+
+    Layers are (weight `[out, in]`, bias `[out]`) in order; the last of each network is linear. `log_std` is
+    None for a categorical policy over the actor's outputs.
+    """
+
+    inputs: Tensor
+    """`[M, F]`: what the networks see at the M steps of a batch, normalized."""
+    actor: list[tuple[Tensor, Tensor]]
+    critic: list[tuple[Tensor, Tensor]]
+    log_std: Tensor | None
+    activation: Literal["tanh", "relu"]

@@ -1,0 +1,89 @@
+"""What a run has left behind, read once for pictures, diagnosis and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from proximo.errors import UserError
+from proximo.runs.directory import RunDirectory, read_config
+from proximo.runs.metrics import MetricValue, read_metrics
+
+Row = dict[str, MetricValue]
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's name among those compared, its folder, its settings, and its metrics, one row per iteration."""
+
+    name: str
+    run: RunDirectory
+    settings: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def task(self) -> str:
+        """What was learned: the environment's id."""
+        return str(self.settings.get("env_id", "unknown task"))
+
+
+def read_records(runs: Sequence[RunDirectory]) -> list[RunRecord]:
+    """Read settings and metrics of each run; one that is named twice counts once.
+
+    Raises:
+        UserError: if there is no run, no run has a finished iteration yet, or a file cannot be read.
+    """
+    unique = list({run.path.resolve(): run for run in runs}.values())
+    if not unique:
+        raise UserError("There is no run to report on. Name one: proximo report RUN.")
+    records = [
+        RunRecord(name, run, read_config(run), read_metrics(run.metrics_path))
+        for name, run in zip(run_names(unique), unique, strict=True)
+    ]
+    if not any(record.rows for record in records):
+        raise UserError(
+            f"There is nothing to draw yet: {' and '.join(str(run.path) for run in unique)} "
+            f"{'has' if len(unique) == 1 else 'have'} not finished one iteration. Try again in a moment; "
+            "if training was stopped before that, start it again."
+        )
+    return records
+
+
+def run_names(runs: Sequence[RunDirectory]) -> list[str]:
+    """Name each run by its folder, with as many parent folders as it takes to tell them apart."""
+    paths = [run.path.resolve() for run in runs]
+    names: list[str] = []
+    for path in paths:
+        others = [other for other in paths if other != path]
+        longest = len(path.parts)
+        depth = next(
+            (d for d in range(1, longest) if all(_tail(o, d) != _tail(path, d) for o in others)), longest
+        )
+        names.append(_tail(path, depth))
+    return names
+
+
+def column(rows: Sequence[Row], name: str) -> np.ndarray:
+    """One metric over all rows as float64; NaN where it is missing, null or no number."""
+    values = (row.get(name) for row in rows)
+    return np.array(
+        [value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64
+    )
+
+
+def steps_column(rows: Sequence[Row]) -> tuple[np.ndarray, str]:
+    """What lies on the x-axis, and what to call it: environment steps, or else iterations."""
+    steps = column(rows, "env_steps")
+    if np.isfinite(steps).any():
+        return steps, "environment steps"
+    iterations = column(rows, "iteration")
+    known = np.isfinite(iterations).any()
+    return (iterations if known else np.arange(1.0, len(rows) + 1)), "iterations"
+
+
+def _tail(path: Path, depth: int) -> str:
+    return "/".join(path.parts[-depth:]) if path.parts else str(path)

@@ -1,0 +1,223 @@
+"""What `train` and `resume` show: the plan, the live table (plain lines where it is no terminal), the result."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from proximo.collect.envs import VectorEnvs
+from proximo.report.sparkline import sparkline
+from proximo.runs.checkpoint import Checkpoint
+from proximo.runs.directory import RunDirectory
+from proximo.train.config import ControlConfig, settings_of
+
+PLAIN_LINE_EVERY = 5.0
+"""Seconds between two lines where there is no terminal."""
+
+SHOWN_IN_PLAN = (
+    "n_envs",
+    "rollout_length",
+    "batch_size",
+    "n_epochs",
+    "learning_rate",
+    "clip_epsilon",
+    "gamma",
+    "gae_lambda",
+    "entropy_coef",
+)
+
+Show = Callable[[dict[str, Any], VectorEnvs], None]
+
+
+@dataclass(frozen=True)
+class Display:
+    """Where progress goes: standard error, or nowhere."""
+
+    console: Console
+
+    @staticmethod
+    def choose(*, quiet: bool) -> Display:
+        """A display on standard error; a quiet one shows nothing."""
+        return Display(Console(stderr=True, quiet=quiet, highlight=False))
+
+    def plan(self, config: ControlConfig, run: RunDirectory, spaces: str, source: str, seconds: float | None) -> None:
+        """Say what will be done, with which settings and whence, how long it should take, and where it goes."""
+        settings = settings_of(config)
+        chosen = "  ".join(f"{name} {_short(settings[name])}" for name in SHOWN_IN_PLAN)
+        schedules = [name for name in ("learning_rate_schedule", "clip_schedule") if settings[name] == "linear"]
+        switched_on = [name for name in ("normalize_observations", "normalize_rewards") if settings[name]]
+        extra = "  ".join([*switched_on, *(f"{name} linear" for name in schedules)])
+        algorithm = "PPO-Clip" if config.algorithm.objective == "clip" else "PPO-Penalty"
+        expected = "unknown" if seconds is None else f"about {_duration(seconds)}"
+        rows = {
+            "environment": f"{config.environment.env_id}   {spaces}",
+            "algorithm": f"{algorithm}, {config.total_steps:,} steps, seed {config.seed}",
+            "settings": source,
+            "": chosen + (f"\n{extra}" if extra else ""),
+            "expected time": expected,
+            "run directory": str(run.path),
+        }
+        self._facts(rows)
+
+    def resumed(self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], n_envs: int) -> None:
+        """Say where a run goes on, and how exactly."""
+        for reason in checkpoint.skipped:
+            self.console.print(f"[yellow]skipped a damaged checkpoint:[/] {escape(reason)}")
+        level = "exact: every open episode was played again and came back to the same observation"
+        if fresh:
+            level = (
+                f"statistical: {len(fresh)} of {n_envs} environments could not be brought back to where they were "
+                "and begin fresh episodes"
+            )
+        self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
+
+    @contextmanager
+    def live(self, config: ControlConfig, steps_before: int = 0) -> Iterator[Show]:
+        """Show each iteration's metrics as they come: a table that updates itself, or a line now and then."""
+        curve: deque[float | None] = deque(maxlen=2000)
+        clock = _Clock(config.total_steps, steps_before)
+        told: set[str] = set()
+
+        def note(row: dict[str, Any], envs: VectorEnvs) -> None:
+            curve.append(row["return_mean"])
+            clock.note(row["env_steps"])
+            for warning in getattr(envs, "warnings", []):
+                if warning not in told:
+                    told.add(warning)
+                    self.console.print(f"[yellow]note:[/] {escape(warning)}")
+
+        if self.console.is_terminal and not self.console.quiet:
+            with Live(console=self.console, refresh_per_second=8, transient=False) as live:
+
+                def show(row: dict[str, Any], envs: VectorEnvs) -> None:
+                    note(row, envs)
+                    live.update(_table(row, list(curve), config, clock))
+
+                yield show
+            return
+        last = 0.0
+
+        def show_line(row: dict[str, Any], envs: VectorEnvs) -> None:
+            nonlocal last
+            note(row, envs)
+            ended = row["env_steps"] + config.steps_per_iteration > config.total_steps
+            if ended or time.monotonic() - last >= PLAIN_LINE_EVERY or row["iteration"] == 1:
+                last = time.monotonic()
+                self.console.print(_line(row, config, clock), soft_wrap=True)
+
+        yield show_line
+
+    def result(
+        self, facts: dict[str, str], pictures: list[Path], findings: list[str], next_commands: list[str]
+    ) -> None:
+        """Say what came out of it, where the pictures are, and what may be typed next."""
+        self.console.print()
+        self._facts(facts)
+        if pictures:
+            self.console.print(f"{len(pictures)} pictures in {escape(str(pictures[0].parent))}", soft_wrap=True)
+        for finding in findings:
+            self.console.print(f"[yellow]![/] {escape(finding)}", soft_wrap=True)
+        if next_commands:
+            self.console.print("\nNext:")
+        for command in next_commands:
+            self.console.print(f"  [bold]{escape(command)}[/]", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self.console.print(escape(text), soft_wrap=True)
+
+    def _facts(self, rows: dict[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, escape(value))
+        self.console.print(table)
+
+
+class _Clock:
+    """Time since the beginning of this session, and what is left at its mean speed."""
+
+    def __init__(self, total_steps: int, steps_before: int) -> None:
+        self.total_steps = total_steps
+        self.steps = self.steps_before = steps_before
+        self.began = time.monotonic()
+
+    def note(self, env_steps: int) -> None:
+        self.steps = env_steps
+
+    @property
+    def speed(self) -> float:
+        return (self.steps - self.steps_before) / max(time.monotonic() - self.began, 1e-9)
+
+    @property
+    def seconds_left(self) -> float:
+        return max(self.total_steps - self.steps, 0) / max(self.speed, 1e-9)
+
+
+def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig, clock: _Clock) -> Group:
+    """The live table of one moment."""
+    table = Table.grid(padding=(0, 3))
+    for _ in range(4):
+        table.add_column(justify="left", no_wrap=True)
+    cells = [
+        ("return", _short(row["return_mean"])),
+        ("length", _short(row["length_mean"])),
+        ("episodes", f"{row['n_episodes']:,}"),
+        ("entropy", _short(row["entropy"])),
+        ("approx KL", _short(row["approx_kl"])),
+        ("clip fraction", _short(row["clip_fraction"])),
+        ("explained var.", _short(row["explained_variance"])),
+        ("value loss", _short(row["value_loss"])),
+        ("learning rate", _short(row["learning_rate"])),
+        ("steps/s", f"{clock.speed:,.0f}"),
+        ("time left", _duration(clock.seconds_left)),
+        ("iteration", f"{row['iteration']:,}"),
+    ]
+    for index in range(0, len(cells), 2):
+        (name, value), (name2, value2) = cells[index : index + 2]
+        table.add_row(f"[cyan]{name}[/]", f"[bold]{value}[/]", f"[cyan]{name2}[/]", f"[bold]{value2}[/]")
+    progress = Table.grid(padding=(0, 1))
+    progress.add_row(
+        ProgressBar(total=config.total_steps, completed=row["env_steps"], width=40),
+        f"{row['env_steps']:,} / {config.total_steps:,} steps",
+    )
+    return Group(Text("return " + sparkline(curve, 48), style="green"), table, progress)
+
+
+def _line(row: dict[str, Any], config: ControlConfig, clock: _Clock) -> str:
+    return (
+        f"{row['env_steps']:>9,}/{config.total_steps:,} steps  return {_short(row['return_mean'])}  "
+        f"length {_short(row['length_mean'])}  entropy {_short(row['entropy'])}  KL {_short(row['approx_kl'])}  "
+        f"clip {_short(row['clip_fraction'])}  explained {_short(row['explained_variance'])}  "
+        f"{clock.speed:,.0f} steps/s  {_duration(clock.seconds_left)} left"
+    )
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= 100 else f"{value:.4g}"
+    return str(value)
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
