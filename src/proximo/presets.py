@@ -27,6 +27,21 @@ class Preset:
     score: str = "not measured"
 
 
+_ROBOT = dict(
+    total_steps=1_000_000,
+    n_envs=8,
+    rollout_length=256,
+    batch_size=128,
+    n_epochs=10,
+    learning_rate=3e-4,
+    learning_rate_schedule="linear",
+    normalize_observations=True,
+    normalize_rewards=True,
+)
+"""2,048 steps per iteration, 10 epochs, 3e-4 going down to 0: the paper's settings for MuJoCo (Schulman et al.
+2017, table 3; linear learning rate as in OpenAI baselines), on 8 environments, with both normalizers."""
+PAPER = "PPO paper, table 3, on 8 environments with normalization"
+
 PRESETS: dict[str, Preset] = {
     "CartPole-v1": Preset(
         dict(
@@ -53,10 +68,11 @@ PRESETS: dict[str, Preset] = {
             n_epochs=4,
             gae_lambda=0.94,
             learning_rate=3e-4,
+            learning_rate_schedule="linear",
             normalize_observations=True,
             normalize_rewards=True,
         ),
-        source=ZOO,
+        source=ZOO + ", with a linear learning rate",
     ),
     "MountainCar-v0": Preset(
         dict(
@@ -74,21 +90,17 @@ PRESETS: dict[str, Preset] = {
     "MountainCarContinuous-v0": Preset(
         dict(
             total_steps=100_000,
-            n_envs=1,
-            rollout_length=8,
-            batch_size=8,
+            n_envs=4,
+            rollout_length=256,
+            batch_size=128,
             n_epochs=10,
-            gamma=0.9999,
-            gae_lambda=0.9,
-            learning_rate=7.77e-5,
-            entropy_coef=0.00429,
-            clip_epsilon=0.1,
-            max_grad_norm=5.0,
-            value_coef=0.19,
+            gamma=0.999,
+            gae_lambda=0.95,
+            learning_rate=3e-4,
             normalize_observations=True,
             normalize_rewards=True,
         ),
-        source=ZOO,
+        source="found here (benchmarks/try_settings.py); long discount and normalization as in " + ZOO,
     ),
     "Pendulum-v1": Preset(
         dict(
@@ -99,8 +111,9 @@ PRESETS: dict[str, Preset] = {
             n_epochs=10,
             gamma=0.9,
             learning_rate=1e-3,
+            learning_rate_schedule="linear",
         ),
-        source=ZOO + ", without its state-dependent exploration",
+        source=ZOO + ", without its state-dependent exploration and with a linear learning rate",
     ),
     "LunarLander-v3": Preset(
         dict(
@@ -130,6 +143,26 @@ PRESETS: dict[str, Preset] = {
             on_space_violation="warn",
         ),
         source=ZOO,
+    ),
+    "HalfCheetah-v5": Preset(
+        _ROBOT | dict(rollout_length=64, gamma=0.98, gae_lambda=0.92, log_std_init=-1.0),
+        source="discount, lambda, short rollouts and low initial noise as in " + ZOO + "; the rest as in the " + PAPER,
+    ),
+    "Hopper-v5": Preset(_ROBOT, source=PAPER),
+    "Walker2d-v5": Preset(_ROBOT, source=PAPER),
+    "Ant-v5": Preset(_ROBOT | dict(log_std_init=-1.0), source=PAPER + ", low initial noise"),
+    "Humanoid-v5": Preset(
+        _ROBOT | dict(gamma=0.95, gae_lambda=0.9), source=PAPER + "; discount and lambda from " + ZOO
+    ),
+    "Swimmer-v5": Preset(
+        _ROBOT | dict(n_envs=4, rollout_length=1024, batch_size=256, gamma=0.9999, gae_lambda=0.98, learning_rate=6e-4),
+        source=ZOO + ", with a linear learning rate",
+    ),
+    "Reacher-v5": Preset(_ROBOT, source=PAPER),
+    "InvertedPendulum-v5": Preset(_ROBOT | dict(total_steps=300_000), source=PAPER),
+    "InvertedDoublePendulum-v5": Preset(
+        _ROBOT | dict(rollout_length=128, batch_size=256, gamma=0.98, gae_lambda=0.9),
+        source=PAPER + ", shorter horizon",
     ),
 }
 

@@ -152,7 +152,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(bad):
     state = copy.deepcopy(optimizer.state_dict())
     optimizer.zero_grad()
     (module.loss(1) + bad * module.parts[0]).backward()
-    with pytest.raises(NonFiniteUpdateError, match="nan|inf"):
+    with pytest.raises(NonFiniteUpdateError, match=r"nan|inf"):
         optimizer.clipped_step(1.0)
     assert torch.equal(weights, optimizer.weights)
     for name, tensor in optimizer.state_dict().items():

@@ -43,61 +43,65 @@ def reference_distribution(policy, observations: Tensor):
     return distributions.Independent(distributions.Normal(outputs, policy.log_std.exp().expand_as(outputs)), 1), values
 
 
+def reference_losses(policy, frozen, steps: dict[str, Tensor], settings: PPO) -> dict[str, Tensor]:
+    """The losses and metrics of one minibatch, every step of it valid; `frozen` is the policy that collected."""
+    now, values = reference_distribution(policy, steps["observations"])
+    log_ratio = now.log_prob(steps["actions"]) - steps["log_probs"]
+    ratio, e = log_ratio.exp(), settings.clip_epsilon
+    a = steps["advantages"]
+    if settings.normalize_advantages:
+        a = (a - a.mean()) / (a.std() + 1e-8)
+    clip_fraction = ((ratio > 1 + e) | (ratio < 1 - e)).double().mean()
+    if settings.objective == "clip":
+        policy_loss = -(torch.where(a > 0, ratio.clamp(max=1 + e), ratio.clamp(min=1 - e)) * a).mean()
+    else:
+        old, _ = reference_distribution(frozen, steps["observations"])
+        policy_loss = settings.kl_coef * distributions.kl_divergence(old, now).mean() - (ratio * a).mean()
+        clip_fraction = torch.zeros(())
+    error = (values - steps["targets"]) ** 2
+    if settings.value_clip_epsilon is not None:
+        low, high = (steps["values"] + side * settings.value_clip_epsilon for side in (-1, 1))
+        error = torch.stack([error, (values.clamp(low, high) - steps["targets"]) ** 2]).amax(0)
+    return {
+        "policy_loss": policy_loss,
+        "value_loss": error.mean(),
+        "entropy": now.entropy().mean(),
+        "clip_fraction": clip_fraction,
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+    }
+
+
 def reference_update(policy, batch: Batch, settings: PPO, seed: int) -> dict[str, float]:
     """PPO as a page of ordinary PyTorch."""
-    adam = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate, eps=1e-5)
-    advantages = reference_advantages(batch, settings.gamma, settings.gae_lambda)[batch.mask]
-    observations, actions = batch.observations[batch.mask], batch.actions[batch.mask]
-    old_log_probs, old_values = batch.log_probs[batch.mask], batch.values[batch.mask]
-    targets = advantages + old_values
+    steps = {name: getattr(batch, name)[batch.mask] for name in ("observations", "actions", "log_probs", "values")}
+    steps["advantages"] = reference_advantages(batch, settings.gamma, settings.gae_lambda)[batch.mask]
+    steps["targets"] = steps["advantages"] + steps["values"]
     frozen = copy.deepcopy(policy).requires_grad_(False)
+    adam = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate, eps=1e-5)
     generator = torch.Generator().manual_seed(seed)
-    n = len(targets)
+    n = len(steps["targets"])
     n_minibatches = max(1, round(n / settings.batch_size))
-    rows_of_the_first, norms, metrics = n % n_minibatches, [], []
+    norms, epoch = [], []
     for _ in range(settings.n_epochs):
         order = torch.randperm(n, generator=generator).tolist()
-        metrics = []
+        epoch = []
         for k in range(n_minibatches):
-            size = n // n_minibatches + (k < rows_of_the_first)
+            size = n // n_minibatches + (k < n % n_minibatches)
             rows, order = order[:size], order[size:]
-            policy_now, values = reference_distribution(policy, observations[rows])
-            ratio = policy_now.log_prob(actions[rows]) - old_log_probs[rows]
-            approx_kl = (ratio.exp() - 1 - ratio).mean()
-            ratio = ratio.exp()
-            a = advantages[rows]
-            if settings.normalize_advantages:
-                a = (a - a.mean()) / (a.std() + 1e-8)
-            e = settings.clip_epsilon
-            if settings.objective == "clip":
-                bounded = torch.where(a > 0, ratio.clamp(max=1 + e), ratio.clamp(min=1 - e))
-                policy_loss = -(bounded * a).mean()
-                clip_fraction = ((ratio > 1 + e) | (ratio < 1 - e)).double().mean()
-            else:
-                old, _ = reference_distribution(frozen, observations[rows])
-                kl = distributions.kl_divergence(old, policy_now).mean()
-                policy_loss = settings.kl_coef * kl - (ratio * a).mean()
-                clip_fraction = torch.zeros(())
-            error = (values - targets[rows]) ** 2
-            if settings.value_clip_epsilon is not None:
-                low, high = (old_values[rows] + side * settings.value_clip_epsilon for side in (-1, 1))
-                error = torch.stack([error, (values.clamp(low, high) - targets[rows]) ** 2]).amax(0)
-            entropy = policy_now.entropy().mean()
-            loss = policy_loss + settings.value_coef * error.mean() - settings.entropy_coef * entropy
+            losses = reference_losses(policy, frozen, {name: t[rows] for name, t in steps.items()}, settings)
+            total = losses["policy_loss"] + settings.value_coef * losses["value_loss"]
             adam.zero_grad()
-            loss.backward()
+            (total - settings.entropy_coef * losses["entropy"]).backward()
             norms.append(float(nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)))
             adam.step()
-            means = (policy_loss, error.mean(), entropy, clip_fraction, approx_kl)
-            metrics.append([float(mean.detach()) for mean in means])
-    names = ("policy_loss", "value_loss", "entropy", "clip_fraction", "approx_kl")
-    result = dict(zip(names, torch.tensor(metrics, dtype=torch.float64).mean(0).tolist(), strict=True))
+            epoch.append(losses)
+    result = {name: sum(float(losses[name].detach()) for losses in epoch) / len(epoch) for name in epoch[0]}
     if settings.objective == "kl_penalty":
-        old, new = (reference_distribution(p, observations)[0] for p in (frozen, policy))
-        result["kl_old_new"] = float(distributions.kl_divergence(old, new).mean())
-    residual = targets - old_values
-    explained = 1 - float(residual.var(correction=0) / targets.var(correction=0))
-    return result | {"grad_norm": sum(norms) / len(norms), "n_updates": len(norms), "explained_variance": explained}
+        old, new = (reference_distribution(p, steps["observations"])[0] for p in (frozen, policy))
+        result["kl_old_new"] = float(distributions.kl_divergence(old, new).mean().detach())
+    unexplained = steps["advantages"].var(correction=0) / steps["targets"].var(correction=0)
+    counts = {"grad_norm": sum(norms) / len(norms), "n_updates": len(norms)}
+    return result | counts | {"explained_variance": 1 - float(unexplained)}
 
 
 COMMON = dict(learning_rate=0.03, n_epochs=4, batch_size=15, gamma=0.97, gae_lambda=0.9, entropy_coef=0.02)
@@ -231,7 +235,7 @@ def test_the_penalty_sees_every_part_of_the_policy_move(tiny_policy, make_batch,
     metrics = update_once(policy, batch, objective="kl_penalty", learning_rate=0.1, n_epochs=3)
     assert not torch.equal(moved, dict(before.named_parameters())[{"std": "log_std", "mean": "actor.bias"}[change]])
     old, new = (reference_distribution(p, batch.observations[batch.mask])[0] for p in (before, policy))
-    exact = float(distributions.kl_divergence(old, new).mean())
+    exact = float(distributions.kl_divergence(old, new).mean().detach())
     assert exact > 0.01
     assert metrics["kl_old_new"] == pytest.approx(exact, rel=1e-9)
 
@@ -328,6 +332,7 @@ IMPOSSIBLE = {
     "learning_rate": (0.0, -3e-4, math.nan, math.inf, None),
     "learning_rate_schedule": ("liner", None, ""),
     "clip_schedule": ("cosine",),
+    "update_path": ("fast", None),
     "objective": ("clipped", "kl"),
     "n_epochs": (0, -1, 2.5, None),
     "batch_size": (0, -64, 64.5, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -144,7 +145,7 @@ def rollouts(draw, *, consistent: bool = False) -> Rollout:
     if consistent:
         for b in range(n_envs):
             valid = [t for t in range(n_steps) if mask[b, t]]
-            for now, following in zip(valid, valid[1:], strict=False):
+            for now, following in itertools.pairwise(valid):
                 if not done[b, now]:
                     next_values[b, now] = values[b, following]
     return Rollout(rewards, values, next_values, terminated, done, mask)

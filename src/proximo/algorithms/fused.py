@@ -7,6 +7,7 @@ parameters that agree with it to rounding (tests/algorithms/test_fused.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -130,9 +131,7 @@ def _write_gradient(plain: PlainActorCritic, steps: _Steps, settings: ClipSettin
     )
 
 
-def _forward(
-    layers: list[tuple[Tensor, Tensor]], inputs: Tensor, activation: str
-) -> tuple[list[Tensor], Tensor]:
+def _forward(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor, activation: str) -> tuple[list[Tensor], Tensor]:
     """The input of every layer, and the output of the last."""
     hidden = [inputs]
     for weight, bias in layers[:-1]:
@@ -142,9 +141,7 @@ def _forward(
     return hidden, torch.addmm(bias, hidden[-1], weight.t())
 
 
-def _backward(
-    layers: list[tuple[Tensor, Tensor]], hidden: list[Tensor], gradient: Tensor, activation: str
-) -> None:
+def _backward(layers: Sequence[tuple[Tensor, Tensor]], hidden: list[Tensor], gradient: Tensor, activation: str) -> None:
     """Write each layer's gradient, from the gradient to the last layer's output."""
     for index in range(len(layers) - 1, -1, -1):
         weight, bias = layers[index]
@@ -173,9 +170,7 @@ def _clipped(
     return log_ratio, ratio, surrogate, gradient
 
 
-def _categorical(
-    logits: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings
-) -> _PolicyStep:
+def _categorical(logits: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings) -> _PolicyStep:
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
     log_p = logits.log_softmax(1)
     p = log_p.exp()
@@ -189,9 +184,7 @@ def _categorical(
     return _PolicyStep(to_logits, log_ratio, ratio, surrogate, entropy)
 
 
-def _gaussian(
-    means: Tensor, log_std: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings
-) -> _PolicyStep:
+def _gaussian(means: Tensor, log_std: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings) -> _PolicyStep:
     """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
     inverse_std = torch.exp(-log_std)
     z = (steps.actions - means).mul_(inverse_std)

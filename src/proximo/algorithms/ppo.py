@@ -18,7 +18,7 @@ from proximo.core.kl import AdaptiveKL
 from proximo.core.losses import clipped_surrogate, clipped_value, kl_penalized_surrogate, value_loss
 from proximo.core.masked import explained_variance, masked_mean
 from proximo.core.policy import Policy
-from proximo.errors import in_range, one_of
+from proximo.errors import UserError, in_range, one_of
 
 Schedule = Literal["constant", "linear"]
 

@@ -155,7 +155,9 @@ ADVICE: dict[str, Advice] = {
         "End {step} with `return observation, reward, terminated, truncated, info`.",
     ),
     "hangs": Advice(
-        "error", "Training would wait for it for ever.", "See where it was, below; give what it waits for a time limit."
+        "error",
+        "Training would wait for it for ever.",
+        "The lines shown say where it was; give what it waits for a time limit.",
     ),
     "action-changed": Advice(
         "warning",
@@ -327,9 +329,9 @@ def check_environment(
     env = _made(make, findings, "make-raised", max_seconds)
     if env is not None:
         findings.places = _places(env)
-        player = _Player(env, findings, max_seconds)
+        player = _Player(env, findings, _Budget(began, max_seconds))
         try:
-            _run(make, player, n_steps, seed, _Budget(began, max_seconds))
+            _run(make, player, n_steps, seed)
         except _Hung:
             findings.facts["stopped"] = "at a call that did not come back; later checks were left out"
         _close(player)
@@ -337,7 +339,7 @@ def check_environment(
     return findings.report(name)
 
 
-def _run(make: Callable[[], gym.Env], player: _Player, n_steps: int, seed: int, budget: _Budget) -> None:
+def _run(make: Callable[[], gym.Env], player: _Player, n_steps: int, seed: int) -> None:
     """All checks of an environment that could be made, one after the other."""
     _check_spaces(player)
     facts = player.findings.facts
@@ -346,14 +348,17 @@ def _run(make: Callable[[], gym.Env], player: _Player, n_steps: int, seed: int, 
     if player.action_space is None:
         facts["random play"] = "none: without an action space no action can be chosen"
         return
-    play = _play(player, n_steps, seed, budget)
-    _check_repeatability(make, player, play, budget)
+    play = _play(player, n_steps, seed)
+    try:
+        _check_repeatability(make, player, play)
+    except _OutOfTime:
+        facts["repeatable"] = "not fully checked, for lack of time"
     _check_ends(player.findings, play, limit, n_steps)
     _check_rewards(player.findings, play)
     for path in sorted(player.box_paths & set(play.moments)):
         _check_values(player.findings, path, play.moments[path])
     _check_speed(player.findings, play)
-    _state_facts(player.findings, play, n_steps, seed, budget)
+    _state_facts(player, play, n_steps, seed)
 
 
 class _Failed(Exception):  # noqa: N818
@@ -366,6 +371,10 @@ class _Hung(Exception):  # noqa: N818
 
 class _WentBelow(Exception):  # noqa: N818
     """A wrapper could not read what the environment returned; the player has left the wrappers out."""
+
+
+class _OutOfTime(Exception):  # noqa: N818
+    """The time for the whole check is up."""
 
 
 class _TookTooLong(BaseException):
@@ -432,11 +441,11 @@ class _Outcome(NamedTuple):
 class _Player:
     """Calls one environment, and notes whatever is not as Gymnasium and the spaces ask for."""
 
-    def __init__(self, env: gym.Env, findings: _Findings, seconds: float) -> None:
-        """`seconds`: so long may one call take."""
+    def __init__(self, env: gym.Env, findings: _Findings, budget: _Budget) -> None:
+        """One call may take as long as `budget` has for everything; no call is begun when it is spent."""
         self.env = env
         self.findings = findings
-        self.seconds = seconds
+        self.budget = budget
         self.observation_space: spaces.Space | None = None
         self.action_space: spaces.Space | None = None
         self.step_seconds = 0.0
@@ -504,14 +513,16 @@ class _Player:
 
     def _call(self, method: str, where: str, *args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         """Call the environment, turning what it raises, and not coming back, into a problem."""
+        if self.budget.spent():
+            raise _OutOfTime
         try:
-            with _limited(self.seconds):
+            with _limited(self.budget.max_seconds):
                 began = time.perf_counter()
                 result = getattr(self.env, method)(*args, **(kwargs or {}))
                 self.step_seconds = time.perf_counter() - began
                 return result
         except _TookTooLong as error:
-            what = f"{method}() was not back after {self.seconds:g} s; {where}{_given(args)}."
+            what = f"{method}() was not back after {self.budget.max_seconds:g} s; {where}{_given(args)}."
             self.findings.add("hangs", f"{what}\n{_own_traceback(error, message=False)}", subject=method)
             raise _Hung from error
         except (Exception, SystemExit) as error:
@@ -716,13 +727,13 @@ def _check_action_space(findings: _Findings, space: spaces.Discrete | spaces.Box
     shown = np.array([_index("action", int(i), space.shape) for i in range(low.size)])
     unbounded, wide, empty = (~bounded).ravel(), (width > 1e4).ravel(), (bounded & (high <= low)).ravel()
     if unbounded.any():
-        findings.add("action-unbounded", f"{_names(shown[unbounded], low.size)} without finite bounds.")
+        findings.add("action-unbounded", f"without finite bounds: {_names(shown[unbounded], low.size)}.")
     if wide.any():
         i = int(np.argmax(width))
         bounds = f"[{low.ravel()[i]:.4g}, {high.ravel()[i]:.4g}]"
-        findings.add("action-wide", f"{_names(shown[wide], low.size)} with very wide bounds, such as {bounds}.")
+        findings.add("action-wide", f"with very wide bounds, such as {bounds}: {_names(shown[wide], low.size)}.")
     if empty.any():
-        findings.add("action-empty", f"{_names(shown[empty], low.size)} with the same value as low and high.")
+        findings.add("action-empty", f"low and high are the same: {_names(shown[empty], low.size)}.")
 
 
 def describe_space(space: spaces.Space) -> str:
@@ -943,16 +954,18 @@ class _Play:
         self.keeping = self.keeping and self.n_steps < KEPT_STEPS and self.kept_bytes < KEPT_BYTES
 
 
-def _play(player: _Player, n_steps: int, seed: int, budget: _Budget) -> _Play:
+def _play(player: _Player, n_steps: int, seed: int) -> _Play:
     """Random episodes, seeded as training seeds them, for `n_steps` or until the time is up."""
     play = _Play()
     assert player.action_space is not None  # the caller has looked
     actions = _seeded(player.action_space, seed)
     episode = 0
     # The third exception says no more than the first; an environment that cannot even be reset stops at once.
-    while play.n_steps < n_steps and play.failures < 3 and not budget.spent(0.6):
+    while play.n_steps < n_steps and play.failures < 3 and not player.budget.spent(0.6):
         try:
-            _play_episode(player, play, actions, episode, episode_seed(seed, 0, episode), n_steps, budget)
+            _play_episode(player, play, actions, episode, episode_seed(seed, 0, episode), n_steps)
+        except _OutOfTime:
+            break
         except _WentBelow:
             play.session.clear()
             continue
@@ -965,9 +978,7 @@ def _play(player: _Player, n_steps: int, seed: int, budget: _Budget) -> _Play:
     return play
 
 
-def _play_episode(
-    player: _Player, play: _Play, actions: spaces.Space, episode: int, seed: int, n_steps: int, budget: _Budget
-) -> None:
+def _play_episode(player: _Player, play: _Play, actions: spaces.Space, episode: int, seed: int, n_steps: int) -> None:
     """One episode of random actions, to its end or the end of random play."""
     where = f"episode {episode} (seed {seed})"
     first = player.reset(seed, where)
@@ -977,7 +988,7 @@ def _play_episode(
         play.session.append(trace)
     total = running = 0.0
     for step in range(1, n_steps - play.n_steps + 1):
-        if budget.spent(0.6):
+        if player.budget.spent(0.6):
             return
         action = _sample(player.findings, actions)
         outcome = player.step(action, f"{where}, step {step}")
@@ -1016,45 +1027,43 @@ def _sample(findings: _Findings, space: spaces.Space) -> Any:
 # --- played again ---------------------------------------------------------------------------------------------
 
 
-def _check_repeatability(make: Callable[[], gym.Env], player: _Player, play: _Play, budget: _Budget) -> None:
+def _check_repeatability(make: Callable[[], gym.Env], player: _Player, play: _Play) -> None:
     """Play the first episodes again: in a fresh environment, in the used one, and in both at once.
 
     Each of the three can fail for another reason, so the first that does names it. Then with other seeds and
     with other actions, which must make a difference.
     """
-    findings = player.findings
+    findings, facts = player.findings, player.findings.facts
     if findings.has("reset-signature"):  # without a seed nothing can be repeated, and that has been said
         return
-    if play.failures or not play.session or not play.session[0].outcomes or budget.spent():
+    if play.failures or not play.session or not play.session[0].outcomes or player.budget.spent():
         return
-    fresh_env = _made(make, findings, "second-raised", player.seconds)
+    fresh_env = _made(make, findings, "second-raised", player.budget.max_seconds)
     if fresh_env is None:
         return
-    fresh = _Player(fresh_env, findings, player.seconds)
+    fresh = _Player(fresh_env, findings, player.budget)
     fresh.observation_space, fresh.action_space = player.observation_space, player.action_space
     if player.is_below:
         fresh.go_below()
+    same = "the same seed and actions"
+    rounds = (
+        ("not-repeatable", f"{same} in a second environment", fresh, None, "no"),
+        ("survives-reset", f"{same} after other episodes", player, None, "in a fresh environment only"),
+        ("shared-state", f"{same} beside a second environment", fresh, player, "alone only, not beside others"),
+    )
     try:
-        rounds = (
-            ("not-repeatable", "the same seed and actions in a second environment", fresh, None),
-            ("survives-reset", "the same seed and actions after other episodes", player, None),
-            ("shared-state", "the same seed and actions while a second environment is played", fresh, player),
-        )
-        for kind, condition, one, other in rounds:
-            if budget.spent():
-                findings.facts["repeatable"] = "not fully checked, for lack of time"
-                return
+        for kind, condition, one, other, fact in rounds:
             difference = _replay_session(one, play.session, other)
             if difference:
                 findings.add(kind, f"{condition} led elsewhere: {difference}.")
-                findings.facts["repeatable"] = "no"
+                facts["repeatable"] = fact
                 return
         steps = sum(len(trace.actions) for trace in play.session)
-        findings.facts["repeatable"] = f"yes: the same seed and actions gave the same {steps} steps, bit for bit"
-        _check_seeds(fresh, play, budget)
-        _check_actions_matter(fresh, play.session[0], budget)
+        facts["repeatable"] = f"yes: {same} gave the same {steps:,} steps, bit for bit"
+        _check_seeds(fresh, play)
+        _check_actions_matter(fresh, play.session[0])
     except _Failed:
-        findings.facts["repeatable"] = "unknown: playing the same actions again raised an exception"
+        facts["repeatable"] = "unknown: playing the same actions again raised an exception"
     finally:
         _close(fresh)
 
@@ -1084,12 +1093,10 @@ def _replay_session(player: _Player, session: list[_Trace], other: _Player | Non
     return None
 
 
-def _check_seeds(player: _Player, play: _Play, budget: _Budget) -> None:
+def _check_seeds(player: _Player, play: _Play) -> None:
     """Other seeds must not all give the same episode."""
     trace = play.session[0]
     for offset in range(1, 5):
-        if budget.spent():
-            return
         seed = (trace.seed + offset) % 2**31
         first = player.reset(seed, f"a trial of seed {seed}")
         play.saw(first)
@@ -1102,7 +1109,7 @@ def _check_seeds(player: _Player, play: _Play, budget: _Budget) -> None:
     player.findings.add("seed-ignored", f"5 different seeds gave the same episode ({len(trace.actions)} steps).")
 
 
-def _check_actions_matter(player: _Player, trace: _Trace, budget: _Budget) -> None:
+def _check_actions_matter(player: _Player, trace: _Trace) -> None:
     """The same seed with other actions must lead elsewhere, in at least one of several ways."""
     space = player.action_space
     if player.findings.has("action-empty") or space is None:
@@ -1115,8 +1122,6 @@ def _check_actions_matter(player: _Player, trace: _Trace, budget: _Budget) -> No
     tries = [lambda action=action: copy.deepcopy(action) for action in fixed]
     tries += [_seeded(space, seed).sample for seed in (101, 102, 103)]
     for choose in tries:
-        if budget.spent():
-            return
         player.reset(trace.seed, "a trial of other actions")
         for step, expected in enumerate(trace.outcomes, start=1):
             outcome = player.step(choose(), f"a trial of other actions, step {step}")
@@ -1195,7 +1200,7 @@ def _check_values(findings: _Findings, path: str, moments: _Moments) -> None:
     is_image = len(moments.shape) == 3
     if constant.any() and not is_image:
         names = np.array([_index(path, int(i), moments.shape) for i in np.flatnonzero(constant)])
-        what = f"{_names(names, len(constant))} that never changed in {moments.count:,} observations."
+        what = f"never changed in {moments.count:,} observations: {_names(names, len(constant))}."
         findings.add("observation-constant", what, subject=path)
     if constant.all():
         return
@@ -1222,9 +1227,9 @@ def _check_speed(findings: _Findings, play: _Play) -> None:
             findings.add("slow", f"one step takes {1000 * usual:.3g} ms.")
 
 
-def _state_facts(findings: _Findings, play: _Play, n_steps: int, seed: int, budget: _Budget) -> None:
+def _state_facts(player: _Player, play: _Play, n_steps: int, seed: int) -> None:
     """Put what random play has shown into words."""
-    facts = findings.facts
+    facts, budget = player.findings.facts, player.budget
     cut = ""
     if play.n_steps < n_steps:
         cut = " (stopped by an exception)" if play.failures or not play.n_steps else " (stopped: time was up)"
@@ -1287,7 +1292,10 @@ def _names(names: np.ndarray, n_all: int) -> str:
 
 
 def _given(args: tuple[Any, ...]) -> str:
-    return f"; the action was {_shown(args[0])}" if args else ""
+    if not args:
+        return ""
+    action = args[0].tolist() if isinstance(args[0], (np.ndarray, np.generic)) else args[0]
+    return f"; the action was {_shown(action)}"
 
 
 def _shown(value: Any) -> str:
@@ -1312,7 +1320,7 @@ def format_report(report: CheckReport) -> str:
             "",
         ]
     width = max((len(key) for key in report.facts), default=0) + 2
-    lines += ["What random play has shown:"]
+    lines += ["What was seen:"]
     lines += [_paragraph(f"  {key}", value, indent=width + 2) for key, value in report.facts.items()]
     verdict = {
         (True, True): "Nothing wrong was found.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -42,7 +43,7 @@ class PlainActorCritic:
 
     inputs: Tensor
     """`[M, F]`: what the networks see at the M steps of a batch, normalized."""
-    actor: list[tuple[Tensor, Tensor]]
-    critic: list[tuple[Tensor, Tensor]]
+    actor: Sequence[tuple[Tensor, Tensor]]
+    critic: Sequence[tuple[Tensor, Tensor]]
     log_std: Tensor | None
     activation: Literal["tanh", "relu"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -272,7 +273,7 @@ def _mlp(
     """Linear layers with the activation between them, initialized as the config says."""
     sizes = [n_inputs, *config.hidden_sizes, n_outputs]
     layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for index, (before, after) in enumerate(pairwise(sizes)):
         linear = nn.Linear(before, after)
         is_head = index == len(sizes) - 2
         if config.orthogonal_init:

@@ -15,6 +15,8 @@ TREND_WINDOWS = 40
 """The trend is a median over this fraction of the curve."""
 SHORTEST_TREND = 80
 """A curve with fewer points needs no trend line: the eye follows it as it is."""
+SMOOTH_SHARE = 0.01
+"""A curve that usually lies within this share of its trend's range from it is smooth enough without."""
 
 
 class Curve(NamedTuple):
@@ -51,7 +53,7 @@ def thinned(x: np.ndarray, y: np.ndarray, most_points: int = MOST_POINTS) -> Cur
 def trend(x: np.ndarray, y: np.ndarray) -> Curve | None:
     """Running median, which one wild value does not move, its steps smoothed away.
 
-    None for a curve too short to need it. Where `y` has a gap, so has the trend.
+    None for a curve that needs none, being short or smooth itself. Where `y` has a gap, so has the trend.
     """
     if len(x) < SHORTEST_TREND:
         return None
@@ -61,12 +63,14 @@ def trend(x: np.ndarray, y: np.ndarray) -> Curve | None:
     window = len(x) // TREND_WINDOWS // 2 * 2 + 1
     medians = _without_warnings(np.nanmedian, _windows(y, window))
     means = _without_warnings(np.nanmean, _windows(medians, window // 2 * 2 + 1))
-    return Curve(x, np.where(np.isfinite(y), means, np.nan))
+    means = np.where(np.isfinite(y), means, np.nan)
+    known = np.isfinite(means)
+    if not known.any() or np.median(np.abs(y - means)[known]) <= SMOOTH_SHARE * np.ptp(means[known]):
+        return None
+    return Curve(x, means)
 
 
-def readable_limits(
-    values: np.ndarray, *, floor: float | None = None, ceiling: float | None = None
-) -> Limits:
+def readable_limits(values: np.ndarray, *, floor: float | None = None, ceiling: float | None = None) -> Limits:
     """Limits within which the bulk of the values can be told apart: wild ones are left outside, and counted.
 
     A value is wild if it lies further outside the middle 90 % than twice their spread; where all values

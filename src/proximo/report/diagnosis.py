@@ -249,9 +249,7 @@ def updates_too_small(evidence: Evidence) -> Finding | None:
         "The updates are far too small to learn anything from.",
         _advice(
             f"raise {evidence.setting('learning_rate', '0.0003')} or {evidence.setting('n_epochs')}",
-            f"raise {evidence.setting('target_kl')}"
-            if _is_number(evidence.settings.get("target_kl"))
-            else "",
+            f"raise {evidence.setting('target_kl')}" if _is_number(evidence.settings.get("target_kl")) else "",
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from proximo.errors import UserError
 from proximo.report.charts import CHARTS, Chart, Panel
 from proximo.report.curves import SHORTEST_TREND, Limits, lonely, readable_limits, thinned, trend
 from proximo.report.folder import png_bytes, prepare_folder, write_ours
@@ -27,7 +29,12 @@ DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 
 _GREY = "#6b6b6b"
 _INK = "#222222"
-_PANEL_INCHES = (5.4, 3.7)
+# Inches: of a pair of axes, between and around them. Titles, labels and numbers have to fit in between.
+_AXES_WIDE, _AXES_HIGH = 4.4, 2.7
+_GAP_WIDE, _GAP_HIGH = 1.15, 1.15
+_LEFT, _RIGHT, _TOP, _BOTTOM = 1.1, 0.3, 0.98, 0.6
+_LEGEND_LINE = 0.2
+_DOTS_PER_INCH = 120
 _OVERVIEW_COLUMNS = 3
 _RAW_UP_TO_RUNS = 4  # more than these, and the unsmoothed lines of one hide the others
 _LOG_FROM_RATIO = 100.0
@@ -59,8 +66,11 @@ def draw_pictures(runs: list[RunDirectory], folder: Path) -> list[Path]:
 
 def draw_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:
     """Draw what `read_records` returned; see `draw_pictures`."""
+    charts = charts_of(records)
+    if not charts:
+        raise UserError("There is nothing to draw: the runs have none of the metrics that there are pictures for.")
     figures = [("overview", overview_figure(records))]
-    figures += [(chart.name, chart_figure(chart, records)) for chart in charts_of(records)]
+    figures += [(chart.name, chart_figure(chart, records)) for chart in charts]
     paths = [folder / f"{name}.png" for name, _ in figures]
     prepare_folder(folder, paths)
     for path, (_, figure) in zip(paths, figures, strict=True):
@@ -76,45 +86,70 @@ def charts_of(records: Sequence[RunRecord]) -> list[Chart]:
 
 def chart_figure(chart: Chart, records: Sequence[RunRecord]) -> Figure:
     """Draw one chart, its panels side by side."""
-    return _figure(
-        chart.panels, records, n_columns=len(chart.panels), width=1.0 if len(chart.panels) > 1 else 1.5
-    )
+    return _figure(chart.panels, records, n_columns=len(chart.panels), width=1.0 if len(chart.panels) > 1 else 1.5)
 
 
 def overview_figure(records: Sequence[RunRecord]) -> Figure:
     """Draw the most telling panels of all charts as one grid."""
     panels = _panels_of([panel for chart in CHARTS for panel in chart.panels if panel.in_overview], records)
-    return _figure(panels, records, n_columns=min(_OVERVIEW_COLUMNS, max(len(panels), 1)))
+    return _figure(panels, records, n_columns=min(_OVERVIEW_COLUMNS, len(panels)))
 
 
 def _panels_of(panels: Sequence[Panel], records: Sequence[RunRecord]) -> tuple[Panel, ...]:
     return tuple(panel for panel in panels if any(panel.is_in(record.rows) for record in records))
 
 
-def _figure(
-    panels: Sequence[Panel], records: Sequence[RunRecord], *, n_columns: int, width: float = 1.0
-) -> Figure:
+def _figure(panels: Sequence[Panel], records: Sequence[RunRecord], *, n_columns: int, width: float = 1.0) -> Figure:
     from matplotlib.figure import Figure
 
-    n_rows = math.ceil(max(len(panels), 1) / n_columns)
-    size = (_PANEL_INCHES[0] * n_columns * width, _PANEL_INCHES[1] * n_rows + 0.5)
-    figure = Figure(figsize=size, dpi=120, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.10, wspace=0.02, hspace=0.04)
     drawn = [record for record in records if record.rows]
-    figure.suptitle(_heading(drawn), x=0.012, ha="left", fontsize=13, fontweight="bold", color=_INK)
+    n_rows = math.ceil(len(panels) / n_columns)
+    inches_wide = _LEFT + n_columns * (_AXES_WIDE * width + _GAP_WIDE) - _GAP_WIDE + _RIGHT
+    names = [_short(record.name) for record in drawn] if len(drawn) > 1 else []
+    names_per_line = _names_per_line(names, inches_wide)
+    bottom = _BOTTOM + _LEGEND_LINE * math.ceil(len(names) / names_per_line) + (0.1 if names else 0.0)
+    inches_high = _TOP + n_rows * (_AXES_HIGH + _GAP_HIGH) - _GAP_HIGH + bottom
+    figure = Figure(figsize=(inches_wide, inches_high), dpi=_DOTS_PER_INCH, facecolor="white")
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw_panel(axis, panel, drawn)
-    for axis in list(axes)[len(panels) :]:
-        axis.set_axis_off()
-    has_trend = max(len(record.rows) for record in drawn) >= SHORTEST_TREND
-    if has_trend and any(panel.is_noisy for panel in panels):
-        few = len(drawn) <= _RAW_UP_TO_RUNS
-        words = "thin: every iteration, thick: running median" if few else "running medians"
-        figure.text(0.99, 0.992, words, ha="right", va="top", fontsize=8.5, color=_GREY)
-    if len(drawn) > 1:
-        _run_legend(figure, drawn, size[0])
+    # Margins in inches rather than a layout engine: it draws every picture once more to find the same ones.
+    figure.subplots_adjust(
+        left=_LEFT / inches_wide,
+        right=1 - _RIGHT / inches_wide,
+        bottom=bottom / inches_high,
+        top=1 - _TOP / inches_high,
+        wspace=_GAP_WIDE / (_AXES_WIDE * width),
+        hspace=_GAP_HIGH / _AXES_HIGH,
+    )
+    for axis, panel in itertools.zip_longest(axes, panels):
+        if panel is None:
+            axis.set_axis_off()
+        else:
+            _draw_panel(axis, panel, drawn)
+    _head(figure, panels, drawn)
+    if names:
+        _run_legend(figure, names, names_per_line)
     return figure
+
+
+def _head(figure: Figure, panels: Sequence[Panel], records: Sequence[RunRecord]) -> None:
+    """What the picture is of, and how to read its lines."""
+    from matplotlib.transforms import ScaledTranslation
+
+    def from_corner(x: float, y: float) -> Any:
+        return figure.transFigure + ScaledTranslation(x, y, figure.dpi_scale_trans)
+
+    words = ""
+    has_trend = max(len(record.rows) for record in records) >= SHORTEST_TREND
+    if has_trend and any(panel.is_noisy for panel in panels):
+        few = len(records) <= _RAW_UP_TO_RUNS
+        words = "thin: every iteration, thick: running median" if few else "running medians"
+        figure.text(1, 1, words, transform=from_corner(-0.15, -0.14), ha="right", va="top", fontsize=8.5, color=_GREY)
+    heading = _heading(records)
+    # The words are at most 0.065 inches a character; a bold one of 13 points takes 0.125.
+    room = figure.get_figwidth() - 0.45 - 0.065 * len(words)
+    size = max(7.0, min(13.0, 13.0 * room / (0.125 * len(heading))))
+    corner = from_corner(0.15, -0.12)
+    figure.text(0, 1, heading, transform=corner, va="top", fontsize=size, fontweight="bold", color=_INK)
 
 
 def _heading(records: Sequence[RunRecord]) -> str:
@@ -163,14 +198,10 @@ def _stroke(panel: Panel, line_index: int, record_index: int, n_records: int) ->
     if n_records == 1:
         return Stroke(COLOURS[line_index % len(COLOURS)], "-", panel.lines[line_index].label)
     dash = line_index if len(panel.lines) > 1 else record_index // len(COLOURS)
-    return Stroke(
-        COLOURS[record_index % len(COLOURS)], DASHES[dash % len(DASHES)], panel.lines[line_index].label
-    )
+    return Stroke(COLOURS[record_index % len(COLOURS)], DASHES[dash % len(DASHES)], panel.lines[line_index].label)
 
 
-def _draw_line(
-    axis: Axes, x: np.ndarray, y: np.ndarray, stroke: Stroke, panel: Panel, *, with_raw: bool
-) -> None:
+def _draw_line(axis: Axes, x: np.ndarray, y: np.ndarray, stroke: Stroke, panel: Panel, *, with_raw: bool) -> None:
     smooth = trend(x, y) if panel.is_noisy else None
     raw = thinned(x, y)
     if smooth is None:
@@ -224,8 +255,9 @@ def _dress(axis: Axes, panel: Panel, x_label: str, last_x: float) -> None:
     axis.set_ylabel(panel.y_label, fontsize=9.5, color=_INK)
     axis.set_xlim(0, last_x * 1.02 or 1.0)
     axis.xaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS, integer=not in_millions))
-    unit = 1_000_000 if in_millions else 1
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:,.6g}"))
+    axis.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value / 1e6:,g}" if in_millions else f"{value:,.0f}")
+    )
     axis.tick_params(labelsize=9, colors=_INK, length=3, width=0.7)
     axis.grid(visible=True, linewidth=0.5, color="#dddddd")
     axis.set_axisbelow(True)
@@ -280,7 +312,10 @@ def _note_outside(axis: Axes, limits: Limits) -> None:
 
 
 def _tick(value: float, *, digits: int = 5) -> str:
-    text = f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    if abs(value) >= 1e6:
+        text = f"{value / 1e6:,.{digits}g}M" if abs(value) < 1e12 else f"{value:.{digits}g}"
+    else:
+        text = f"{value:,.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
     return text.replace("-", "−") if "e" not in text else text
 
 
@@ -292,19 +327,22 @@ def _line_legend(axis: Axes, panel: Panel, records: Sequence[RunRecord], referen
         for index in range(len(panel.lines)):
             stroke = _stroke(panel, index, 0, len(records))
             colour = stroke.colour if len(records) == 1 else _INK
-            handles.append(
-                Line2D([], [], color=colour, linestyle=stroke.dash, linewidth=1.8, label=stroke.label)
-            )
+            handles.append(Line2D([], [], color=colour, linestyle=stroke.dash, linewidth=1.8, label=stroke.label))
     if references:
         label = f"{panel.reference} {', '.join(f'{value:g}' for value in references)}"
         handles.append(Line2D([], [], color=_INK, linewidth=1.0, linestyle=(0, (2, 2)), label=label))
     axis.legend(handles=handles, fontsize=8.5, loc="best", frameon=True, framealpha=0.85, edgecolor="none")
 
 
-def _run_legend(figure: Figure, records: Sequence[RunRecord], inches: float) -> None:
+def _names_per_line(names: Sequence[str], inches: float) -> int:
+    # A character of the legend is about a fourteenth of an inch wide; its line and the spaces take 0.75.
+    widest = max((len(name) for name in names), default=0)
+    return max(1, min(len(names), int((inches - 0.3) / (widest / 14 + 0.75))))
+
+
+def _run_legend(figure: Figure, names: Sequence[str], names_per_line: int) -> None:
     from matplotlib.lines import Line2D
 
-    names = [_short(record.name) for record in records]
     handles = [
         Line2D(
             [],
@@ -316,13 +354,4 @@ def _run_legend(figure: Figure, records: Sequence[RunRecord], inches: float) -> 
         )
         for index, name in enumerate(names)
     ]
-    # A character of this size is about a fifteenth of an inch wide, a handle half an inch.
-    n_columns = max(1, int((inches - 0.3) / (max(map(len, names)) / 14 + 0.7)))
-    figure.legend(
-        handles=handles,
-        loc="outside lower left",
-        ncols=min(n_columns, len(names)),
-        fontsize=9,
-        frameon=False,
-        borderaxespad=0.3,
-    )
+    figure.legend(handles=handles, loc="lower left", ncols=names_per_line, fontsize=9, frameon=False, borderaxespad=0.6)

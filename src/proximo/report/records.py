@@ -60,9 +60,7 @@ def run_names(runs: Sequence[RunDirectory]) -> list[str]:
     for path in paths:
         others = [other for other in paths if other != path]
         longest = len(path.parts)
-        depth = next(
-            (d for d in range(1, longest) if all(_tail(o, d) != _tail(path, d) for o in others)), longest
-        )
+        depth = next((d for d in range(1, longest) if all(_tail(o, d) != _tail(path, d) for o in others)), longest)
         names.append(_tail(path, depth))
     return names
 
@@ -70,9 +68,7 @@ def run_names(runs: Sequence[RunDirectory]) -> list[str]:
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
     """One metric over all rows as float64; NaN where it is missing, null or no number."""
     values = (row.get(name) for row in rows)
-    return np.array(
-        [value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64
-    )
+    return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64)
 
 
 def steps_column(rows: Sequence[Row]) -> tuple[np.ndarray, str]:

@@ -115,9 +115,7 @@ def _frames(
         yield _same_shape(frame, shape)
         while not ended and n_steps < max_steps:
             n_steps += 1
-            action = policy(
-                observation, deterministic=deterministic, seed=None if deterministic else seed + n_steps
-            )
+            action = policy(observation, deterministic=deterministic, seed=None if deterministic else seed + n_steps)
             observation, _, terminated, truncated, _ = _explained("stepped", lambda: env.step(action))  # noqa: B023
             ended = bool(terminated or truncated)
             yield _same_shape(_frame(env), shape)
@@ -324,8 +322,7 @@ def _is_from_mujoco(error: BaseException) -> bool:
         modules.append(trace.tb_frame.f_globals.get("__name__", ""))
         trace = trace.tb_next
     return any(
-        name.split(".")[0] in ("mujoco", "OpenGL", "glfw")
-        or name.startswith("gymnasium.envs.mujoco.mujoco_rendering")
+        name.split(".")[0] in ("mujoco", "OpenGL", "glfw") or name.startswith("gymnasium.envs.mujoco.mujoco_rendering")
         for name in modules
     )
 

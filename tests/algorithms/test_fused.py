@@ -1,0 +1,154 @@
+"""The written-out gradient against the one that torch derives: same steps, same stops, same refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.algorithms.ppo import PPO
+from proximo.core.batch import Batch
+from proximo.errors import UserError
+
+COMMON = dict(learning_rate=0.03, n_epochs=3, batch_size=13, gamma=0.97, gae_lambda=0.9, max_grad_norm=1.0)
+
+
+def updated(policy, batch: Batch, **settings) -> tuple[dict[str, float], FlatAdam]:
+    optimizer = FlatAdam(policy, learning_rate=0.0)
+    algorithm = PPO(**(COMMON | settings))
+    return algorithm.update(policy, optimizer, batch, torch.Generator().manual_seed(3)), optimizer
+
+
+def both_ways(make_policy, make_batch, **settings):
+    """The policy and metrics after one update on the eager path, and on the fused one."""
+    results = []
+    for path in ("eager", "fused"):
+        policy = make_policy()
+        metrics, _ = updated(policy, make_batch(policy), update_path=path, **settings)
+        assert (policy.n_evaluations == 0) == (path == "fused")
+        results.append((policy, metrics))
+    return results
+
+
+CASES = [
+    {},
+    {"entropy_coef": 0.3},
+    {"value_clip_epsilon": 0.05},
+    {"value_clip_epsilon": 0.3, "value_coef": 2.0, "entropy_coef": 0.01},
+    {"normalize_advantages": False, "max_grad_norm": 1e6},
+    {"clip_epsilon": 0.02},
+    {"batch_size": 1000},
+    {"batch_size": 1, "n_epochs": 1},
+]
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+@pytest.mark.parametrize("settings", CASES, ids=lambda settings: ",".join(settings) or "plain")
+def test_a_whole_update_agrees_with_the_eager_one(plain_policy, make_batch, kind, activation, settings):
+    (eager, expected), (fused, metrics) = both_ways(
+        lambda: plain_policy(kind, activation=activation), make_batch, **settings
+    )
+    torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
+    assert metrics.keys() == expected.keys()
+    assert metrics == pytest.approx(expected, abs=1e-10)
+    assert metrics["approx_kl_max"] > 0.003  # the policy went somewhere
+    if settings not in ({"batch_size": 1000}, {"batch_size": 1, "n_epochs": 1}):
+        assert metrics["clip_fraction"] > 0.02  # and out of the band
+
+
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+def test_single_precision_agrees_to_its_rounding(plain_policy, make_batch, kind):
+    (eager, expected), (fused, metrics) = both_ways(
+        lambda: plain_policy(kind, dtype=torch.float32), make_batch, entropy_coef=0.01, value_clip_epsilon=0.2
+    )
+    torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=2e-3)
+    assert metrics == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("target_kl", [1e-6, 0.005, 0.02, 0.05])
+def test_the_kl_stop_is_the_same(plain_policy, make_batch, target_kl):
+    (eager, expected), (fused, metrics) = both_ways(plain_policy, make_batch, target_kl=target_kl)
+    assert metrics["n_updates"] == expected["n_updates"] < 12
+    assert metrics["kl_stopped"] == expected["kl_stopped"] == 1.0
+    assert metrics["approx_kl_max"] > 1.5 * target_kl
+    assert metrics == pytest.approx(expected, abs=1e-10)
+    torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
+
+
+def test_at_the_first_minibatch_every_ratio_is_one(plain_policy, make_batch):
+    for kind in ("discrete", "continuous"):
+        policy = plain_policy(kind)
+        metrics, _ = updated(policy, make_batch(policy), update_path="fused", n_epochs=1, batch_size=1000)
+        assert abs(metrics["approx_kl"]) < 1e-12
+        assert metrics["clip_fraction"] == 0.0
+
+
+def test_gradients_of_another_update_are_not_left_in(plain_policy, make_batch):
+    results = []
+    for path in ("eager", "fused"):
+        policy = plain_policy("continuous")
+        optimizer = FlatAdam(policy, learning_rate=0.0)
+        for seed, way in ((0, "eager"), (1, path), (2, "eager")):
+            algorithm = PPO(**COMMON, update_path=way)
+            algorithm.update(policy, optimizer, make_batch(policy, seed=seed), torch.Generator().manual_seed(seed))
+        results.append(policy.flat())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+
+
+NOT_FINITE = [(name, math.nan) for name in ("rewards", "observations", "log_probs", "values")]
+NOT_FINITE += [("rewards", math.inf), ("values", -math.inf)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"value_clip_epsilon": 0.2}], ids=["plain", "value_clip"])
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+@pytest.mark.parametrize(("field", "bad"), NOT_FINITE)
+def test_what_is_not_finite_is_refused_and_the_weights_stay_bit_identical(
+    plain_policy, make_batch, field, bad, kind, settings
+):
+    # A NaN is neither above nor below anything: every comparison in the written-out gradient must let it through.
+    policy = plain_policy(kind)
+    batch = make_batch(policy)
+    spoilt = getattr(batch, field).clone()
+    spoilt[0, 0] = bad
+    before = policy.flat()
+    with pytest.raises(NonFiniteUpdateError):
+        updated(policy, dataclasses.replace(batch, **{field: spoilt}), update_path="fused", batch_size=1000, **settings)
+    assert torch.equal(policy.flat(), before)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_masked_steps_change_nothing_whatever_stands_there(plain_policy, make_batch, poison):
+    results = []
+    for fill in (None, poison):
+        policy = plain_policy()
+        batch = make_batch(policy, masked=0.4)
+        if fill is not None:
+            floats = ("rewards", "log_probs", "values", "next_values")
+            changed = {name: getattr(batch, name).masked_fill(~batch.mask, fill) for name in floats}
+            observations = batch.observations.masked_fill(~batch.mask[..., None], fill)
+            batch = dataclasses.replace(batch, **changed, observations=observations)
+        updated(policy, batch, update_path="fused")
+        results.append(policy.flat())
+    assert torch.equal(*results)
+
+
+def test_the_path_is_chosen_by_what_is_possible(plain_policy, tiny_policy, make_batch):
+    def evaluations(policy, **settings) -> int:
+        updated(policy, make_batch(policy), **settings)
+        return policy.n_evaluations
+
+    assert evaluations(plain_policy()) == 0
+    assert evaluations(plain_policy(), update_path="eager") > 0
+    assert evaluations(plain_policy(), microbatch_size=4) > 0
+    assert evaluations(plain_policy(), objective="kl_penalty") > 0
+    assert evaluations(tiny_policy()) > 0  # lays nothing open
+
+
+@pytest.mark.parametrize("settings", [{"objective": "kl_penalty"}, {"microbatch_size": 8}])
+def test_a_path_that_cannot_be_is_refused(settings):
+    with pytest.raises(UserError, match="update_path is 'fused'"):
+        PPO(update_path="fused", **settings)
