@@ -93,7 +93,7 @@ def run_one(env_id: str, seed: int, runs: Path) -> None:
     import proximo
     from proximo.runs.directory import RunDirectory
     from proximo.runs.metrics import read_metrics
-    from proximo.train.config import settings_of
+    from proximo.training.config import settings_of
 
     path = runs / f"{env_id}-seed{seed}"
     if (path / "checkpoints" / "latest").exists():

@@ -18,9 +18,9 @@ import torch
 from proximo.collect.make import find_factory, make_env
 from proximo.presets import PRESETS
 from proximo.runs.directory import new_run
-from proximo.train import control
-from proximo.train.config import ControlConfig, with_settings
-from proximo.train.evaluate import evaluate_policy
+from proximo.training import control
+from proximo.training.config import ControlConfig, with_settings
+from proximo.training.evaluate import evaluate_policy
 
 
 def main() -> None:

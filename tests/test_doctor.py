@@ -24,11 +24,19 @@ def probe_that_says(said: Any = "fine", error: str = "") -> Any:
 
 @pytest.fixture(scope="module")
 def entries() -> list[Entry]:
-    return diagnose_machine()
+    return diagnose_machine(speed=True)
 
 
 def by_name(found: list[Entry]) -> dict[str, Entry]:
     return {entry.name: entry for entry in found}
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but what `pip install proximo` brings; trials succeed without being run."""
+    extras = {module for extra in doctor.EXTRAS.values() for module in extra.modules}
+    monkeypatch.setattr(doctor, "_has_module", lambda name: name not in extras)
+    monkeypatch.setattr(doctor, "_tried", probe_that_says({"gpus": [], "apple": False, "built_for": None}))
 
 
 # --- on this very machine ---
@@ -65,21 +73,12 @@ def test_a_trial_that_dies_is_told() -> None:
     assert "said nothing" in doctor._tried("pass").error
 
 
-def test_the_speed_is_measured_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "CartPole-v1 steps/s" in doctor._speed()[0].detail
-    monkeypatch.setattr(doctor, "_tried", probe_that_says(error="no"))
-    assert [entry.name for entry in diagnose_machine(speed=True)][-1] == "speed"
+def test_the_speed_is_measured_on_demand(entries: list[Entry], bare: None) -> None:
+    assert "CartPole-v1 steps/s" in by_name(entries)["speed"].detail
+    assert "speed" not in by_name(diagnose_machine())
 
 
 # --- on machines that are not like this one ---
-
-
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but what `pip install proximo` brings; trials succeed without being run."""
-    extras = {module for extra in doctor.EXTRAS.values() for module in extra.modules}
-    monkeypatch.setattr(doctor, "_has_module", lambda name: name not in extras)
-    monkeypatch.setattr(doctor, "_tried", probe_that_says({"gpus": [], "apple": False, "built_for": None}))
 
 
 @pytest.mark.usefixtures("bare")
@@ -197,10 +196,10 @@ def test_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no live table" in doctor._terminal()[0].detail
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "dumb")
+    assert "TERM is dumb" in doctor._terminal()[0].detail
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
-    detail = doctor._terminal()[0].detail
-    assert "the live table needs 80" in detail
-    assert "TERM is dumb" in detail
+    assert "the live table needs 80" in doctor._terminal()[0].detail
 
 
 def written(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from proximo.api import train as train
     from proximo.errors import UserError as UserError
     from proximo.models.control import ActorCritic as ActorCritic
-    from proximo.train.config import ControlConfig as ControlConfig
+    from proximo.training.config import ControlConfig as ControlConfig
 
 try:
     __version__ = version("proximo")
@@ -29,7 +29,7 @@ _HOMES = {
     "Run": "proximo.api",
     "UserError": "proximo.errors",
     "ActorCritic": "proximo.models.control",
-    "ControlConfig": "proximo.train.config",
+    "ControlConfig": "proximo.training.config",
 }
 
 __all__ = ["ActorCritic", "ControlConfig", "Run", "UserError", "evaluate", "load", "resume", "train"]

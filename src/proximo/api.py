@@ -23,10 +23,10 @@ from proximo.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpo
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
 from proximo.runs.metrics import truncate_metrics
 from proximo.terminal import Display
-from proximo.train import control
-from proximo.train.config import ControlConfig, settings_of, with_settings
-from proximo.train.estimate import estimated_seconds
-from proximo.train.evaluate import evaluate_policy
+from proximo.training import control
+from proximo.training.config import ControlConfig, settings_of, with_settings
+from proximo.training.estimate import estimated_seconds
+from proximo.training.evaluate import evaluate_policy
 
 Env = str | type[gym.Env] | Callable[..., Any]
 """A Gymnasium id, `my_file.py:MyEnv`, `package.module:MyEnv`, an environment class, or a factory."""

@@ -178,7 +178,7 @@ def _train(words: list[str]) -> int:
     from proximo.collect.make import make_env
     from proximo.presets import resolve_settings
     from proximo.terminal import Display
-    from proximo.train.config import ControlConfig, TrainArguments, with_settings
+    from proximo.training.config import ControlConfig, TrainArguments, with_settings
 
     file = _config_file(words)
     from_file = _read_toml(file) if file else {}
@@ -227,8 +227,9 @@ def _finish(run: Any, display: Any, *, as_json: bool) -> int:
     pictures, findings = [], []
     if run.env_steps:
         report = write_report([directory], None)
-        pictures = report.pictures
-        findings = [f"{f.seen} {f.meaning} {f.advice}" for f in report.findings[directory.path.name]]
+        pictures = list(report.pictures)
+        serious = [finding for finding in report.runs[0].findings if finding.severity != "info"]
+        findings = [f"{finding.seen} {finding.meaning} {finding.advice}" for finding in serious]
     if run.env_steps:
         facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
     resume = f"proximo resume {run.path}"

@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium import spaces
 
-from proximo.train.config import ControlConfig, with_settings
+from proximo.training.config import ControlConfig, with_settings
 
 ZOO = "RL Baselines3 Zoo, hyperparams/ppo.yml"
 

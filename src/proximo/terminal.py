@@ -21,7 +21,7 @@ from proximo.collect.envs import VectorEnvs
 from proximo.report.sparkline import sparkline
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.train.config import ControlConfig, settings_of
+from proximo.training.config import ControlConfig, settings_of
 
 PLAIN_LINE_EVERY = 5.0
 """Seconds between two lines where there is no terminal."""

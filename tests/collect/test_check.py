@@ -459,7 +459,7 @@ def only(report: CheckReport) -> Problem:
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda c: c.__name__)
 def test_a_broken_environment_has_its_one_problem_and_no_other(broken: type[gym.Env]) -> None:
-    report = check_environment(broken, "Broken", n_steps=250)
+    report = check_environment(broken, "Broken", n_steps=150)
     problem = only(report)
     assert problem.kind == BROKEN[broken]
     assert problem.severity == ADVICE[problem.kind].severity

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -39,14 +38,12 @@ def thinned(x: np.ndarray, y: np.ndarray, most_points: int = MOST_POINTS) -> Cur
     """Keep the lowest and the highest point of each of `most_points / 2` groups, so that no spike is lost."""
     if len(x) <= most_points:
         return Curve(x, y)
-    bounds = np.linspace(0, len(x), most_points // 2 + 1).astype(int)
-    kept: list[int] = []
-    for first, last in itertools.pairwise(bounds):
-        piece = y[first:last]
-        if np.isfinite(piece).any():
-            kept += sorted({first + int(np.nanargmin(piece)), first + int(np.nanargmax(piece))})
-        else:
-            kept.append(first)
+    size = -(-len(x) // (most_points // 2))
+    groups = np.pad(y, (0, -len(y) % size), constant_values=np.nan).reshape(-1, size)
+    known = np.isfinite(groups)
+    # A group without a value has both at its first point, which is a gap.
+    inside = [np.where(known, groups, np.inf).argmin(axis=1), np.where(known, groups, -np.inf).argmax(axis=1)]
+    kept = np.unique(np.stack(inside) + size * np.arange(len(groups)))
     return Curve(x[kept], y[kept])
 
 

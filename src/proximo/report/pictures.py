@@ -15,7 +15,7 @@ from proximo.errors import UserError
 from proximo.report.charts import CHARTS, Chart, Panel
 from proximo.report.curves import SHORTEST_TREND, Limits, lonely, readable_limits, thinned, trend
 from proximo.report.folder import png_bytes, prepare_folder, write_ours
-from proximo.report.records import RunRecord, column, read_records, steps_column
+from proximo.report.records import RunRecord, read_records
 from proximo.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ def _head(figure: Figure, panels: Sequence[Panel], records: Sequence[RunRecord])
         few = len(records) <= _RAW_UP_TO_RUNS
         words = "thin: every iteration, thick: running median" if few else "running medians"
         figure.text(1, 1, words, transform=from_corner(-0.15, -0.14), ha="right", va="top", fontsize=8.5, color=_GREY)
-    heading = _heading(records)
-    # The words are at most 0.065 inches a character; a bold one of 13 points takes 0.125.
-    room = figure.get_figwidth() - 0.45 - 0.065 * len(words)
-    size = max(7.0, min(13.0, 13.0 * room / (0.125 * len(heading))))
+    # A character of the words takes 0.06 inches; one of the heading 0.0095 for each point of its size.
+    room = figure.get_figwidth() - 0.5 - 0.06 * len(words)
+    heading = _short(_heading(records), int(room / (0.0095 * 9.0)))
+    size = min(13.0, room / (0.0095 * len(heading)))
     corner = from_corner(0.15, -0.12)
     figure.text(0, 1, heading, transform=corner, va="top", fontsize=size, fontweight="bold", color=_INK)
 
@@ -158,11 +158,11 @@ def _heading(records: Sequence[RunRecord]) -> str:
     return f"{what}: {_short(records[0].name) if len(records) == 1 else f'{len(records)} runs'}"
 
 
-def _short(name: str) -> str:
+def _short(name: str, longest: int = _LONGEST_NAME) -> str:
     """Cut a long name in its middle: beginnings and ends are what tells names apart."""
-    if len(name) <= _LONGEST_NAME:
+    if len(name) <= longest:
         return name
-    half = (_LONGEST_NAME - 1) // 2
+    half = (longest - 1) // 2
     return f"{name[:half]}…{name[-half:]}"
 
 
@@ -171,7 +171,7 @@ def _short(name: str) -> str:
 
 def _draw_panel(axis: Axes, panel: Panel, records: Sequence[RunRecord]) -> None:
     curves = [
-        (record_index, line_index, *steps_column(record.rows), column(record.rows, line.metric))
+        (record_index, line_index, *record.steps, record.column(line.metric))
         for record_index, record in enumerate(records)
         for line_index, line in enumerate(panel.lines)
     ]

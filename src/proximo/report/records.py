@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ class RunRecord:
     run: RunDirectory
     settings: dict[str, Any]
     rows: list[Row]
+    _columns: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    def column(self, name: str) -> np.ndarray:
+        """One metric over all rows, as `column` gives it; made once."""
+        if name not in self._columns:
+            self._columns[name] = column(self.rows, name)
+        return self._columns[name]
+
+    @property
+    def steps(self) -> tuple[np.ndarray, str]:
+        """What lies on the x-axis, and what to call it: environment steps, or else iterations."""
+        for name, label in (("env_steps", "environment steps"), ("iteration", "iterations")):
+            if np.isfinite(self.column(name)).any():
+                return self.column(name), label
+        return np.arange(1.0, len(self.rows) + 1), "iterations"
 
     @property
     def task(self) -> str:
@@ -59,26 +75,16 @@ def run_names(runs: Sequence[RunDirectory]) -> list[str]:
     names: list[str] = []
     for path in paths:
         others = [other for other in paths if other != path]
-        longest = len(path.parts)
-        depth = next((d for d in range(1, longest) if all(_tail(o, d) != _tail(path, d) for o in others)), longest)
-        names.append(_tail(path, depth))
+        depths = range(1, len(path.parts))
+        enough = (d for d in depths if all(_tail(other, d) != _tail(path, d) for other in others))
+        names.append(_tail(path, next(enough, len(path.parts))))
     return names
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
     """One metric over all rows as float64; NaN where it is missing, null or no number."""
-    values = (row.get(name) for row in rows)
-    return np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64)
-
-
-def steps_column(rows: Sequence[Row]) -> tuple[np.ndarray, str]:
-    """What lies on the x-axis, and what to call it: environment steps, or else iterations."""
-    steps = column(rows, "env_steps")
-    if np.isfinite(steps).any():
-        return steps, "environment steps"
-    iterations = column(rows, "iteration")
-    known = np.isfinite(iterations).any()
-    return (iterations if known else np.arange(1.0, len(rows) + 1)), "iterations"
+    values = [row.get(name) for row in rows]
+    return np.array([value if isinstance(value, (int, float)) else math.nan for value in values], np.float64)
 
 
 def _tail(path: Path, depth: int) -> str:

@@ -20,11 +20,11 @@ from proximo.collect.envs import SerialEnvs
 from proximo.collect.rollout import Carry, rollout
 from proximo.core.batch import Batch, minibatch_indices
 from proximo.models.control import ActorCritic, NetworkConfig
-from proximo.train import control
-from proximo.train.control import iterate
-from proximo.train.evaluate import evaluate_policy
+from proximo.training import control
+from proximo.training.control import iterate
+from proximo.training.evaluate import evaluate_policy
 from tests.environments import Forever, Identity, Noisy, Recording, Scripted, ValueJump
-from tests.train.running import begin, config_with, train
+from tests.training.running import begin, config_with, train
 
 CRITIC = dict(
     n_envs=4, rollout_length=64, batch_size=64, n_epochs=10, hidden_sizes=[16], gamma=0.9, learning_rate=3e-3, debug=False

@@ -13,7 +13,7 @@ from proximo.algorithms.adam import FlatAdam
 from proximo.collect.envs import VectorEnvs, episode_seed
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
-from proximo.train.config import ControlConfig
+from proximo.training.config import ControlConfig
 
 
 def estimated_seconds(config: ControlConfig, policy: ActorCritic, make_scratch_envs: Callable[[], VectorEnvs]) -> float:

@@ -13,8 +13,8 @@ import torch
 
 from proximo.collect.envs import VectorEnvs
 from proximo.runs.directory import RunDirectory
-from proximo.train.config import ControlConfig, with_settings
-from proximo.train.control import ControlState, iterate, make_envs, start
+from proximo.training.config import ControlConfig, with_settings
+from proximo.training.control import ControlState, iterate, make_envs, start
 
 Make = Callable[..., gym.Env]
 

@@ -13,7 +13,7 @@ from proximo.algorithms.ppo import PPO
 from proximo.errors import UserError
 from proximo.models.control import NetworkConfig
 from proximo.presets import PRESETS
-from proximo.train.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
+from proximo.training.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
 
 CHANGED: dict[str, Any] = dict(
     env_id="my_file.py:MyEnv",
@@ -179,7 +179,7 @@ class TestTypes:
     @pytest.mark.parametrize("part", [PPO, EnvironmentConfig, ControlConfig])
     @pytest.mark.xfail(strict=True, reason="from Python a count may be 2.5, and fails only once it is used")
     def test_counts_are_whole_from_python_too(self, part):
-        name = {PPO: "n_epochs", EnvironmentConfig: "n_envs", ControlConfig: "rollout_length"}[part]
+        name = {PPO: "n_epochs", EnvironmentConfig: "n_envs", ControlConfig: "seed"}[part]
         with pytest.raises(UserError):
             part(**{name: 2.5})
 

@@ -22,11 +22,11 @@ from proximo.errors import UserError
 from proximo.runs.checkpoint import load_checkpoint, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics, truncate_metrics
-from proximo.train import control
-from proximo.train.config import ControlConfig
-from proximo.train.control import CLOCK_METRICS, iterate, load_policy, make_envs, restore, save, start
+from proximo.training import control
+from proximo.training.config import ControlConfig
+from proximo.training.control import CLOCK_METRICS, iterate, load_policy, make_envs, restore, save, start
 from tests.environments import Counting, Identity, Noisy, Recording, Scripted
-from tests.train.running import Trained, begin, config_with, differing, tensors_of, train
+from tests.training.running import Trained, begin, config_with, differing, tensors_of, train
 
 BOTH = dict(normalize_observations=True, normalize_rewards=True)
 

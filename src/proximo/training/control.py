@@ -25,7 +25,7 @@ from proximo.models.spaces import space_from_json, space_to_json
 from proximo.runs.checkpoint import Checkpoint, mark_best, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import append_metrics, sync_metrics
-from proximo.train.config import ControlConfig, settings_of, with_settings
+from proximo.training.config import ControlConfig, settings_of, with_settings
 
 Metrics = dict[str, Any]
 

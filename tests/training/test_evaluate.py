@@ -13,7 +13,7 @@ from gymnasium import spaces
 from proximo.collect.envs import EnvironmentFault, episode_seed
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
-from proximo.train.evaluate import EVALUATION_STREAM, evaluate_policy
+from proximo.training.evaluate import EVALUATION_STREAM, evaluate_policy
 from tests.environments import Faulty, Noisy, Recording
 
 
