@@ -474,9 +474,9 @@ def test_a_broken_environment_has_its_one_problem_and_no_other(broken: type[gym.
 
 @pytest.mark.parametrize("healthy", [Drift, Continuous], ids=lambda c: c.__name__)
 def test_a_healthy_environment_has_no_problem(healthy: type[gym.Env]) -> None:
-    report = check_environment(healthy, "Healthy", n_steps=600)
+    report = check_environment(healthy, "Healthy", n_steps=400)
     assert report.problems == ()
-    assert report.facts["random play"].startswith("600 steps")
+    assert report.facts["random play"].startswith("400 steps")
     assert report.facts["repeatable"].startswith("yes")
     assert "Nothing wrong was found" in format_report(report)
 
@@ -484,7 +484,7 @@ def test_a_healthy_environment_has_no_problem(healthy: type[gym.Env]) -> None:
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "Acrobot-v1"])
 def test_known_environments_have_no_errors(env_id: str) -> None:
     factory = find_factory(env_id)
-    report = check_environment(lambda: make_env(factory, env_id, {}), env_id, n_steps=600)
+    report = check_environment(lambda: make_env(factory, env_id, {}), env_id, n_steps=400)
     assert report.ok
     # Both are so: Pendulum's returns are around -1000, and random play never swings the Acrobot up.
     expected = {"CartPole-v1": set(), "Pendulum-v1": {"reward-large"}, "Acrobot-v1": {"reward-constant"}}
@@ -520,7 +520,7 @@ def test_slow_steps_are_advised_workers_and_the_time_is_kept() -> None:
 
 
 def test_the_place_of_a_violation_is_told() -> None:
-    problem = only(check_environment(OutOfBounds, "env", n_steps=300))
+    problem = only(check_environment(OutOfBounds, "env", n_steps=100))
     assert "observation[2] is 2.5, outside its bounds [-2, 2]; episode 0 (seed " in problem.what
     assert ", step 5." in problem.what
     assert "times)" in problem.what
@@ -528,7 +528,7 @@ def test_the_place_of_a_violation_is_told() -> None:
 
 
 def test_an_exception_is_told_with_the_environments_own_lines() -> None:
-    problem = only(check_environment(StepRaises, "env", n_steps=300))
+    problem = only(check_environment(StepRaises, "env", n_steps=100))
     assert "step() raised KeyError: 'missing key'" in problem.what
     assert "step 8" in problem.what
     assert 'return {}["missing key"]' in problem.what
@@ -588,10 +588,10 @@ class ShiftedJoint(DictObservation):
 
 
 def test_parts_of_a_dict_are_named() -> None:
-    assert kinds(check_environment(DictObservation, "env", n_steps=300)) <= {"space-unsupported"}
-    lost = [p for p in check_environment(LostKey, "env", n_steps=300).problems if p.kind != "space-unsupported"]
+    assert kinds(check_environment(DictObservation, "env", n_steps=120)) <= {"space-unsupported"}
+    lost = [p for p in check_environment(LostKey, "env", n_steps=120).problems if p.kind != "space-unsupported"]
     assert "lacks ['mode']" in lost[0].what
-    shifted = check_environment(ShiftedJoint, "env", n_steps=300)
+    shifted = check_environment(ShiftedJoint, "env", n_steps=120)
     assert any('observation["joints"][' in p.what for p in shifted.problems if p.kind == "observation-bounds")
 
 
@@ -601,11 +601,11 @@ def test_a_rare_end_that_is_both_is_no_problem() -> None:
             observation, reward, terminated, truncated, info = super().step(action)
             return observation, reward, terminated, truncated or (terminated and self.state[0] > 0), info
 
-    assert check_environment(SometimesBoth, "env", n_steps=300).problems == ()
+    assert check_environment(SometimesBoth, "env", n_steps=120).problems == ()
 
 
 def test_the_same_check_twice_says_the_same() -> None:
-    one, two = (check_environment(OutOfBounds, "env", n_steps=300, seed=4) for _ in range(2))
+    one, two = (check_environment(OutOfBounds, "env", n_steps=120, seed=4) for _ in range(2))
     assert one.problems == two.problems
     assert one.facts["return"] == two.facts["return"]
 

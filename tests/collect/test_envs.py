@@ -85,7 +85,9 @@ class TestSteps:
                 assert step.observations[i].tolist() == [i, episodes[i], t[i]]
         assert ended > 20
 
-    @pytest.mark.parametrize(("given", "kept"), [(np.float64, np.float32), (np.float32, np.float32), (np.uint8, np.uint8)])
+    @pytest.mark.parametrize(
+        ("given", "kept"), [(np.float64, np.float32), (np.float32, np.float32), (np.uint8, np.uint8)]
+    )
     def test_observations_keep_their_type_but_for_float64(self, given, kept):
         envs = counting(2, given)
         assert envs.reset().dtype == kept

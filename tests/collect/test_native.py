@@ -27,6 +27,12 @@ def counting(mode: AutoresetMode) -> NativeEnvs:
     return native(lambda: Counting(next(numbers)), mode)
 
 
+def run(envs: NativeEnvs, n_steps: int) -> None:
+    envs.reset()
+    for _ in range(n_steps):
+        envs.step(zeros(envs))
+
+
 def zeros(envs: NativeEnvs) -> np.ndarray:
     return np.zeros((envs.n_envs, *envs.action_space.shape), envs.action_space.dtype)
 
@@ -111,15 +117,17 @@ class TestFaults:
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
         ("fault", "words"),
-        [("NaN reward", "the reward is nan"), ("NaN observation", "observation[1] is nan"), ("infinite reward", "-inf")],
+        [
+            ("NaN reward", "the reward is nan"),
+            ("NaN observation", "observation[1] is nan"),
+            ("infinite reward", "-inf"),
+        ],
     )
     def test_what_is_not_finite_is_told_with_its_place(self, mode, fault, words):
         numbers = count(-1)  # SyncVectorEnv makes none but these
         envs = native(lambda: Faulty(fault, faulty=next(numbers) == 0), mode)
-        envs.reset()
         with pytest.raises(EnvironmentFault) as caught:
-            for _ in range(20):
-                envs.step(zeros(envs))
+            run(envs, 20)
         step = 10 if mode is AutoresetMode.NEXT_STEP else 9
         assert words in str(caught.value)
         assert f"Arm-v0, environment 1, step {step} of the run" in str(caught.value)
@@ -128,29 +136,22 @@ class TestFaults:
     @pytest.mark.xfail(strict=True, reason="only `observations` are looked at, which are the next episode's")
     def test_a_final_observation_that_is_not_finite_under_same_step(self):
         envs = native(lambda: Faulty("NaN observation", at=6, episode=0), AutoresetMode.SAME_STEP)
-        envs.reset()
         with pytest.raises(EnvironmentFault):
-            for _ in range(10):
-                envs.step(zeros(envs))
+            run(envs, 10)
 
     @pytest.mark.parametrize("episode", [0, 1])
     @pytest.mark.xfail(strict=True, reason="what reset() returns is not looked at")
     def test_a_first_observation_that_is_not_finite_where_we_reset(self, episode):
         envs = native(lambda: Faulty("reset gives NaN", episode=episode), AutoresetMode.DISABLED)
         with pytest.raises(EnvironmentFault):
-            envs.reset()
-            for _ in range(6):
-                observations = envs.step(zeros(envs)).observations
-            assert np.isnan(observations).any()
+            run(envs, 6)
 
     @pytest.mark.parametrize("fault", ["step raises", "two rewards"])
     @pytest.mark.xfail(strict=True, reason="errors of the vector environment are not caught")
     def test_an_environment_that_raises(self, fault):
         envs = native(lambda: Faulty(fault), AutoresetMode.SAME_STEP)
-        envs.reset()
         with pytest.raises(EnvironmentFault):
-            for _ in range(20):
-                envs.step(zeros(envs))
+            run(envs, 20)
 
 
 class TestRestore:
@@ -199,11 +200,11 @@ class TestCartPole:
         assert min(lengths) < 15
 
     def test_an_environment_without_a_vector_version_is_refused(self):
-        with pytest.raises(UserError, match="Pendulum-v1 has no vector version.*serial"):
+        with pytest.raises(UserError, match=r"Pendulum-v1 has no vector version.*serial"):
             make_native("Pendulum-v1", 2, {})
 
     def test_arguments_that_do_not_fit_are_told(self):
-        with pytest.raises(UserError, match="could not be made.*colour"):
+        with pytest.raises(UserError, match=r"could not be made.*colour"):
             make_native("CartPole-v1", 2, {"colour": "red"})
 
 

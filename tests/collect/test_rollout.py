@@ -122,7 +122,9 @@ class TestCounting:
             here = torch.tensor([row.observation for row in rows])
             after = here + torch.tensor([0.0, 0.0, 1.0])
             assert torch.allclose(torch.tensor([row.value for row in rows]), policy.scaled_values(here), atol=1e-4)
-            assert torch.allclose(torch.tensor([row.next_value for row in rows]), policy.scaled_values(after), atol=1e-4)
+            assert torch.allclose(
+                torch.tensor([row.next_value for row in rows]), policy.scaled_values(after), atol=1e-4
+            )
             # It would show: the critic tells the last observation from the one before and the one after.
             last = [k for k, row in enumerate(rows[:-1]) if row.done]
             assert all(abs(rows[k].next_value - rows[k].value) > 1e-3 for k in last)
@@ -136,7 +138,7 @@ class TestCounting:
         expected, ended_by_itself = [], 0
         for rows in valid_rows(batches):
             for row in rows:
-                i, e, t = (int(x) for x in row.observation)
+                i, e, _ = (int(x) for x in row.observation)
                 if row.done:
                     length = Counting.length(i, e)
                     expected.append((sum(100.0 * i + 10 * e + t + 1 for t in range(length)), length))
@@ -318,9 +320,7 @@ class TestNormalizer:
 
 
 def advantages_of(batch: Batch, **settings) -> torch.Tensor:
-    return gae(
-        batch.rewards, batch.values, batch.next_values, batch.terminated, batch.done, batch.mask, **settings
-    )
+    return gae(batch.rewards, batch.values, batch.next_values, batch.terminated, batch.done, batch.mask, **settings)
 
 
 class TestEnds:

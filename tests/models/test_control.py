@@ -236,7 +236,9 @@ class TestUnits:
         observations = some_observations()
         critic = plain.critic(torch.from_numpy(observations)).squeeze(-1).detach().numpy()
         assert np.allclose(plain.value(observations), critic)
-        assert scaled.reward_scale == pytest.approx(torch.randn(50, generator=seeded(3)).double().mul(20).std(correction=0))
+        assert scaled.reward_scale == pytest.approx(
+            torch.randn(50, generator=seeded(3)).double().mul(20).std(correction=0)
+        )
         assert np.allclose(scaled.value(observations), critic * scaled.reward_scale, rtol=1e-5)
         assert np.allclose(scaled.scaled_values(torch.from_numpy(observations)), critic)
 
@@ -258,7 +260,9 @@ class TestUnits:
         observations = some_observations()
         assert policy.log_std is not None
         plain = torch.distributions.Normal(policy.actor(torch.from_numpy(observations)), policy.log_std.exp())
-        scale, offset = (torch.tensor([2.0, 5.0]), torch.tensor([0.0, 5.0])) if rescale else (torch.ones(2), torch.zeros(2))
+        scale, offset = (
+            (torch.tensor([2.0, 5.0]), torch.tensor([0.0, 5.0])) if rescale else (torch.ones(2), torch.zeros(2))
+        )
         expected = torch.distributions.TransformedDistribution(
             plain, [torch.distributions.AffineTransform(offset, scale, cache_size=0)]
         )
@@ -322,7 +326,9 @@ class TestNormalizer:
 
     def test_before_anything_is_seen_it_does_nothing(self):
         observations = some_observations()
-        assert np.allclose(model(normalize_observations=True).value(observations), model().value(observations), atol=1e-6)
+        assert np.allclose(
+            model(normalize_observations=True).value(observations), model().value(observations), atol=1e-6
+        )
 
     def test_a_feature_that_never_varies_makes_no_nan(self):
         policy = model(normalize_observations=True)

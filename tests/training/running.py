@@ -78,6 +78,4 @@ def tensors_of(state: ControlState) -> dict[str, torch.Tensor]:
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
     """The names of the tensors that are not bit for bit the same."""
     assert one.keys() == other.keys()
-    return [
-        name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])
-    ]
+    return [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])]

@@ -85,9 +85,7 @@ class TestActions:
         space = spaces.Box(-3.0, 3.0, (2,), np.float32)
         policy = policy_for(Recording(space))
         for seed in (0, 0, 1):
-            evaluate_policy(
-                policy, lambda: Recording(space, log=made), n_episodes=1, seed=seed, deterministic=False
-            )
+            evaluate_policy(policy, lambda: Recording(space, log=made), n_episodes=1, seed=seed, deterministic=False)
         one, two, other = (np.array(env.actions) for env in made)
         assert np.abs(one).max() > 0.3
         assert np.array_equal(one, two)
@@ -102,9 +100,7 @@ class TestActions:
         with torch.no_grad():
             policy.actor[-1].weight.zero_()  # nothing but noise
         for seed in (0, 1):
-            evaluate_policy(
-                policy, lambda: Recording(space, log=made), n_episodes=1, seed=seed, deterministic=False
-            )
+            evaluate_policy(policy, lambda: Recording(space, log=made), n_episodes=1, seed=seed, deterministic=False)
         first, second = (np.array(env.actions) for env in made)
         assert not np.allclose(first[1:], second[:-1])
 
@@ -117,7 +113,9 @@ class TestActions:
 
 class TestFaults:
     def test_a_fault_is_told_with_its_place(self):
-        with pytest.raises(EnvironmentFault, match=r"Arm-v0, environment 0, episode 0, step 3 \(seed \d+\): the reward is nan"):
+        with pytest.raises(
+            EnvironmentFault, match=r"Arm-v0, environment 0, episode 0, step 3 \(seed \d+\): the reward is nan"
+        ):
             evaluate_policy(
                 policy_for(Faulty("")), lambda: Faulty("NaN reward", episode=0), n_episodes=2, seed=0, name="Arm-v0"
             )

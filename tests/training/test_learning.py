@@ -10,7 +10,9 @@ from proximo.training.evaluate import evaluate_policy
 from tests.environments import BoxIdentity, Identity
 from tests.training.running import config_with, train
 
-SETTINGS = dict(n_envs=8, batch_size=64, hidden_sizes=[32], gamma=0.5, learning_rate=3e-3, total_steps=4096, debug=False)
+SETTINGS = dict(
+    n_envs=8, batch_size=64, hidden_sizes=[32], gamma=0.5, learning_rate=3e-3, total_steps=4096, debug=False
+)
 
 
 def score(policy, make) -> float:

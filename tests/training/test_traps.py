@@ -27,7 +27,14 @@ from tests.environments import Forever, Identity, Noisy, Recording, Scripted, Va
 from tests.training.running import begin, config_with, train
 
 CRITIC = dict(
-    n_envs=4, rollout_length=64, batch_size=64, n_epochs=10, hidden_sizes=[16], gamma=0.9, learning_rate=3e-3, debug=False
+    n_envs=4,
+    rollout_length=64,
+    batch_size=64,
+    n_epochs=10,
+    hidden_sizes=[16],
+    gamma=0.9,
+    learning_rate=3e-3,
+    debug=False,
 )
 
 
