@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +15,7 @@ if TYPE_CHECKING:
     from proximo.models.control import ActorCritic as ActorCritic
     from proximo.training.config import ControlConfig as ControlConfig
 
-try:
-    __version__ = version("proximo")
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = "0+unknown"
+    __version__: str
 
 _HOMES = {
     "train": "proximo.api",
@@ -37,6 +33,10 @@ __all__ = ["ActorCritic", "ControlConfig", "Run", "UserError", "evaluate", "load
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `proximo.core` can be had without Gymnasium."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("proximo")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'proximo' has no attribute {name!r}")

@@ -120,6 +120,8 @@ class CheckEnvArguments:
     """Seeds the environment and the random actions."""
     env_kwargs: str = "{}"
     """Arguments for making the environment, as a JSON object."""
+    max_episode_steps: int | None = None
+    """Truncate episodes after this many steps, as training with this setting would."""
     replay: Path | None = None
     """Play a replay file again, which a stopped run has left."""
     json: bool = False
@@ -130,6 +132,8 @@ class CheckEnvArguments:
 class DoctorArguments:
     """Tell what this machine has, what is missing, and how to mend it."""
 
+    speed: bool = False
+    """Measure the speed of a small matrix product and of CartPole too, in a few seconds."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -341,11 +345,15 @@ def _check_env(words: list[str]) -> int:
     if given.replay is not None:
         record = load_record(given.replay)
         kwargs = record.get("env_kwargs", {}) | kwargs
-        said = replay_record(lambda: make_env(factory, given.env, kwargs), record)
+        limit = given.max_episode_steps or record.get("max_episode_steps")
+        said = replay_record(lambda: make_env(factory, given.env, kwargs, max_episode_steps=limit), record)
         print(json.dumps({"replay": said}) if given.json else said)
         return EXIT_DONE
     report = check_environment(
-        lambda: make_env(factory, given.env, kwargs), given.env, n_steps=given.steps, seed=given.seed
+        lambda: make_env(factory, given.env, kwargs, max_episode_steps=given.max_episode_steps),
+        given.env,
+        n_steps=given.steps,
+        seed=given.seed,
     )
     if given.json:
         print(json.dumps({"env_id": given.env, "ok": report.ok, **asdict(report)}))
@@ -361,9 +369,9 @@ def _doctor(words: list[str]) -> int:
 
     given = _parse(DoctorArguments, words, "doctor")
     if given.json:
-        print(json.dumps({"entries": [asdict(entry) for entry in diagnose_machine()]}))
+        print(json.dumps({"entries": [asdict(entry) for entry in diagnose_machine(speed=given.speed)]}))
         return EXIT_DONE
-    text, _ = main_text()
+    text, _ = main_text(speed=given.speed)
     print(text)
     return EXIT_DONE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,16 @@ class TestResume:
         assert fresh == []
         assert_same_end(undisturbed, run, same_saves=False)
 
+    def test_worker_processes_can_take_over_a_run(self, tmp_path):
+        config, make = run_of("truncated")
+        undisturbed = train(config, make, tmp_path / "undisturbed")
+        directory = interrupted(config, make, tmp_path / "killed", after=3, saving=False)
+        task = replace(config.environment, vectorization="workers", n_workers=2)
+        run, fresh = resumed(replace(config, environment=task), make, directory)
+        run.envs.close()
+        assert fresh == []
+        assert_same_end(undisturbed, run)
+
     def test_a_run_that_is_killed_again_and_again_does_too(self, tmp_path):
         config, make = run_of("Pendulum-v1")
         undisturbed = train(config, make, tmp_path / "undisturbed")
@@ -377,7 +388,8 @@ class TestFaults:
         assert f"--replay {path}" in str(fault)
         assert "the reward is nan" in str(fault)
         record = json.loads(path.read_text())
-        assert record == {**fault.record, "env_id": "fragile.py:Fragile", "env_kwargs": {"strength": 0.5}}
+        told = {**fault.record, "env_id": "fragile.py:Fragile", "env_kwargs": {"strength": 0.5}}
+        assert {name: record[name] for name in told} == told
         assert path.name == f"replay-env{record['env_index']}-episode{record['episode']}.json"
         assert record["seed"] == episode_seed(8, record["env_index"], record["episode"])
         assert len(record["actions"]) == record["step"]

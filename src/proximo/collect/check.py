@@ -666,8 +666,8 @@ def _places(env: gym.Env) -> dict[str, str]:
     places = {}
     for key, method in (("init", "__init__"), ("reset", "reset"), ("step", "step")):
         code = getattr(getattr(owner, method, None), "__code__", None)
-        line = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
-        places[key] = f"{owner.__name__}.{method}{line}"
+        line = f".{method} ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+        places[key] = owner.__name__ + line
     return places
 
 

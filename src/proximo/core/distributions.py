@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -18,7 +18,7 @@ from torch import Tensor
 class Distribution(Protocol):
     """What the algorithms ask of a distribution."""
 
-    def __getitem__(self, rows: Tensor) -> Self:
+    def __getitem__(self, rows: Tensor) -> Distribution:
         """Select along the first dimension."""
         ...
 
@@ -38,8 +38,8 @@ class Distribution(Protocol):
         """Entropy in nats, shaped as the leading dimensions."""
         ...
 
-    def kl(self, other: Self) -> Tensor:
-        """Exact KL(self || other) in nats, shaped as the leading dimensions."""
+    def kl(self, other: Any) -> Tensor:
+        """Exact KL(self || other) in nats, of two distributions of one kind, shaped as the leading dimensions."""
         ...
 
 

@@ -10,42 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from proximo.report.progress import Progress, progress_of
-from proximo.report.records import Row, column
+from proximo.report.evidence import COLLAPSE_LOSS, FEWEST_EPISODES, FEWEST_ITERATIONS, Evidence, is_number
+from proximo.report.records import Row
 from proximo.report.words import number, percent, plural
 
 Severity = Literal["problem", "warning", "note", "good"]
 """`problem`: the run failed or will. `warning`: it suffers. `note`: worth knowing. `good`: as it should be."""
 
-FEWEST_ITERATIONS = 10
-"""Trends over fewer iterations than this are guesses."""
-FEWEST_EPISODES = 100
-"""Until the mean return covers its full window once, it moves by itself."""
-FLAT_AFTER_SHARE = 0.25
-"""Many tasks show nothing in the first quarter of their budget, so flat returns are no fault before it."""
-FLAT_GAIN = 0.10
-"""An end less than a tenth above the start, by their own size, is what chance does to a policy that stands still."""
-FLAT_BEST_GAIN = 0.20
-"""A best is the luckiest of many means, so twice of that is still chance."""
-LEARNED_GAIN = 0.20
-"""From a fifth above the start, chance no longer explains the end."""
 COLLAPSE_GAIN = 0.30
 """There must have been something to lose: a peak this far above the start."""
-COLLAPSE_LOSS = 0.40
-"""Policies waver; one that loses two fifths of all it had gained does not come back by wavering."""
-FLAT_NOISE = 2.0
-"""Two means of the same policy lie further apart than two of their standard deviations one time in six."""
-LEARNED_NOISE = 3.0
-"""Three standard deviations between start and end are luck one time in thirty."""
 COLLAPSE_NOISE = 4.5
 """The luckiest of many means lies 2.5 standard deviations above the truth, and the last one may lie 2 below."""
 COLLAPSED_ENTROPY = 0.05
-"""With a twentieth of the first entropy left, about one action in a hundred is not the usual one."""
+"""With a twentieth of the first entropy left, about one action in a hundred is another than the usual one."""
 STAYS_COLLAPSED = 0.10
 """An entropy that comes back above a tenth was a dip."""
 EARLY_SHARE = 1 / 3
@@ -60,8 +41,6 @@ LOW_KL = 1e-5
 """Hundreds of times below a sound update: the policy is practically the same afterwards."""
 LOW_CLIP_FRACTION = 0.002
 """Not one step in 500 comes near the edge of the clip range."""
-ACTIVE_RATE = 0.25
-"""Where a schedule has brought the learning rate under a quarter, small updates are what was asked for."""
 POOR_EXPLAINED_VARIANCE = 0.10
 """Below this the advantages are hardly better than plain returns."""
 SAME_RETURN = 0.005
@@ -80,8 +59,8 @@ ENVIRONMENT_SHARE = 0.70
 """From here, a faster environment speeds up a run more than anything else can."""
 UPDATE_SHARE = 0.90
 """From here, even an environment that costs nothing would not be felt."""
-SLOW_ENVIRONMENT_SECONDS = 3e-4
-"""Handing a step to another process costs about a third of this, so only slower steps gain by it."""
+SLOW_ENVIRONMENT_SECONDS = 1e-3
+"""Worker processes are for environments slower than about this a step: see `vectorization`."""
 ENDLESS_STEPS = 5000
 """Steps of each environment without one finished episode; the usual limits lie between 200 and 1,000."""
 
@@ -100,97 +79,6 @@ class Finding:
     """What that usually means."""
     advice: str
     """The settings to turn; empty where nothing needs to be done."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """A run's metrics and settings, as the rules see them."""
-
-    rows: Sequence[Row]
-    settings: dict[str, Any]
-
-    @cached_property
-    def progress(self) -> Progress | None:
-        """How the returns went; None if no episode has finished."""
-        return progress_of(self.rows)
-
-    @cached_property
-    def iterations(self) -> np.ndarray:
-        """Numbers of the iterations, `[n]`."""
-        numbers = column(self.rows, "iteration")
-        return np.where(np.isfinite(numbers), numbers, np.arange(1.0, len(self.rows) + 1))
-
-    @cached_property
-    def is_active(self) -> np.ndarray:
-        """Where the learning rate is not yet decayed, `[n]`."""
-        rates = column(self.rows, "learning_rate")
-        if not np.isfinite(rates).any():
-            return np.ones(len(self.rows), bool)
-        return ~(rates < ACTIVE_RATE * np.nanmax(rates))
-
-    @cached_property
-    def share_done(self) -> np.ndarray:
-        """Share of the planned steps at each row, `[n]`; of the steps so far where no plan is known."""
-        steps = column(self.rows, "env_steps")
-        if not np.isfinite(steps).any():
-            return np.arange(1.0, len(self.rows) + 1) / max(len(self.rows), 1)
-        planned = self.settings.get("total_steps")
-        return steps / (planned if isinstance(planned, int) and planned > 0 else np.nanmax(steps))
-
-    @cached_property
-    def is_flat(self) -> bool:
-        """Whether enough was tried, and the returns are no better than at the start."""
-        progress = self.progress
-        if progress is None or len(self.rows) < FEWEST_ITERATIONS or progress.n_episodes < FEWEST_EPISODES:
-            return False
-        if not self.share_done[-1] >= FLAT_AFTER_SHARE:
-            return False
-        if abs(progress.kept_gain) < FLAT_GAIN and progress.gain < FLAT_BEST_GAIN:
-            return True
-        # Returns around 0 have no size to measure by: there, luck is the measure.
-        chance = FLAT_NOISE * (progress.noise or 0.0)
-        return abs(progress.final - progress.start) < chance and progress.best - progress.start < 2 * chance
-
-    @cached_property
-    def has_learned(self) -> bool:
-        """Whether the returns end clearly above their start, with most of the gain kept."""
-        progress = self.progress
-        if progress is None or progress.kept_gain < LEARNED_GAIN:
-            return False
-        if progress.final - progress.start < LEARNED_NOISE * (progress.noise or 0.0):
-            return False
-        return progress.final - progress.start >= (1 - COLLAPSE_LOSS) * (progress.best - progress.start)
-
-    def column(self, name: str) -> np.ndarray:
-        """One metric, `[n]`."""
-        return column(self.rows, name)
-
-    def median(self, name: str, where: np.ndarray | None = None) -> float | None:
-        """Median of the known values, None if there are none."""
-        values = self.column(name) if where is None else self.column(name)[where]
-        finite = values[np.isfinite(values)]
-        return float(np.median(finite)) if len(finite) else None
-
-    def setting(self, name: str, usual: str = "") -> str:
-        """Name a setting with its value, for a sentence."""
-        value = self.settings.get(name)
-        said = [f"now {value:g}"] if _is_number(value) else []
-        said += [f"{usual} is usual"] if usual else []
-        return f"{name} ({'; '.join(said)})" if said else name
-
-    def switch_on(self, name: str, why: str = "") -> str:
-        """Advise to set a setting to true; nothing if it is."""
-        return "" if self.settings.get(name) is True else f"set {name} to true{why}"
-
-    def limit_kl(self) -> str:
-        """Advise to set a KL stop, or a lower one."""
-        if _is_number(self.settings.get("target_kl")):
-            return f"lower {self.setting('target_kl')}"
-        return "set target_kl to 0.02, which ends an update that goes too far"
-
-    def at(self, row: int) -> str:
-        """Name an iteration."""
-        return f"iteration {self.iterations[row]:,.0f}"
 
 
 def diagnose(rows: Sequence[Row], settings: dict[str, Any]) -> list[Finding]:
@@ -249,7 +137,7 @@ def updates_too_small(evidence: Evidence) -> Finding | None:
         "The updates are far too small to learn anything from.",
         _advice(
             f"raise {evidence.setting('learning_rate', '0.0003')} or {evidence.setting('n_epochs')}",
-            f"raise {evidence.setting('target_kl')}" if _is_number(evidence.settings.get("target_kl")) else "",
+            f"raise {evidence.setting('target_kl')}" if is_number(evidence.settings.get("target_kl")) else "",
         ),
     )
 
@@ -388,7 +276,7 @@ def returns_flat(evidence: Evidence) -> Finding | None:
 def critic_explains_nothing(evidence: Evidence) -> Finding | None:
     """The value function is no better than a constant, although there is something to foresee."""
     explained, losses = evidence.column("explained_variance"), evidence.column("value_loss")
-    size = _rollout_size(evidence)
+    size = evidence.rollout_size
     if evidence.progress is None or (size is not None and size < SMALLEST_ROLLOUT):
         return None
     late = np.arange(len(explained)) >= len(explained) // 2
@@ -428,7 +316,7 @@ def value_loss_exploded(evidence: Evidence) -> Finding | None:
     before, now = float(np.median(losses[finite[:tenth]])), float(np.median(losses[finite[-tenth:]]))
     growth = 1.0
     if progress is not None and progress.start != 0:
-        growth = max(1.0, (progress.final / progress.start) ** 2)
+        growth = max(1.0, min(abs(progress.final / progress.start), 1e6) ** 2)
     explained = evidence.median("explained_variance", finite[-tenth:])
     is_explained = explained is not None and explained >= 0.5
     if not before > 0 or now < VALUE_LOSS_FACTOR * growth * before or is_explained:
@@ -477,7 +365,9 @@ def kl_stop_dominates(evidence: Evidence) -> Finding | None:
     share = float(np.nanmean(stopped > 0))
     if share <= KL_STOP_SHARE:
         return None
-    planned = _planned_updates(evidence) or float(np.nanmax(taken))
+    if not np.isfinite(taken).any():
+        return None
+    planned = evidence.planned_updates or float(np.nanmax(taken))
     done = float(np.nanmedian(taken)) / max(planned, 1.0)
     return Finding(
         "kl_stop_dominates",
@@ -497,7 +387,7 @@ def time_is_lopsided(evidence: Evidence) -> Finding | None:
     late = np.arange(len(evidence.rows)) >= len(evidence.rows) // 2  # the first iterations also warm up
     collecting = float(np.nansum(evidence.column("seconds_collecting")[late]))
     updating = float(np.nansum(evidence.column("seconds_updating")[late]))
-    size = _rollout_size(evidence)
+    size = evidence.rollout_size
     if collecting + updating <= 0 or len(evidence.rows) < FEWEST_ITERATIONS:
         return None
     share = collecting / (collecting + updating)
@@ -608,21 +498,3 @@ def _returns_vary(returns: np.ndarray) -> np.ndarray:
     some = known.any(axis=1)
     varies[some] = high[some] - low[some] > SAME_RETURN * size[some]
     return varies
-
-
-def _rollout_size(evidence: Evidence) -> int | None:
-    """Steps per iteration, None if unknown."""
-    n_envs, length = evidence.settings.get("n_envs"), evidence.settings.get("rollout_length")
-    return n_envs * length if isinstance(n_envs, int) and isinstance(length, int) else None
-
-
-def _planned_updates(evidence: Evidence) -> float | None:
-    """Gradient steps per iteration that the settings ask for."""
-    size, batch, epochs = _rollout_size(evidence), *map(evidence.settings.get, ("batch_size", "n_epochs"))
-    if size is None or not isinstance(batch, int) or not isinstance(epochs, int) or batch < 1:
-        return None
-    return float(epochs * math.ceil(size / batch))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

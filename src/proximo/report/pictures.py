@@ -155,7 +155,7 @@ def _head(figure: Figure, panels: Sequence[Panel], records: Sequence[RunRecord])
 def _heading(records: Sequence[RunRecord]) -> str:
     tasks = sorted({record.task for record in records})
     what = ", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
-    return f"{what}: {_short(records[0].name) if len(records) == 1 else f'{len(records)} runs'}"
+    return f"{what}: {records[0].name if len(records) == 1 else f'{len(records)} runs'}"
 
 
 def _short(name: str, longest: int = _LONGEST_NAME) -> str:

@@ -123,10 +123,7 @@ def _frames(
 
 def _frame(env: gym.Env) -> np.ndarray:
     """Render one frame as RGB, cut to even sides: yuv420p halves both."""
-    try:
-        rendered = _explained("rendered", env.render)
-    except NotImplementedError:
-        rendered = None
+    rendered: Any = _explained("rendered", lambda: _render(env))
     if rendered is None:
         raise UserError(_cannot_render(env))
     frame = np.asarray(rendered)
@@ -137,6 +134,13 @@ def _frame(env: gym.Env) -> np.ndarray:
         )
     height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
     return np.ascontiguousarray(frame[:height, :width, :3])
+
+
+def _render(env: gym.Env) -> Any:
+    try:
+        return env.render()
+    except NotImplementedError:  # what gymnasium.Env does where an environment has no render() of its own
+        return None
 
 
 def _same_shape(frame: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -224,7 +228,7 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
         temporary.rename(path)
     except OSError as error:
         raise UserError(
-            f"The video {path} could not be written: {files.reason(error)}. "
+            f"The video {path} could not be written: {error.strerror or str(error)[:300]}. "
             "Free some space there, or let this user write there."
         ) from error
     finally:
@@ -258,7 +262,7 @@ def _explained(doing: str, call: Callable[[], Result]) -> Result:
     """Call something of the environment's; say in words what went wrong."""
     try:
         return call()
-    except (UserError, NotImplementedError):
+    except UserError:
         raise
     except Exception as error:
         raise UserError(_explanation(doing, error)) from error
@@ -266,7 +270,8 @@ def _explained(doing: str, call: Callable[[], Result]) -> Result:
 
 def _explanation(doing: str, error: Exception) -> str:
     chain = _chain(error)
-    if doing == "made" and isinstance(error, TypeError) and "render_mode" in str(error):
+    takes_no_mode = any(words in str(error) for words in ("render_mode", "takes no arguments"))
+    if doing == "made" and isinstance(error, TypeError) and takes_no_mode:
         return (
             f"The environment cannot render: its constructor takes no render_mode ({error}). "
             "Let __init__ take render_mode=None and keep it, as gymnasium.Env asks."

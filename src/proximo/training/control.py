@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,8 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
     if task.vectorization == "native":
         return NativeEnvs(make_native(task.env_id, task.n_envs, task.env_kwargs), config.seed, name=task.env_id)
 
-    def make_one() -> Any:
-        return make_env(factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
-
+    # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
+    make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
     if task.vectorization == "workers":
         return WorkerEnvs(
             make_one,
@@ -227,9 +227,11 @@ def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs
             gamma=config.algorithm.gamma,
         )
     except EnvironmentFault as fault:
+        task = config.environment
         record = {
-            "env_id": config.environment.env_id,
-            "env_kwargs": config.environment.env_kwargs,
+            "env_id": task.env_id,
+            "env_kwargs": task.env_kwargs,
+            "max_episode_steps": task.max_episode_steps,
             **fault.record,
         }
         path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
