@@ -205,7 +205,8 @@ def _train(words: list[str]) -> int:
     given = tyro.cli(TrainArguments, args=rest, prog=f"proximo train {env_id or 'ENV'}", default=TrainArguments(base))
     assert factory is not None
     display = Display.choose(quiet=given.quiet)
-    flags = [word for word in words[1:] if word.startswith("--")]
+    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed")
+    flags = [word for word in rest if word.startswith("--") and not word.startswith(about_output)]
     source += f"; changed by {', '.join(flags)}" if flags else ""
     return _finish(train_with(given.settings, factory, display, given.run_dir, source), display, as_json=given.json)
 
@@ -232,8 +233,11 @@ def _finish(run: Any, display: Any, *, as_json: bool) -> int:
     if run.env_steps:
         report = write_report([directory], None)
         pictures = list(report.pictures)
-        serious = [finding for finding in report.runs[0].findings if finding.severity != "info"]
-        findings = [f"{finding.seen} {finding.meaning} {finding.advice}" for finding in serious]
+        findings = [
+            f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
+            f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
+            for finding in report.runs[0].findings
+        ]
     if run.env_steps:
         facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
     resume = f"proximo resume {run.path}"
@@ -335,7 +339,8 @@ def _report(words: list[str]) -> int:
 def _check_env(words: list[str]) -> int:
     from dataclasses import asdict
 
-    from proximo.collect.check import check_environment, format_report, load_record, replay_record
+    from proximo.collect.check import check_environment, format_report
+    from proximo.collect.replay import load_record, replay_record
     from proximo.collect.make import find_factory, make_env
 
     given = _parse(CheckEnvArguments, words, "check-env")

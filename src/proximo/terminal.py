@@ -128,7 +128,7 @@ class Display:
         if pictures:
             self.console.print(f"{len(pictures)} pictures in {escape(str(pictures[0].parent))}", soft_wrap=True)
         for finding in findings:
-            self.console.print(f"[yellow]![/] {escape(finding)}", soft_wrap=True)
+            self.console.print(escape(finding), style="yellow" if finding.startswith("!") else "", soft_wrap=True)
         if next_commands:
             self.console.print("\nNext:")
         for command in next_commands:

@@ -21,8 +21,11 @@ _PICTURE_MARK = b"tEXtSoftware\x00" + _SOFTWARE.encode()
 
 def png_bytes(figure: Figure) -> bytes:
     """Draw a figure as a PNG that says who made it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": _SOFTWARE})
+    # Figure.savefig would draw everything twice, the first time to no purpose.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": _SOFTWARE})
     return buffer.getvalue()
 
 
