@@ -340,8 +340,8 @@ def _check_env(words: list[str]) -> int:
     from dataclasses import asdict
 
     from proximo.collect.check import check_environment, format_report
-    from proximo.collect.replay import load_record, replay_record
     from proximo.collect.make import find_factory, make_env
+    from proximo.collect.replay import load_record, replay_record
 
     given = _parse(CheckEnvArguments, words, "check-env")
     kwargs = _json_object("--env-kwargs", given.env_kwargs)

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 import gymnasium as gym
@@ -28,6 +28,7 @@ KEPT_CALLS = 300
 """So many of the first calls of random play are kept, to be made again and compared."""
 KEPT_NUMBERS = 5_000_000
 """Observations are kept, to be measured, until they hold so many numbers together."""
+AT_AN_ERROR = "an error; later checks were left out"
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ def check_environment(
     if env is not None:
         if _check_spaces(findings, env):
             player = _Player(env, findings, began + 0.6 * max_seconds)
+            findings.facts["time limit"] = "none" if player.limit is None else f"{player.limit:,} steps"
             play = _random_play(player, n_steps, seed)
             player.deadline = began + max_seconds
-            if play.rewards and not play.failed:
+            if play.rewards and findings.facts.get("random play stopped") != AT_AN_ERROR:
                 _check_again(make, player, play)
                 _check_ends(findings, play, player.limit, n_steps)
                 _check_rewards(findings, play)
@@ -97,12 +99,8 @@ def check_environment(
     return findings.report(name)
 
 
-class _Failed(Exception):  # noqa: N818
-    """Nothing can be done with what a call did; its problem is noted."""
-
-
-class _OutOfTime(Exception):  # noqa: N818
-    """The deadline has passed."""
+class _Stopped(Exception):  # noqa: N818
+    """The time is up, or nothing can be done with what a call did and its problem is noted."""
 
 
 class _Findings:
@@ -111,36 +109,23 @@ class _Findings:
     def __init__(self) -> None:
         self.facts: dict[str, str] = {}
         self._problems: dict[str, Problem] = {}
-        self._times: dict[str, int] = {}
 
     def add(self, kind: str, what: str) -> None:
-        self._times[kind] = self._times.get(kind, 0) + 1
-        if kind not in self._problems:
-            severity, why, mend = ADVICE[kind]
-            self._problems[kind] = Problem(severity, kind, what, why, mend)
+        severity, why, mend = ADVICE[kind]
+        self._problems.setdefault(kind, Problem(severity, kind, what, why, mend))
 
     def report(self, name: str) -> CheckReport:
-        """Sort the errors to the front, and say how often each was seen."""
-        problems = []
-        for kind, problem in self._problems.items():
-            count = f" (the first of {self._times[kind]:,} times)" if self._times[kind] > 1 else ""
-            problems.append(replace(problem, what=problem.what + count))
-        problems.sort(key=lambda problem: problem.severity != "error")
+        problems = sorted(self._problems.values(), key=lambda problem: problem.severity != "error")
         return CheckReport(name, tuple(problems), self.facts)
-
-
-# --- what is made and declared --------------------------------------------------------------------------------
 
 
 def _made(make: Callable[[], gym.Env], findings: _Findings, kind: str) -> gym.Env | None:
     """Make an environment, or note why it cannot be made."""
     try:
         env = make()
-    except UserError as error:
-        findings.add(kind, f"the environment could not be made: {error}")
-        return None
     except (Exception, SystemExit) as error:
-        findings.add(kind, f"making the environment raised {_raised(error)}")
+        said = str(error) if isinstance(error, UserError) else _raised(error)
+        findings.add(kind, f"the environment could not be made: {said}")
         return None
     if isinstance(env, gym.Env):
         return env
@@ -148,10 +133,10 @@ def _made(make: Callable[[], gym.Env], findings: _Findings, kind: str) -> gym.En
     return None
 
 
-def _raised(error: BaseException) -> str:
+def _raised(error: BaseException, where: str = "") -> str:
     """An exception with the last lines of the environment's part of its traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_list(frames[-3:])).rstrip()}"
+    return f"{type(error).__name__}: {error}{where}\n{''.join(traceback.format_list(frames[-3:])).rstrip()}"
 
 
 def _check_spaces(findings: _Findings, env: gym.Env) -> bool:
@@ -163,7 +148,7 @@ def _check_spaces(findings: _Findings, env: gym.Env) -> bool:
         if not isinstance(space, spaces.Space):
             wrong.append(f"{word}_space is {shown(space)}, not a gymnasium.spaces.Space.")
             continue
-        findings.facts[f"{word}s"] = describe_space(space)
+        findings.facts[f"{word}s"] = shown(space)
         given = {**both, word: space}
         try:
             ActorCritic(given["observation"], given["action"], NetworkConfig(hidden_sizes=(1,), orthogonal_init=False))
@@ -176,7 +161,7 @@ def _check_spaces(findings: _Findings, env: gym.Env) -> bool:
     with np.errstate(all="ignore"):
         width = space.high - space.low if isinstance(space, spaces.Box) else np.zeros(1)
     if width.max(initial=0.0) > 1e4:
-        findings.add("action-bounds", f"actions have very wide bounds or none: {describe_space(space)}.")
+        findings.add("action-bounds", f"actions have very wide bounds or none: {shown(space)}.")
     return True
 
 
@@ -247,11 +232,11 @@ class _Player:
 
     def _fail(self, kind: str, what: str) -> NoReturn:
         self._note(kind, what)
-        raise _Failed
+        raise _Stopped(AT_AN_ERROR)
 
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if time.monotonic() >= self.deadline:
-            raise _OutOfTime
+            raise _Stopped("the time was up")
         try:
             began = time.perf_counter()
             result = getattr(self.env, method)(*args, **kwargs)
@@ -259,10 +244,10 @@ class _Player:
             return result
         except (Exception, SystemExit) as error:
             is_signature = isinstance(error, TypeError) and "reset() got an unexpected keyword" in str(error)
-            given = f"; the action was {shown(args[0])}" if args else ""
             kind = "reset-signature" if is_signature else "raised"
-            self.findings.add(kind, f"{method}(), {self.where}{given}, raised {_raised(error)}")
-            raise _Failed from error
+            where = f" ({self.where})" if method == "reset" else f" ({self.where}; the action was {shown(args[0])})"
+            self.findings.add(kind, f"{method}() raised {_raised(error, where)}")
+            raise _Stopped(AT_AN_ERROR) from error
 
     def _observation(self, value: Any) -> np.ndarray:
         """Check an observation; return a copy of it."""
@@ -297,9 +282,6 @@ def _numbers(value: Any) -> np.ndarray | None:
     return array if array.dtype.kind in "fiub" else None
 
 
-# --- random play ----------------------------------------------------------------------------------------------
-
-
 class _Call(NamedTuple):
     """A reset (with a seed) or a step (with an action), and what it led to."""
 
@@ -318,7 +300,6 @@ class _Play:
     rewards: list[float] = field(default_factory=list)
     ends: list[tuple[bool, bool]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    failed: bool = False
 
     def saw(self, call: _Call) -> None:
         """Keep an observation, and one of the first calls."""
@@ -351,11 +332,8 @@ def _random_play(player: _Player, n_steps: int, seed: int) -> _Play:
             play.ends.append((outcome.terminated, outcome.truncated))
             play.seconds.append(player.step_seconds)
             ended = outcome.terminated or outcome.truncated
-    except _OutOfTime:
-        player.findings.facts["stopped"] = "time was up"
-    except _Failed:
-        player.findings.facts["stopped"] = "at an error; the later checks were left out"
-        play.failed = True
+    except _Stopped as stopped:
+        player.findings.facts["random play stopped"] = str(stopped)
     return play
 
 
@@ -376,7 +354,6 @@ def _check_again(make: Callable[[], gym.Env], player: _Player, play: _Play) -> N
     if made is None:
         return
     fresh = _Player(made, findings, player.deadline)
-    facts["repeatable"] = "not fully checked"
     try:
         # By turns, so that a second environment beside the first would disturb it.
         for in_fresh, in_used in zip(_replay(fresh, play.calls), _replay(player, play.calls), strict=True):
@@ -386,14 +363,14 @@ def _check_again(make: Callable[[], gym.Env], player: _Player, play: _Play) -> N
                 findings.add("not-repeatable", what)
                 facts["repeatable"] = "no"
                 return
-        facts["repeatable"] = f"yes: the first {len(play.calls)} calls led to the same again, bit for bit"
+        facts["repeatable"] = f"yes: the first {len(play.calls)} calls led to the same again"
         if not any(any(_replay(fresh, play.calls, seed_offset=offset)) for offset in (1, 2, 3)):
             findings.add("seed-ignored", f"with other seeds the first {len(play.calls)} calls led to the same.")
         others = [_seeded(fresh.env.action_space, seed) for seed in (101, 102, 103)]
         if not any(any(_replay(fresh, play.calls, actions=actions)) for actions in others):
             findings.add("action-ignored", f"with other actions the first {len(play.calls)} calls led to the same.")
-    except (_OutOfTime, _Failed):
-        pass
+    except _Stopped as stopped:
+        facts["playing again stopped"] = str(stopped)
     finally:
         with suppress(Exception):
             made.close()
@@ -414,14 +391,13 @@ def _replay(
 
 def _difference(first: _Outcome, second: _Outcome) -> str:
     """Where two outcomes differ, in words."""
-    if first.observation.tobytes() != second.observation.tobytes():
-        unequal = np.flatnonzero((first.observation != second.observation).ravel())
-        index = int(unequal[0]) if unequal.size else 0
-        one, two = first.observation.ravel()[index], second.observation.ravel()[index]
-        return f"observation[{index}] is {two}, the first time {one}"
-    for word, one, two in zip(_Outcome._fields[1:], first[1:], second[1:], strict=True):
-        if one != two and one == one:  # NaN has been told of
-            return f"{word} is {two}, the first time {one}"
+    for word, before, after in zip(_Outcome._fields, first, second, strict=True):
+        one, two = np.ravel(before), np.ravel(after)
+        unequal = np.flatnonzero((one != two) & (one == one))  # NaN has been told of
+        if unequal.size:
+            index = int(unequal[0])
+            name = f"{word}[{index}]" if one.size > 1 else word
+            return f"{name} is {two[index]}, the first time {one[index]}"
     return ""
 
 
@@ -452,15 +428,15 @@ def _check_rewards(findings: _Findings, play: _Play) -> None:
         discounted.append(running)
         running = 0.0 if any(end) else running
     largest, size = float(np.abs(rewards).max()), float(np.sqrt(np.mean(np.square(discounted))))
-    shown = f"rewards from {rewards.min():.4g} to {rewards.max():.4g}, discounted returns around {size:.3g}"
+    seen = f"rewards from {rewards.min():.4g} to {rewards.max():.4g}, discounted returns around {size:.3g}"
     is_constant = bool((rewards == rewards[0]).all())
     # A constant reward teaches through the length of an episode, if the task can end one.
     if is_constant and (largest == 0 or not any(terminated for terminated, _ in play.ends)):
         findings.add("reward-constant", f"the reward was {rewards[0]:g} at each of {len(rewards):,} steps.")
     elif not is_constant and largest < 0.01:
-        findings.add("reward-scale", f"the rewards are very small: {shown}.")
+        findings.add("reward-scale", f"the rewards are very small: {seen}.")
     if size > 200 or largest > 1000:
-        findings.add("reward-scale", f"the rewards are very large: {shown}.")
+        findings.add("reward-scale", f"the rewards are very large: {seen}.")
 
 
 def _check_values(findings: _Findings, play: _Play) -> None:
@@ -511,22 +487,6 @@ def _kept_values(play: _Play) -> np.ndarray:
     """The finite ones of the kept observations, one in a row."""
     rows = np.stack(play.observations).reshape(len(play.observations), -1).astype(np.float64)
     return rows[np.isfinite(rows).all(axis=1)]
-
-
-# --- words ----------------------------------------------------------------------------------------------------
-
-
-def describe_space(space: spaces.Space) -> str:
-    """A space in a few words."""
-    if isinstance(space, spaces.Discrete):
-        start = f", numbered from {int(space.start)}" if space.start else ""
-        return f"one of {int(space.n)} choices (Discrete{start})"
-    if not isinstance(space, spaces.Box):
-        return str(space)
-    size = "x".join(map(str, space.shape)) or "1"
-    low, high = space.low.min(initial=np.inf), space.high.max(initial=-np.inf)
-    bounds = f"in [{low:.4g}, {high:.4g}]" if np.isfinite([low, high]).all() else "not bounded everywhere"
-    return f"{size} {space.dtype} value{'' if size == '1' else 's'} (Box), {bounds}"
 
 
 def shown(value: Any) -> str:

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from proximo.collect.check import describe_space, shown
+from proximo.collect.check import shown
 from proximo.collect.envs import EnvironmentFault, SerialEnvs
 from proximo.errors import UserError, nearest
 
@@ -122,7 +122,7 @@ def _actions(space: spaces.Space, record: dict[str, Any]) -> np.ndarray:
         of = f" The record is of {record['env_id']}." if "env_id" in record else ""
         raise UserError(
             f"The actions of the record, such as {shown(record['actions'][0])}, do not fit those of the environment, "
-            f"{describe_space(space)}.{of}"
+            f"{shown(space)}.{of}"
         ) from error
 
 

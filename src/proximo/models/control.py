@@ -274,7 +274,7 @@ def _mlp(
     sizes = [n_inputs, *config.hidden_sizes, n_outputs]
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(sizes)):
-        linear = nn.Linear(before, after)
+        linear = nn.utils.skip_init(nn.Linear, before, after)  # nothing drawn from the global generator
         is_head = index == len(sizes) - 2
         if config.orthogonal_init:
             nn.init.orthogonal_(linear.weight, head_gain if is_head else math.sqrt(2), generator=generator)
