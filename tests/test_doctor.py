@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from proximo import doctor
-from proximo.doctor import Entry, cpu_quota, diagnose_machine, install_command, main_text, memory_limit
+from proximo.doctor import Entry, diagnose_machine, install_command, main_text
 
 ROOT = Path(__file__).parents[1]
 
 
 def probe_that_says(said: Any = "fine", error: str = "") -> Any:
-    return lambda program, seconds=None: doctor._Probe(said, error)
+    return lambda program, seconds=None: doctor._Tried(said, error)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but what `pip install proximo` brings; trials succeed without being run."""
     extras = {module for extra in doctor.EXTRAS.values() for module in extra.modules}
     monkeypatch.setattr(doctor, "_has_module", lambda name: name not in extras)
-    monkeypatch.setattr(doctor, "_tried", probe_that_says({"gpus": [], "apple": False, "built_for": None}))
+    monkeypatch.setattr(doctor, "_tried", probe_that_says({"gpus": [], "built_for": None}))
 
 
 # --- on this very machine ---
@@ -44,11 +44,10 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_everything_is_looked_at(entries: list[Entry]) -> None:
     names = {"python", "proximo", "torch", "numpy", "gymnasium", "environment", "cores", "memory", "gpu", "disk"}
-    names |= {"runs folder", "box2d", "mujoco", "video", "dev", "mp4", "terminal"}
+    names |= {"box2d", "mujoco", "video", "dev", "terminal"}
     assert names <= {entry.name for entry in entries}
     assert all(entry.status in ("ok", "missing", "problem") and entry.detail for entry in entries)
     assert by_name(entries)["environment"].status == "ok"
-    assert all("mistake in proximo doctor" not in entry.mend for entry in entries)
 
 
 def test_what_is_wrong_has_a_way_to_mend_it(entries: list[Entry]) -> None:
@@ -69,8 +68,8 @@ def test_a_trial_that_hangs_is_cut() -> None:
 
 
 def test_a_trial_that_dies_is_told() -> None:
-    assert "SIGKILL" in doctor._tried("import os; os.kill(os.getpid(), 9)").error
-    assert "said nothing" in doctor._tried("pass").error
+    assert "ended with signal 9" in doctor._tried("import os; os.kill(os.getpid(), 9)").error
+    assert "ended with code 0" in doctor._tried("pass").error
 
 
 def test_the_speed_is_measured_on_demand(entries: list[Entry], bare: None) -> None:
@@ -85,10 +84,9 @@ def test_the_speed_is_measured_on_demand(entries: list[Entry], bare: None) -> No
 def test_missing_extras_come_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = {entry.name: entry for entry in diagnose_machine() if entry.status == "missing"}
-    assert {"box2d", "mujoco", "video", "dev", "mp4"} <= set(found)
+    assert {"box2d", "mujoco", "video", "dev"} == set(found) - {"gpu"}
     if sys.version_info < (3, 14):
         assert found["box2d"].mend == 'pip install -c constraints.txt -e ".[box2d]"'
-    assert "GIF" in found["mp4"].detail
 
 
 @pytest.mark.usefixtures("bare")
@@ -106,51 +104,30 @@ def test_a_broken_extra_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["mujoco"].status == "problem"
     assert "libGL.so.1" in found["video"].detail
     assert found["environment"].status == found["gpu"].status == "problem"
-    assert found["mp4"].status == "missing"
     assert not main_text()[1]
 
 
-def test_a_mistake_of_the_doctor_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(place: Any) -> Any:
-        raise PermissionError("no statvfs here")
-
-    monkeypatch.setattr(doctor, "_tried", probe_that_says(error="x"))
-    monkeypatch.setattr(doctor.shutil, "disk_usage", broken)
-    found = by_name(diagnose_machine())
-    assert "no statvfs here" in found["disk"].detail
-    assert found["cores"].status == "ok"
-
-
 @pytest.mark.parametrize(
-    ("package", "version", "status", "says"),
+    ("version", "status", "says"),
     [
-        ("torch", "2.9.1+cu126", "problem", "CVE-2026-24747"),
-        ("torch", "2.10.0", "ok", "2.10.0"),
-        ("torch", "2.13.0+cpu", "ok", "2.13.0+cpu"),
-        ("torch", None, "problem", "not installed"),
-        ("mujoco", "3.15.0", "ok", "3.15.0"),
-        ("mujoco", "4.0.0", "problem", "must be older than 3.16"),
+        ("2.9.1+cu126", "problem", "must be at least 2.10"),
+        ("2.10.0", "ok", "2.10.0"),
+        ("2.13.0+cpu", "ok", "2.13.0+cpu"),
+        (None, "problem", "not installed"),
     ],
 )
-def test_versions(monkeypatch: pytest.MonkeyPatch, package: str, version: str | None, status: str, says: str) -> None:
+def test_versions(monkeypatch: pytest.MonkeyPatch, version: str | None, status: str, says: str) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: version)
-    entry = doctor._package(package, (doctor.NEEDED | doctor.OF_EXTRAS)[package], "pip install it")
+    entry = doctor._package("torch", doctor.NEEDED["torch"])
     assert entry.status == status
     assert says in entry.detail
-    assert entry.mend == ("" if status == "ok" else "pip install it")
-
-
-def test_an_old_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.platform, "python_version", lambda: "3.10.14")
-    assert doctor._python()[0].status == "problem"
+    assert bool(entry.mend) == (status != "ok")
 
 
 def test_the_versions_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {f"{name}>={wanted.at_least}" for name, wanted in doctor.NEEDED.items()}
+    asked = {f"{name}>={at_least}" if at_least else name for name, at_least in doctor.NEEDED.items()}
     assert asked == set(project["dependencies"])
-    mujoco = doctor.OF_EXTRAS["mujoco"]
-    assert f"mujoco>={mujoco.at_least},<{mujoco.below}" in project["optional-dependencies"]["mujoco"]
     assert set(doctor.EXTRAS) <= set(project["optional-dependencies"])
 
 
@@ -166,11 +143,9 @@ def test_the_command_leads_to_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("said", "status", "says"),
     [
-        ({"gpus": [["H200", 150e9, ""]], "apple": False, "built_for": "12.6"}, "ok", "H200, 150.0 GB"),
-        ({"gpus": [["K80", 12e9, "no kernel image"]], "apple": False, "built_for": "12.6"}, "problem", "no kernel"),
-        ({"gpus": [], "apple": True, "built_for": None}, "ok", "Apple"),
-        ({"gpus": [], "apple": False, "built_for": None}, "missing", "built for the CPU alone"),
-        ({"gpus": [], "apple": False, "built_for": "12.6"}, "missing", "finds no GPU"),
+        ({"gpus": [["H200", 150e9, ""]], "built_for": "12.6"}, "ok", "H200, 150.0 GB"),
+        ({"gpus": [["K80", 12e9, "no kernel image"]], "built_for": "12.6"}, "problem", "no kernel"),
+        ({"gpus": [], "built_for": None}, "missing", "built for the CPU alone"),
     ],
 )
 def test_gpus(monkeypatch: pytest.MonkeyPatch, said: Any, status: str, says: str) -> None:
@@ -184,59 +159,35 @@ def test_gpus(monkeypatch: pytest.MonkeyPatch, said: Any, status: str, says: str
 
 def test_a_full_disk_and_a_folder_that_is_not_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    assert doctor._disk()[0].status == "ok"
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    assert "cannot be written to" in doctor._disk()[0].detail
+    (tmp_path / "runs").unlink()
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage(10**12, 10**12, 10**6))
     assert doctor._disk()[0].status == "problem"
-    assert doctor._runs_folder() == [Entry("runs folder", "ok", f"{tmp_path / 'runs'} can be made")]
-    (tmp_path / "runs").write_text("a file where the folder should be")
-    assert doctor._runs_folder()[0].status == "problem"
+
+
+def test_the_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",
+        "/sys/fs/cgroup/memory.max": "2000000000",
+        "/sys/fs/cgroup/memory.current": "1500000000",
+        "/sys/fs/cgroup/cpu.max": "150000 100000",
+    }
+    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
+    assert doctor._memory()[0].status == "problem"
+    assert "the time of 1.5 by the container" in doctor._cores()[0].detail
+    files |= {"/sys/fs/cgroup/memory.max": "max", "/sys/fs/cgroup/cpu.max": "max 100000"}
+    assert doctor._memory() == [Entry("memory", "ok", "8.2 GB free")]
+    assert "container" not in doctor._cores()[0].detail
+    files.clear()
+    assert doctor._memory()[0].detail == "unknown on this system"
 
 
 def test_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no live table" in doctor._terminal()[0].detail
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "dumb")
-    assert "TERM is dumb" in doctor._terminal()[0].detail
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
     assert "the live table needs 80" in doctor._terminal()[0].detail
-
-
-def written(folder: Path, files: dict[str, str]) -> tuple[Path, Path]:
-    for name, text in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return folder / "cgroup", folder / "self"
-
-
-def test_quotas_of_control_groups_version_2(tmp_path: Path) -> None:
-    """The narrowest on the way from the innermost group to the root holds."""
-    files = {
-        "self": "0::/outer/inner\n",
-        "cgroup/outer/cpu.max": "150000 100000\n",
-        "cgroup/outer/inner/cpu.max": "max 100000\n",
-        "cgroup/outer/memory.max": "max\n",
-        "cgroup/outer/inner/memory.max": "2000000000\n",
-    }
-    places = written(tmp_path, files)
-    assert cpu_quota(*places) == 1.5
-    assert memory_limit(*places) == 2_000_000_000
-
-
-def test_quotas_of_control_groups_version_1(tmp_path: Path) -> None:
-    """Within a container the named group is often not visible: its root is."""
-    files = {
-        "self": "4:memory:/docker/abc\n3:cpu,cpuacct:/docker/abc\n0::/\n",
-        "cgroup/cpu,cpuacct/cpu.cfs_quota_us": "50000\n",
-        "cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
-        "cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-    }
-    places = written(tmp_path, files)
-    assert cpu_quota(*places) == 0.5
-    assert memory_limit(*places) is None
-
-
-def test_no_control_groups(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path, tmp_path / "nothing") is None
-    assert memory_limit(tmp_path, tmp_path / "nothing") is None

@@ -223,6 +223,7 @@ def _resume(words: list[str]) -> int:
 
 def _finish(run: Any, display: Any, *, as_json: bool) -> int:
     """Draw the pictures, show the result, and say what may be typed next."""
+    from proximo.collect.make import names_code
     from proximo.report.report import write_report
     from proximo.runs.checkpoint import newest_checkpoint
     from proximo.runs.directory import RunDirectory
@@ -240,8 +241,9 @@ def _finish(run: Any, display: Any, *, as_json: bool) -> int:
         ]
     if run.env_steps:
         facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
-    resume = f"proximo resume {run.path}"
-    rest = [f"proximo evaluate {run.path}", f"proximo watch {run.path}", f"proximo report {run.path}"]
+    trusted = " --allow-import" if names_code(run.config.environment.env_id) else ""
+    resume = f"proximo resume {run.path}{trusted}"
+    rest = [f"proximo {word} {run.path}{trusted}" for word in ("evaluate", "watch")] + [f"proximo report {run.path}"]
     display.result(facts, pictures, findings, [resume, *rest[:2]] if run.interrupted_by else rest)
     if as_json:
         print(
@@ -269,7 +271,7 @@ def _result_facts(run: Any) -> dict[str, str]:
     ended = {} if run.interrupted_by is None else {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
     if run.return_mean is None:
         return ended | {"result": "no episode has ended yet", "took": speed}
-    result = f"mean return {run.return_mean:.1f} over the last 100 training episodes"
+    result = f"mean return {run.return_mean:.4g} over the last 100 training episodes"
     spec = gymnasium.registry.get(run.config.environment.env_id)
     threshold = spec.reward_threshold if spec else None
     if threshold is not None:

@@ -126,13 +126,17 @@ def test_updates_that_go_too_far():
 
 
 def test_updates_that_do_nothing():
-    finding = only("updates_too_small", rows(approx_kl=1e-9, clip_fraction=0.0, return_mean=22.0, explained_variance=0.5))
+    finding = only(
+        "updates_too_small", rows(approx_kl=1e-9, clip_fraction=0.0, return_mean=22.0, explained_variance=0.5)
+    )
     assert finding.severity == "problem"
     assert "learning_rate (now 0.0003" in finding.advice
 
 
 def test_a_critic_that_explains_nothing():
-    finding = only("critic_explains_nothing", rows(explained_variance=0.01, return_mean=-1200 + 100 * np.sin(SHARE * 20)))
+    finding = only(
+        "critic_explains_nothing", rows(explained_variance=0.01, return_mean=-1200 + 100 * np.sin(SHARE * 20))
+    )
     assert "0.01" in finding.seen
     assert "iteration 51" in finding.seen
     assert "set normalize_rewards to true" in finding.advice.lower()

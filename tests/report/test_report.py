@@ -4,9 +4,11 @@ import re
 import pytest
 
 from proximo.errors import UserError
-from proximo.report.report import report_json, settings_that_differ, write_report
 from proximo.report.records import read_records
+from proximo.report.report import report_json, settings_that_differ, write_report
 from tests.report.samples import make_run, rows
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def test_the_report_of_a_run_lies_in_the_run(tmp_path):

@@ -71,12 +71,8 @@ def assert_is(checkpoint: Checkpoint, step: int) -> None:
     assert_same_tensors(checkpoint.tensors, some_tensors(float(step)))
 
 
-def assert_same_tensors(
-    got: dict[str, dict[str, torch.Tensor]], wanted: dict[str, dict[str, torch.Tensor]]
-) -> None:
-    assert {stem: set(group) for stem, group in got.items()} == {
-        stem: set(group) for stem, group in wanted.items()
-    }
+def assert_same_tensors(got: dict[str, dict[str, torch.Tensor]], wanted: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert {stem: set(group) for stem, group in got.items()} == {stem: set(group) for stem, group in wanted.items()}
     for stem, group in wanted.items():
         for key, tensor in group.items():
             other = got[stem][key]
@@ -124,9 +120,7 @@ def tensors_of_any_kind(draw: st.DrawFn) -> torch.Tensor:
     return (flat % 2 == 1 if dtype == torch.bool else flat.view(dtype)).reshape(shape)
 
 
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
-    lambda key: key != "__metadata__"
-)
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda key: key != "__metadata__")
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -289,9 +283,7 @@ def test_the_message_says_what_where_and_how_to_mend(victim):
     (victim / "policy.safetensors").write_bytes(b"\0" * 10)
     with pytest.raises(UserError) as caught:
         load_checkpoint(victim)
-    assert str(caught.value).startswith(
-        f"The checkpoint {victim} was not loaded: policy.safetensors is damaged"
-    )
+    assert str(caught.value).startswith(f"The checkpoint {victim} was not loaded: policy.safetensors is damaged")
     assert "10 bytes" in str(caught.value)
     assert str(caught.value).endswith("use another checkpoint.")
 

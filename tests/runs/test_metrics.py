@@ -41,17 +41,12 @@ def test_every_row_comes_back_and_every_line_is_strict_json(rows):
         read = read_metrics(path)
         lines = path.read_text().splitlines() if rows else []
     finite = [
-        {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         for row in rows
     ]
     assert repr(read) == repr(finite)
     assert len(lines) == len(rows)
-    assert not any(
-        token in json.dumps(json.loads(line)) for line in lines for token in (": NaN", ": Infinity")
-    )
+    assert not any(token in json.dumps(json.loads(line)) for line in lines for token in (": NaN", ": Infinity"))
 
 
 @pytest.mark.parametrize("value", [torch.tensor(1.0), [1.0], {"a": 1.0}, 1j])

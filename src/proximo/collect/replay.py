@@ -113,17 +113,18 @@ def _check_record(record: Any, name: str) -> None:
 
 def _actions(space: spaces.Space, record: dict[str, Any]) -> np.ndarray:
     """The recorded actions `[T, *A]` as training gave them to the environment."""
-    dtype = np.int64 if isinstance(space, spaces.Discrete) else space.dtype
-    shape = (len(record["actions"]), *(space.shape or ()))
+    recorded = record["actions"]
     try:
-        actions = np.array(record["actions"], dtype=dtype).reshape(len(record["actions"]), -1)
-        return actions.reshape(shape)
-    except (TypeError, ValueError, OverflowError) as error:
+        actions = np.array(recorded, dtype=np.int64 if isinstance(space, spaces.Discrete) else space.dtype)
+    except (TypeError, ValueError, OverflowError):
+        actions = np.array(None)
+    if recorded and actions.shape != (len(recorded), *(space.shape or ())):
         of = f" The record is of {record['env_id']}." if "env_id" in record else ""
         raise UserError(
-            f"The actions of the record, such as {shown(record['actions'][0])}, do not fit those of the environment, "
+            f"The actions of the record, such as {shown(recorded[0])}, do not fit those of the environment, "
             f"{shown(space)}.{of}"
-        ) from error
+        )
+    return actions
 
 
 def _verdict(record: dict[str, Any], problem: str, step: int) -> str:

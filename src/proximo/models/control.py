@@ -230,8 +230,10 @@ class ActorCritic(nn.Module):
             if isinstance(self.action_space, spaces.Discrete):
                 log_probs = self._distribution(inputs).log_prob(actions - int(self.action_space.start))
             else:
-                scale = torch.as_tensor(self._action_scale, dtype=torch.float32).flatten()
-                offset = torch.as_tensor(self._action_offset, dtype=torch.float32).flatten()
+                scale, offset = (
+                    torch.as_tensor(array, dtype=torch.float32, device=inputs.device).flatten()
+                    for array in (self._action_scale, self._action_offset)
+                )
                 own_units = (actions.flatten(1).to(torch.float32) - offset) / scale
                 log_probs = self._distribution(inputs).log_prob(own_units) - scale.log().sum()
         return _like(observation, log_probs[0] if single else log_probs)

@@ -240,7 +240,8 @@ def _dress(axis: Axes, panel: Panel, x_label: str, last_x: float) -> None:
     """Everything on a panel that does not depend on its values."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axis.set_title(panel.title, loc="left", fontsize=11.5, fontweight="bold", color=_INK, pad=19)
+    # A fixed y spares matplotlib the search for one, a quarter of the time of a picture.
+    axis.set_title(panel.title, loc="left", y=1.0, fontsize=11.5, fontweight="bold", color=_INK, pad=19)
     axis.annotate(
         panel.hint,
         (0, 1),
