@@ -65,7 +65,7 @@ def main() -> None:
         todo = [(env_id, seed) for env_id, seed in wanted if (env_id, seed) not in finished()]
         print(f"{len(todo)} of {len(wanted)} runs to do", flush=True)
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda pair: run_in_subprocess(*pair, arguments.runs), todo))
+            list(pool.map(lambda pair: run_in_subprocess(pair[0], pair[1], arguments.runs), todo))
     write_table()
 
 

@@ -94,14 +94,14 @@ def test_training_works_outside_the_main_thread_and_leaves_torch_as_it_was(tmp_p
     runs = []
     threads = torch.get_num_threads()
     state = torch.random.get_rng_state()
-    numpy_state = np.random.get_state()[1].copy()  # noqa: NPY002 (the global state is what must not change)
+    numpy_state = np.random.get_state()[1].copy()
     thread = threading.Thread(target=lambda: runs.append(proximo.train(Corridor, run_dir=tmp_path / "run", **SMALL)))
     thread.start()
     thread.join()
     assert runs[0].env_steps == 512
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert (np.random.get_state()[1] == numpy_state).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == numpy_state).all()
 
 
 @pytest.mark.parametrize(

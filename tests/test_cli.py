@@ -84,11 +84,11 @@ def wait_for_checkpoint(process: subprocess.Popen[str], run: Path) -> None:
         time.sleep(0.02)
 
 
+NORMALIZED = ["--normalize-observations", "--normalize-rewards"]
 TASKS = {
     "CartPole-v1": ["--total-steps", "6144", "--checkpoint-every", "512"],
-    "Pendulum-v1": "--total-steps 4096 --n-envs 4 --rollout-length 128 --checkpoint-every 512 --normalize-observations "
-    "--normalize-rewards".split(),
-    "HalfCheetah-v5": "--total-steps 4096 --rollout-length 32 --checkpoint-every 512".split(),
+    "Pendulum-v1": ["--total-steps", "4096", "--rollout-length", "128", "--checkpoint-every", "512", *NORMALIZED],
+    "HalfCheetah-v5": ["--total-steps", "4096", "--rollout-length", "32", "--checkpoint-every", "512"],
 }
 
 

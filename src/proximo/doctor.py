@@ -24,9 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-PROBE_SECONDS = 60.0
-"""So long may one trial take; the first import of torch from a slow disk takes a good part of it."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -127,7 +124,7 @@ EXTRAS = {
 
 def diagnose_machine(*, speed: bool = False) -> list[Entry]:
     """Look at everything that Proximo needs or can use; takes a few seconds, and 3 more with `speed`."""
-    looks: list[Callable[[], list[Entry]]] = [_python, _packages, _environment, _cores, _memory, _gpu, _disk, _terminal]
+    looks: list[Callable[[], list[Entry]]] = [_packages, _environment, _cores, _memory, _gpu, _disk, _terminal]
     looks += [partial(_extra, name) for name in EXTRAS]
     with ThreadPoolExecutor(2) as pool:  # the trials wait for their processes
         entries = [entry for found in pool.map(lambda look: look(), looks) for entry in found]
@@ -154,17 +151,11 @@ def main_text(*, speed: bool = False) -> tuple[str, bool]:
     return "\n".join([*lines, "", verdict]), problems == 0
 
 
-# --- software -------------------------------------------------------------------------------------------------
-
-
-def _python() -> list[Entry]:
-    detail = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
-    return [Entry("python", "ok", detail)]
-
-
 def _packages() -> list[Entry]:
-    detail = f"{_version('proximo') or 'not installed, but used'} from {Path(__file__).parent}"
-    return [Entry("proximo", "ok", detail), *(_package(name, at_least) for name, at_least in NEEDED.items())]
+    python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
+    proximo = f"{_version('proximo') or 'not installed, but used'} from {Path(__file__).parent}"
+    needed = [_package(name, at_least) for name, at_least in NEEDED.items()]
+    return [Entry("python", "ok", python), Entry("proximo", "ok", proximo), *needed]
 
 
 def _package(name: str, at_least: str) -> Entry:
@@ -223,11 +214,7 @@ def _version(package: str) -> str | None:
 
 def _numbers(version: str) -> tuple[int, ...]:
     """`2.13.0+cpu` as (2, 13, 0); a release candidate counts as its release."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
-
-
-# --- the machine ----------------------------------------------------------------------------------------------
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _cores() -> list[Entry]:
@@ -312,9 +299,6 @@ def _gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.1f} GB"
 
 
-# --- trials in a process of their own -------------------------------------------------------------------------
-
-
 class _Tried(NamedTuple):
     """What a trial said, or how it failed."""
 
@@ -322,8 +306,11 @@ class _Tried(NamedTuple):
     error: str = ""
 
 
-def _tried(program: str, seconds: float = PROBE_SECONDS) -> _Tried:
-    """Run a small program, which prints one JSON value last, in a folder that is thrown away."""
+def _tried(program: str, seconds: float = 120.0) -> _Tried:
+    """Run a small program, which prints one JSON value last, in a folder that is thrown away.
+
+    The first import of torch from a slow disk takes a good part of the time that it gets.
+    """
     quiet = {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_VIDEODRIVER": "dummy", "SDL_AUDIODRIVER": "dummy"}
     with tempfile.TemporaryDirectory(prefix="proximo-doctor-", ignore_cleanup_errors=True) as folder:
         try:

@@ -102,11 +102,12 @@ def children() -> list[int]:
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            if int(status.read_text().rpartition(")")[2].split()[1]) != os.getpid():
+                continue
             command = (status.parent / "cmdline").read_text()
         except (OSError, ValueError):
             continue
-        if parent == os.getpid() and "resource_tracker" not in command:
+        if "resource_tracker" not in command:
             found.append(int(status.parent.name))
     return found
 
@@ -134,12 +135,14 @@ def nothing_is_left():
     assert len(listed("/proc/self/fd")) == descriptors
 
 
-@pytest.mark.parametrize(("env_id", "n_envs", "n_steps"), [("CartPole-v1", 5, 300), ("Pendulum-v1", 3, 450)])
-def test_numbers_and_snapshots_are_those_of_serial_environments(env_id, n_envs, n_steps):
+@pytest.mark.parametrize(
+    ("env_id", "n_envs", "n_workers", "n_steps"), [("CartPole-v1", 5, 2, 300), ("Pendulum-v1", 3, 1, 450)]
+)
+def test_numbers_and_snapshots_are_those_of_serial_environments(env_id, n_envs, n_workers, n_steps):
     def make() -> gym.Env:
         return gym.make(env_id, disable_env_checker=True)
 
-    serial, parallel = SerialEnvs(make, n_envs, 7), WorkerEnvs(make, n_envs, 7, n_workers=2)
+    serial, parallel = SerialEnvs(make, n_envs, 7), WorkerEnvs(make, n_envs, 7, n_workers=n_workers)
     assert parallel.observation_space == serial.observation_space
     assert parallel.action_space == serial.action_space
     assert_same([serial.reset()], [parallel.reset()])
@@ -234,18 +237,18 @@ def _fresh_snapshot(make) -> Snapshot:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "n_workers", "said"),
     [
-        ("kill", "worker 1 (environments 2 to 3) was ended by SIGKILL"),
-        ("hang", "worker 1 (environments 2 to 3) was not back after 1 s"),
-        ("hang in reset", "reset() did not return: worker 1 (environments 2 to 3) was not back after 1 s"),
+        ("kill", 1, "worker 0 (environments 0 to 3) was ended by SIGKILL"),
+        ("hang", 2, "worker 1 (environments 2 to 3) was not back after 1 s"),
+        ("hang in reset", 1, "reset() did not return: worker 0 (environments 0 to 3) was not back after 1 s"),
     ],
 )
-def test_a_lost_worker_is_named_with_what_it_takes_to_play_it_again(kind, said):
+def test_a_lost_worker_is_named_with_what_it_takes_to_play_it_again(kind, n_workers, said):
     def make() -> gym.Env:
         return Walk(kind, seed_of(3, 1))
 
-    envs = WorkerEnvs(make, 4, 7, n_workers=2, name="Walk", timeout=1.0)
+    envs = WorkerEnvs(make, 4, 7, n_workers=n_workers, name="Walk", timeout=1.0)
     began = time.monotonic()
     fault = fault_of(envs)
     assert time.monotonic() - began < 5
@@ -312,7 +315,7 @@ def test_a_value_out_of_bounds_is_noted_once_where_asked_for():
         return Walk("leave", episode_one[0])
 
     episode_one = [seed_of(0, 0)]
-    envs = WorkerEnvs(make, 2, 7, n_workers=2, on_space_violation="warn")
+    envs = WorkerEnvs(make, 2, 7, n_workers=1, on_space_violation="warn")
     envs.reset()
     play(envs, 20, np.random.default_rng(0))
     assert len(envs.warnings) == 1
@@ -332,7 +335,7 @@ def test_what_cannot_be_made_or_sent_is_a_user_error():
         WorkerEnvs(lambda: sys.exit(3), 1, 7)  # pyright: ignore
 
 
-def test_environments_from_a_file_and_from_our_registry_are_found_in_workers(tmp_path):
+def test_environments_from_a_file_and_from_our_registry_are_found_in_workers_without_torch(tmp_path):
     (tmp_path / "its_helper.py").write_text("LIMIT = 4\n")
     (tmp_path / "mine.py").write_text(
         textwrap.dedent("""
@@ -348,21 +351,26 @@ def test_environments_from_a_file_and_from_our_registry_are_found_in_workers(tmp
                 def step(self, action):
                     self.n += 1
                     return np.clip(action, -1, 1), 1.0, self.n == its_helper.LIMIT, False, {}
-
-            gym.register("MineToo-v0", entry_point=lambda: Mine())
         """)
     )
     env_id = f"{tmp_path / 'mine.py'}:Mine"
     factory = find_factory(env_id)
-    for make in (
+    gym.register("MineToo-v0", entry_point=lambda: make_env(factory, env_id, {}))
+    kinds = [
         lambda: make_env(factory, env_id, {}),
         lambda: gym.make("MineToo-v0", disable_env_checker=True),
-    ):
-        envs = WorkerEnvs(make, 3, 7, n_workers=1)
-        envs.reset()
-        flags = play(envs, 4, np.random.default_rng(0))[2::6]
-        assert [bool(flag.all()) for flag in flags] == [False, False, False, True]
-        envs.close()
+    ]
+
+    def make() -> gym.Env:
+        assert "torch" not in sys.modules, "a worker has imported torch"
+        kinds.reverse()
+        return kinds[0]()
+
+    envs = WorkerEnvs(make, 3, 7, n_workers=1)
+    envs.reset()
+    flags = play(envs, 4, np.random.default_rng(0))[2::6]
+    assert [bool(flag.all()) for flag in flags] == [False, False, False, True]
+    envs.close()
     del gym.registry["MineToo-v0"]
 
 

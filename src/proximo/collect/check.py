@@ -165,9 +165,6 @@ def _check_spaces(findings: _Findings, env: gym.Env) -> bool:
     return True
 
 
-# --- calling the environment ----------------------------------------------------------------------------------
-
-
 class _Outcome(NamedTuple):
     """What one reset or step led to."""
 
@@ -344,9 +341,6 @@ def _seeded(space: spaces.Space, seed: int) -> spaces.Space:
     return space
 
 
-# --- played again ---------------------------------------------------------------------------------------------
-
-
 def _check_again(make: Callable[[], gym.Env], player: _Player, play: _Play) -> None:
     """Make the first calls again: they must lead to the same, with other seeds and actions to something else."""
     findings, facts = player.findings, player.findings.facts
@@ -399,9 +393,6 @@ def _difference(first: _Outcome, second: _Outcome) -> str:
             name = f"{word}[{index}]" if one.size > 1 else word
             return f"{name} is {two[index]}, the first time {one[index]}"
     return ""
-
-
-# --- what random play shows -----------------------------------------------------------------------------------
 
 
 def _check_ends(findings: _Findings, play: _Play, limit: int | None, n_steps: int) -> None:

@@ -25,12 +25,10 @@ def load_record(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except OSError as error:
         close = nearest(path.name, [sibling.name for sibling in path.parent.glob("*.json")])
         hint = f" Did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
-        raise UserError(f"There is no file {path}.{hint}") from error
-    except OSError as error:
-        raise UserError(f"{path} could not be read: {error.strerror or error}.") from error
+        raise UserError(f"{path} could not be read: {error.strerror or error}.{hint}") from error
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(
             f"{path} is no replay file: it is not JSON ({error}). Training writes such a file, named "

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import itertools
 import math
-import mmap
 import multiprocessing
 import os
 import signal
@@ -14,26 +12,22 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.reduction import recv_handle, send_handle
-from pathlib import Path
-from typing import Any, NamedTuple
+from multiprocessing.reduction import send_handle
+from typing import Any
 
-import cloudpickle  # noqa: TID251 (the factory, on its way to our own worker processes; never to or from a file)
+import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker processes; never to or from a file)
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpacePolicy, Step, episode_seed
+from proximo.collect.envs import EnvironmentFault, Snapshot, SpacePolicy, Step, episode_seed
+from proximo.collect.worker_process import Layout, Made, Memory, Parcel, Reply, pack, work
 from proximo.errors import UserError, in_range
 
 START_SECONDS = 120.0
@@ -41,9 +35,6 @@ START_SECONDS = 120.0
 
 CLOSE_SECONDS = 5.0
 """How long the workers may take to close their environments before they are killed."""
-
-_ORPHAN_SECONDS = 2.0
-"""How long a worker whose main process is gone may take before it ends in the middle of what it does."""
 
 _ONE_THREAD: dict[str, str] = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
@@ -88,7 +79,7 @@ class WorkerEnvs:
             UserError: if the factory cannot be sent, or an environment cannot be made.
         """
         self._workers: list[_Worker] = []
-        self._memory: _Memory | None = None
+        self._memory: Memory | None = None
         self._owner = os.getpid()
         if sys.platform == "win32":
             raise UserError("Worker processes need Linux or macOS. Use serial environments here.")
@@ -105,7 +96,7 @@ class WorkerEnvs:
         self._awaiting = False
         _OPEN.add(self)
         try:
-            self._start(_parcel(make, name), min(n_workers or _n_cores(), n_envs), on_space_violation)
+            self._start(pack(make, name), min(n_workers or _n_cores(), n_envs), on_space_violation)
         except BaseException:
             self.close()
             raise
@@ -197,7 +188,7 @@ class WorkerEnvs:
     def __del__(self) -> None:
         self.close()
 
-    def _start(self, parcel: _Parcel, n_workers: int, on_space_violation: SpacePolicy) -> None:
+    def _start(self, parcel: Parcel, n_workers: int, on_space_violation: SpacePolicy) -> None:
         sizes = [self.n_envs // n_workers + (i < self.n_envs % n_workers) for i in range(n_workers)]
         bounds = [0, *itertools.accumulate(sizes)]
         for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
@@ -206,7 +197,7 @@ class WorkerEnvs:
             (parcel, size, self._seed, self._name, start, on_space_violation)
             for size, start in zip(sizes, bounds, strict=False)
         ]
-        made = [_Made(*values) for values in self._ask("make", tasks)]
+        made = [Made(*values) for values in self._ask("make", tasks)]
         first = made[0]
         for worker, other in zip(self._workers, made, strict=True):
             if (other.shape, other.dtype) != (first.shape, first.dtype):
@@ -216,16 +207,16 @@ class WorkerEnvs:
                     "All must be the same."
                 )
         self.observation_space, self.action_space = cloudpickle.loads(first.spaces)
-        layout = _Layout(self.n_envs, n_workers, first.shape, first.dtype, 8 * math.prod(self.action_space.shape or ()))
+        layout = Layout(self.n_envs, n_workers, first.shape, first.dtype, 8 * math.prod(self.action_space.shape or ()))
         descriptor = _unnamed_file(layout.size)
         try:
-            memory = _Memory.map(layout, descriptor)
+            memory = Memory.map(layout, descriptor)
             self._ask("share", [layout] * n_workers, descriptor=descriptor)
         finally:
             os.close(descriptor)  # the mapping stays
         self._memory = memory
 
-    def _opened(self) -> _Memory:
+    def _opened(self) -> Memory:
         if self._memory is None:
             raise RuntimeError("These environments are closed.")
         if self._awaiting:
@@ -255,9 +246,9 @@ class WorkerEnvs:
                 raise RuntimeError(f"{worker} failed:\n{reply.failure}")
         return [reply.value for reply in replies]
 
-    def _gather(self, timeout: float) -> list[_Reply]:
+    def _gather(self, timeout: float) -> list[Reply]:
         """Wait for the reply of every worker, as long as each of them begins a new call within `timeout`."""
-        replies: dict[int, _Reply] = {}
+        replies: dict[int, Reply] = {}
         pending = list(self._workers)
         tick = min(timeout / 10, 1.0)
         beats, quiet = [self._beat(worker) for worker in pending], [0.0] * len(pending)
@@ -325,90 +316,6 @@ def _close_open() -> None:
         envs.close()
 
 
-# ------------------------------------------------------------------------------------- both sides of the pipe
-
-
-class _Parcel(NamedTuple):
-    """What a worker needs to make the environments."""
-
-    factory: bytes
-    registered: list[bytes]
-    files: dict[str, str]
-
-
-class _Made(NamedTuple):
-    """What the environments of a worker look like."""
-
-    spaces: bytes
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class _Reply(NamedTuple):
-    """A worker's answer to one command; `failure` is a `UserError`, or the traceback of anything else."""
-
-    value: Any
-    warnings: list[str]
-    failure: UserError | str | None
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What lies in the shared memory; both sides find the same places from it."""
-
-    n_envs: int
-    n_workers: int
-    observation_shape: tuple[int, ...]
-    observation_dtype: str
-    action_bytes: int
-
-    def fields(self) -> Iterator[tuple[int, tuple[int, ...], np.dtype]]:
-        """Offset, shape and type of each field of `_Memory`; each begins a cache line of its own."""
-        observations = ((self.n_envs, *self.observation_shape), np.dtype(self.observation_dtype))
-        numbers, flags = ((self.n_envs,), np.dtype(np.float64)), ((self.n_envs,), np.dtype(bool))
-        actions = ((self.n_envs * self.action_bytes,), np.dtype(np.uint8))
-        pulses = ((self.n_workers, 8), np.dtype(np.int64))
-        offset = 0
-        for shape, dtype in (observations, observations, numbers, flags, flags, actions, pulses):
-            yield offset, shape, dtype
-            offset += -(-math.prod(shape) * dtype.itemsize // 64) * 64
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        offset, shape, dtype = list(self.fields())[-1]
-        return offset + math.prod(shape) * dtype.itemsize
-
-
-class _Memory(NamedTuple):
-    """The shared arrays."""
-
-    observations: np.ndarray
-    final_observations: np.ndarray
-    rewards: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
-    actions: np.ndarray
-    pulses: np.ndarray
-    """[n_workers, 8]: calls begun, and of the last one: environment (-1: none), seed, step (0: a reset)."""
-
-    @staticmethod
-    def map(layout: _Layout, descriptor: int) -> _Memory:
-        """Map a file; it is unmapped when the last array is gone."""
-        shared = mmap.mmap(descriptor, layout.size)
-        return _Memory(*(np.ndarray(shape, dtype, shared, offset) for offset, shape, dtype in layout.fields()))
-
-    def actions_as(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The actions, of whatever type the policy has given them, so that the environments see that type."""
-        kind = np.dtype(dtype)
-        if kind.kind not in "fiub" or math.prod(shape) * kind.itemsize > self.actions.size:
-            raise ValueError(f"actions of shape {shape} and type {kind} are not what the action space asks for")
-        return np.ndarray(shape, kind, self.actions.data)
-
-
-# ------------------------------------------------------------------------------------------- the main process
-
-
 @dataclass(frozen=True)
 class _Worker:
     """A worker process and the slice of environments in it, `start` to `stop - 1`."""
@@ -425,7 +332,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads' locks, held or not
         ours, theirs = context.Pipe()
         with theirs, _clean_start():
-            process = context.Process(target=_work, args=(number, theirs), name=f"proximo-worker-{number}")
+            process = context.Process(target=work, args=(number, theirs), name=f"proximo-worker-{number}")
             process.start()
         return _Worker(number, start, stop, process, ours)
 
@@ -444,7 +351,7 @@ class _Worker:
         with suppress(OSError):
             send_handle(self.connection, descriptor, self.process.pid)
 
-    def receive(self) -> _Reply | None:
+    def receive(self) -> Reply | None:
         """The reply that is there, or None from a dead worker."""
         try:
             return self.connection.recv() if self.connection.poll() else None
@@ -489,35 +396,6 @@ def _unnamed_file(size: int) -> int:
     return descriptor
 
 
-def _parcel(make: Callable[[], gym.Env], name: str) -> _Parcel:
-    """Pack the factory with what it finds here and would not find in a fresh process.
-
-    Raises:
-        UserError: if it holds something that cannot be sent.
-    """
-    try:
-        factory = cloudpickle.dumps(make)
-    except Exception as error:
-        raise UserError(
-            f"{name}: what makes the environment cannot be sent to a worker process: "
-            f"{type(error).__name__}: {error}\n"
-            "Let it make what it needs (open files, threads, windows) itself instead of holding it, "
-            "or use serial environments."
-        ) from error
-    registered = []
-    for spec in gym.registry.values():
-        if not str(spec.entry_point).startswith("gymnasium."):
-            with suppress(Exception):  # one that cannot be sent is missed only if it is the one asked for
-                registered.append(cloudpickle.dumps(spec))
-    # Environments from a file are classes of modules that no place on sys.path leads to (see make.py).
-    files = {
-        name: module.__file__
-        for name, module in list(sys.modules.items())
-        if name.startswith("_proximo_env_") and module.__file__
-    }
-    return _Parcel(factory, registered, files)
-
-
 _START_LOCK = threading.Lock()
 
 
@@ -542,183 +420,3 @@ def _clean_start() -> Iterator[None]:
                     del os.environ[key]
                 else:
                     os.environ[key] = value
-
-
-# ----------------------------------------------------------------------------------------- the worker process
-
-
-def _work(number: int, connection: Connection) -> None:
-    """Serve commands until "close", or until the main process is gone."""
-    # Ctrl-C and a scheduler's signals reach the whole process group; the main process still needs us for its
-    # checkpoint. SIGINT stays ignored in simulators that the environment starts; SIGTERM must not (an ignored
-    # signal is inherited, a handler is not), because that is how an environment ends its simulator.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number_of_signal in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number_of_signal, lambda *_: None)
-    faulthandler.enable()
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-    service = _Service(number, connection)
-    try:
-        while True:
-            command, payload = connection.recv()
-            if command == "close":
-                break
-            connection.send(service.reply(command, payload))
-    except (EOFError, OSError):  # the main process is gone
-        pass
-    finally:
-        service.close()
-
-
-def _leave_with_parent() -> None:
-    """End this process if the main one is gone and an environment that hangs keeps us from seeing it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        time.sleep(_ORPHAN_SECONDS)
-        os._exit(1)
-
-
-class _Service:
-    """The worker's environments, and a method for each command."""
-
-    def __init__(self, number: int, connection: Connection) -> None:
-        self._number = number
-        self._connection = connection
-        self._pulse = np.zeros(8, np.int64)
-        self._warnings: list[str] = []
-        self._closing = ExitStack()
-
-    def reply(self, command: str, payload: Any) -> _Reply:
-        """Do what is asked; what goes wrong goes back as a value."""
-        value, failure = None, None
-        try:
-            value = getattr(self, command)(payload)
-        except UserError as error:
-            failure = error
-        except Exception:
-            failure = traceback.format_exc()
-        self._pulse[1] = -1
-        warnings = self._warnings.copy()
-        self._warnings.clear()
-        return _Reply(value, warnings, failure)
-
-    def make(self, task: tuple[_Parcel, int, int, str, int, SpacePolicy]) -> _Made:
-        """Make the environments of this worker.
-
-        Raises:
-            UserError: if that fails.
-        """
-        parcel, n_envs, seed, name, first_index, on_space_violation = task
-        indices = itertools.count(first_index)
-        try:
-            factory = _unpack(parcel)
-            envs = SerialEnvs(
-                lambda: _watched(factory(), next(indices), self),
-                n_envs,
-                seed,
-                name=name,
-                first_index=first_index,
-                on_space_violation=on_space_violation,
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            own = "".join(traceback.format_exception(error)[-4:]).rstrip()
-            what = f"{name} could not be made in a worker process: {type(error).__name__}: {error}"
-            raise UserError(f"{what}\n{own}") from error
-        self._closing.callback(envs.close)
-        self._serial, self._warnings = envs, envs.warnings
-        self._own = slice(first_index, first_index + n_envs)
-        observations = envs.snapshot().arrays["observations"]
-        spaces = cloudpickle.dumps((envs.observation_space, envs.action_space))
-        return _Made(spaces, observations.shape[1:], observations.dtype.str)
-
-    def share(self, layout: _Layout) -> None:
-        """Map the shared memory, whose descriptor follows the command."""
-        descriptor = recv_handle(self._connection)
-        memory = _Memory.map(layout, descriptor)
-        os.close(descriptor)
-        self._memory, self._pulse = memory, memory.pulses[self._number]
-
-    def reset(self, _: None) -> None:
-        """Begin the first episodes."""
-        self._memory.observations[self._own] = self._serial.reset()
-
-    def step(self, described: tuple[str, tuple[int, ...]]) -> None:
-        """Step each environment."""
-        memory, own = self._memory, self._own
-        step = self._serial.step(memory.actions_as(*described)[own].copy())
-        memory.observations[own] = step.observations
-        memory.final_observations[own] = step.final_observations
-        memory.rewards[own] = step.rewards
-        memory.terminated[own] = step.terminated
-        memory.truncated[own] = step.truncated
-
-    def restore(self, snapshot: Snapshot) -> list[int]:
-        """Play the open episodes again."""
-        self._memory.observations[self._own], fresh = self._serial.restore(snapshot)
-        return fresh
-
-    def close(self) -> None:
-        """Close the environments."""
-        self._closing.close()
-
-    def begin(self, index: int, seed: int, step: int) -> None:
-        """Note the call that is about to be made, for the main process to read if it does not end."""
-        self._pulse[1], self._pulse[2], self._pulse[3] = index, seed, step
-        self._pulse[0] += 1
-
-
-class _Watched:
-    """An environment whose every call is noted before it is made."""
-
-    def __init__(self, env: gym.Env, index: int, service: _Service) -> None:
-        self._env, self._index, self._service = env, index, service
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self._seed, self._steps = 0, 0
-
-    def reset(self, *, seed: int) -> Any:
-        self._seed, self._steps = seed, 0
-        self._service.begin(self._index, seed, 0)
-        return self._env.reset(seed=seed)
-
-    def step(self, action: Any) -> Any:
-        self._steps += 1
-        self._service.begin(self._index, self._seed, self._steps)
-        return self._env.step(action)
-
-    def close(self) -> None:
-        self._env.close()
-
-
-def _watched(env: gym.Env, index: int, service: _Service) -> Any:
-    """As `Any`, because it is as much of a `gym.Env` as `SerialEnvs` uses, and no more."""
-    return _Watched(env, index, service)
-
-
-class _FileFinder(MetaPathFinder):
-    """Finds the modules that the main process has imported from a file under a name of its own."""
-
-    def __init__(self, files: dict[str, str]) -> None:
-        self._files = files
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """What `import` asks; None for all other names."""
-        return spec_from_file_location(fullname, self._files[fullname]) if fullname in self._files else None
-
-
-def _unpack(parcel: _Parcel) -> Callable[[], gym.Env]:
-    """Rebuild the factory and what it needs around it, looking where the main process has looked."""
-    places = {str(Path.cwd()), *(str(Path(file).parent) for file in parcel.files.values())}
-    before = sys.path.copy()
-    sys.path[:0] = sorted(places)
-    sys.meta_path.append(_FileFinder(parcel.files))
-    try:
-        for packed in parcel.registered:
-            with suppress(Exception):  # missed only if it is the one asked for
-                spec = cloudpickle.loads(packed)
-                gym.registry.setdefault(spec.id, spec)
-        return cloudpickle.loads(parcel.factory)
-    finally:
-        sys.path[:] = before
