@@ -50,7 +50,10 @@ class Display:
     @staticmethod
     def choose(*, quiet: bool) -> Display:
         """A display on standard error; a quiet one shows nothing."""
-        return Display(Console(stderr=True, quiet=quiet, highlight=False))
+        console = Console(stderr=True, quiet=quiet, highlight=False)
+        if not console.is_terminal:
+            console = Console(stderr=True, quiet=quiet, highlight=False, width=200)  # no path is cut in two
+        return Display(console)
 
     def plan(self, config: ControlConfig, run: RunDirectory, spaces: str, source: str, seconds: float | None) -> None:
         """Say what will be done, with which settings and whence, how long it should take, and where it goes."""

@@ -245,7 +245,7 @@ def test_a_heavier_penalty_keeps_the_policy_closer(tiny_policy, make_batch):
     for kl_coef in (0.0, 3.0, 100.0):
         policy = tiny_policy("continuous")
         batch = make_batch(policy)
-        metrics = update_once(policy, batch, objective="kl_penalty", kl_coef=kl_coef, learning_rate=0.01, n_epochs=20)
+        metrics = update_once(policy, batch, objective="kl_penalty", kl_coef=kl_coef, learning_rate=0.02, n_epochs=10)
         assert metrics["kl_coef"] == kl_coef
         reached.append(metrics["kl_old_new"])
     assert reached[0] > 2 * reached[1] > 4 * reached[2] > 0
@@ -256,10 +256,10 @@ def test_a_two_armed_bandit_is_learned(tiny_policy):
     policy = tiny_policy()
     optimizer = FlatAdam(policy, learning_rate=0.0)
     generator = torch.Generator().manual_seed(0)
-    algorithm = PPO(learning_rate=0.02, n_epochs=4, batch_size=32)
+    algorithm = PPO(learning_rate=0.03, n_epochs=4, batch_size=64)
     everywhere = torch.ones(64, 1, dtype=torch.bool)
     observations, zeros = torch.zeros(64, 1, 3).double(), torch.zeros(64, 1).double()
-    for _ in range(15):
+    for _ in range(12):
         with torch.no_grad():
             outputs, values = policy.heads(observations)
         acting = distributions.Categorical(logits=outputs)
@@ -389,7 +389,7 @@ for package in (proximo.core, proximo.algorithms):
         importlib.import_module(module.name)
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     loaded = set(ran.stdout.split())
     assert "proximo" in loaded

@@ -127,7 +127,7 @@ FAULTS = {
 RESET_FAULTS = {
     "reset raises": "reset() raised RuntimeError: the arm is stuck",
     "reset gives no pair": "reset() must return (observation, info)",
-    "reset gives another shape": "reset() returned shape (3,), not (2,)",
+    "reset gives another shape": "that reset() returned has shape (3,), not (2,)",
     "reset gives NaN": "after reset(), observation[0] is nan",
 }
 
@@ -200,7 +200,6 @@ class TestFaults:
         with pytest.raises(EnvironmentFault, match="--on-space-violation warn"):
             drive(faulty("out of bounds"))
 
-    @pytest.mark.xfail(strict=True, reason="the bounds in the message are the widened ones: [-1.00002, 2.00003]")
     def test_a_value_out_of_bounds_names_the_bounds_of_the_space(self):
         with pytest.raises(EnvironmentFault, match=r"bounds \[-1, 2\]"):
             drive(faulty("out of bounds"))
@@ -231,7 +230,6 @@ class TestFaults:
         again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
         assert (str(again), again.record) == (str(caught.value), caught.value.record)
 
-    @pytest.mark.xfail(strict=True, reason="the value wraps into the integers of the space before it is looked at")
     def test_integers_out_of_their_type_are_out_of_bounds(self):
         class Bytes(Noisy):
             def __init__(self) -> None:
@@ -251,7 +249,6 @@ class TestFaults:
         with pytest.raises(EnvironmentFault, match="300"):
             envs.step(zeros(envs))
 
-    @pytest.mark.xfail(strict=True, reason="the index counts through the flattened observation: observation[5]")
     def test_the_place_in_a_matrix_is_told_by_row_and_column(self):
         check = SpaceCheck.of(spaces.Box(-1.0, 1.0, (2, 3), np.float32))
         problem = check.first_problem(np.array([[0, 0, 0], [0, 0, 9]], np.float32))
@@ -259,7 +256,6 @@ class TestFaults:
         assert "observation[1, 2]" in problem[0]
 
     @pytest.mark.parametrize("observation", [[1.0, "two", 3.0], [[1.0], 2.0, 3.0]])
-    @pytest.mark.xfail(strict=True, reason="ValueError: the shape and the numbers are looked at outside the `try`")
     def test_an_observation_that_is_no_array_is_the_environments_fault(self, observation):
         class Odd(Noisy):
             def step(self, action):
@@ -335,21 +331,23 @@ class TestRestore:
         for row in actions[60:]:
             assert same([tuple(others.step(row))], [tuple(envs.step(row))])
 
-    @pytest.mark.parametrize(
-        "env_id",
-        [
-            "Acrobot-v1",
-            "LunarLander-v3",
-            pytest.param(
-                "BipedalWalker-v3",
-                marks=pytest.mark.xfail(strict=True, reason="its Box2D world remembers the episodes before"),
-            ),
-            "Ant-v5",
-        ],
-    )
+    def test_a_world_that_remembers_the_episodes_before_is_not_called_exact(self):
+        """BipedalWalker's Box2D world is not the same after a reset as in a fresh environment."""
+        pytest.importorskip("Box2D")
+        envs, others = (
+            SerialEnvs(lambda: gym.make("BipedalWalker-v3"), 2, seed=4, on_space_violation="warn") for _ in range(2)
+        )
+        envs.reset()
+        rng = np.random.default_rng(1)
+        while envs._episodes.min() == 0 or min(envs._length_of(i) for i in range(2)) < 5:
+            envs.step(rng.uniform(-1, 1, (2, 4)).astype(np.float32))
+        others.reset()
+        assert others.restore(through_a_file(envs.snapshot()))[1] != []
+
+    @pytest.mark.parametrize("env_id", ["Acrobot-v1", "LunarLander-v3", "Ant-v5"])
     def test_environments_with_physics(self, env_id):
         """After some episodes: what a simulator keeps from one to the next does not show in the last one alone."""
-        pytest.importorskip({"A": "mujoco", "L": "Box2D", "B": "Box2D"}[env_id[0]])
+        pytest.importorskip({"A": "mujoco", "L": "Box2D"}[env_id[0]])
         envs, others = (SerialEnvs(lambda: gym.make(env_id), 2, seed=4, on_space_violation="warn") for _ in range(2))
         envs.reset()
         space, rng = envs.action_space, np.random.default_rng(1)
@@ -367,7 +365,6 @@ class TestRestore:
             row = actions()
             assert same([tuple(others.step(row))], [tuple(envs.step(row))])
 
-    @pytest.mark.xfail(strict=True, reason="only the last observation is compared")
     def test_rewards_that_its_seed_does_not_fix_are_noticed_too(self):
         class Whimsical(Noisy):
             def step(self, action):

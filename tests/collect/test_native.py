@@ -77,7 +77,6 @@ class TestSteps:
         valid = [envs.step(zeros(envs)).valid.copy() for _ in range(30)]
         assert not np.array(valid).all()
 
-    @pytest.mark.xfail(strict=True, reason="float64 observations stay float64 here; SerialEnvs makes them float32")
     def test_observations_have_the_type_that_other_environments_give(self):
         envs = native(Noisy, AutoresetMode.SAME_STEP)
         assert envs.reset().dtype == np.float32
@@ -133,21 +132,18 @@ class TestFaults:
         assert f"Arm-v0, environment 1, step {step} of the run" in str(caught.value)
         assert caught.value.record["env_index"] == 1
 
-    @pytest.mark.xfail(strict=True, reason="only `observations` are looked at, which are the next episode's")
     def test_a_final_observation_that_is_not_finite_under_same_step(self):
         envs = native(lambda: Faulty("NaN observation", at=6, episode=0), AutoresetMode.SAME_STEP)
         with pytest.raises(EnvironmentFault):
             run(envs, 10)
 
     @pytest.mark.parametrize("episode", [0, 1])
-    @pytest.mark.xfail(strict=True, reason="what reset() returns is not looked at")
     def test_a_first_observation_that_is_not_finite_where_we_reset(self, episode):
         envs = native(lambda: Faulty("reset gives NaN", episode=episode), AutoresetMode.DISABLED)
         with pytest.raises(EnvironmentFault):
             run(envs, 6)
 
     @pytest.mark.parametrize("fault", ["step raises", "two rewards"])
-    @pytest.mark.xfail(strict=True, reason="errors of the vector environment are not caught")
     def test_an_environment_that_raises(self, fault):
         envs = native(lambda: Faulty(fault), AutoresetMode.SAME_STEP)
         with pytest.raises(EnvironmentFault):

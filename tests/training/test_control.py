@@ -108,7 +108,6 @@ class TestLoop:
         run = train(config_with(max_episode_steps=4), lambda: Noisy(length=1000), tmp_path)
         assert run.rows[-1]["length_mean"] == 4.0
 
-    @pytest.mark.xfail(strict=True, reason="make_envs does not pass it on, and says nothing")
     def test_the_time_limit_of_the_config_truncates_native_environments_too(self, tmp_path):
         config = config_with(env_id="CartPole-v1", vectorization="native", max_episode_steps=4)
         assert train(config, find_factory("CartPole-v1"), tmp_path).rows[-1]["length_mean"] == 4.0
@@ -417,7 +416,6 @@ class TestFaults:
         assert (record["episode"], record["actions"]) == (1, [])
         assert "reset() raised RuntimeError: only once" in str(fault)
 
-    @pytest.mark.xfail(strict=True, reason="json.dumps raises TypeError, and the fault itself is lost")
     def test_arguments_that_json_cannot_hold_do_not_hide_the_fault(self, tmp_path):
         fault = self.fault(tmp_path, env_kwargs={"strength": np.float32(0.5)})
         assert "the reward is nan" in str(fault)

@@ -92,7 +92,6 @@ class TestActions:
         assert not (one == other).any()
         assert len({row.tobytes() for row in one}) == len(one)
 
-    @pytest.mark.xfail(strict=True, reason="step t of evaluation s draws with seed s + t, as step t - 1 of s + 1 does")
     def test_the_noise_of_one_seed_is_not_that_of_the_next_one_step_later(self):
         made: list[Recording] = []
         space = spaces.Box(-3.0, 3.0, (2,), np.float32)
@@ -124,9 +123,7 @@ class TestFaults:
         scores = evaluate_policy(policy_for(Faulty("")), lambda: Faulty("out of bounds"), n_episodes=4, seed=0)
         assert len(scores.returns) == 4
 
-    @pytest.mark.parametrize(
-        "fault", ["", pytest.param("NaN reward", marks=pytest.mark.xfail(strict=True, reason="no `finally`"))]
-    )
+    @pytest.mark.parametrize("fault", ["", "NaN reward"])
     def test_environments_are_closed(self, fault):
         opened, closed = [], []
 

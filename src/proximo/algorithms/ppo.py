@@ -75,8 +75,8 @@ class PPO:
         """
         in_range("clip_epsilon", self.clip_epsilon, above=0.0, below=1.0, usual="0.2")
         in_range("learning_rate", self.learning_rate, above=0.0, usual="0.0003")
-        in_range("n_epochs", self.n_epochs, at_least=1, usual="10")
-        in_range("batch_size", self.batch_size, at_least=1, usual="64")
+        in_range("n_epochs", self.n_epochs, at_least=1, whole=True, usual="10")
+        in_range("batch_size", self.batch_size, at_least=1, whole=True, usual="64")
         in_range("gamma", self.gamma, at_least=0.0, at_most=1.0, usual="0.99")
         in_range("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0, usual="0.95")
         in_range("value_coef", self.value_coef, at_least=0.0, usual="0.5")
@@ -86,7 +86,7 @@ class PPO:
         in_range("target_kl", self.target_kl, above=0.0, usual="0.01 to 0.05, or none at all")
         in_range("kl_coef", self.kl_coef, at_least=0.0, usual="1.0")
         in_range("kl_target", self.kl_target, above=0.0, usual="0.01")
-        in_range("microbatch_size", self.microbatch_size, at_least=1, usual="none at all")
+        in_range("microbatch_size", self.microbatch_size, at_least=1, whole=True, usual="none at all")
         for name in ("learning_rate_schedule", "clip_schedule"):
             one_of(name, getattr(self, name), ("constant", "linear"))
         one_of("update_path", self.update_path, ("auto", "eager", "fused"))

@@ -94,41 +94,49 @@ def episode_seed(run_seed: int, env_index: int, episode: int) -> int:
 
 @dataclass(frozen=True)
 class SpaceCheck:
-    """Finds what is wrong with a batch of observations; bounds are widened by float rounding."""
+    """Finds what is wrong with a batch of observations; a value may pass its bound by float rounding."""
 
     low: np.ndarray
     high: np.ndarray
     bounded: bool
+    slack_low: np.ndarray
+    slack_high: np.ndarray
 
     @staticmethod
     def of(space: spaces.Space) -> SpaceCheck:
         """Prepare the bounds of a Box; other spaces have none here."""
         if not isinstance(space, spaces.Box):
-            return SpaceCheck(np.zeros(()), np.zeros(()), bounded=False)
+            nothing = np.zeros(())
+            return SpaceCheck(nothing, nothing, False, nothing, nothing)
         low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
-        return SpaceCheck(low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high)), bounded)
+        return SpaceCheck(low, high, bounded, low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high)))
 
     def fits(self, observations: np.ndarray) -> bool:
         """Whether all of them are finite and inside the bounds."""
         if not np.isfinite(observations).all():
             return False
-        return not self.bounded or bool(((observations >= self.low) & (observations <= self.high)).all())
+        if not self.bounded:
+            return True
+        return bool(((observations >= self.slack_low) & (observations <= self.slack_high)).all())
 
     def first_problem(self, observation: np.ndarray) -> tuple[str, bool] | None:
         """What is wrong with one observation, in words, and whether it is a value out of bounds (not NaN)."""
-        values = observation.ravel()
-        for index in np.flatnonzero(~np.isfinite(values)):
-            return f"observation[{index}] is {values[index]}", False
+        for place in np.argwhere(~np.isfinite(observation)):
+            return f"{_element(place)} is {observation[tuple(place)]}", False
         if self.bounded:
-            low, high = self.low.ravel(), self.high.ravel()
-            for index in np.flatnonzero((values < low) | (values > high)):
+            for place in np.argwhere((observation < self.slack_low) | (observation > self.slack_high)):
+                where = tuple(place)
                 return (
-                    f"observation[{index}] is {values[index]:.9g}, outside its space's bounds "
-                    f"[{low[index]:.6g}, {high[index]:.6g}]",
+                    f"{_element(place)} is {observation[where]:.9g}, outside its space's bounds "
+                    f"[{self.low[where]:.6g}, {self.high[where]:.6g}]",
                     True,
                 )
         return None
+
+
+def _element(place: np.ndarray) -> str:
+    return f"observation[{', '.join(map(str, place))}]" if len(place) else "observation"
 
 
 class SerialEnvs:
@@ -173,11 +181,13 @@ class SerialEnvs:
         self._episodes = np.zeros(n_envs, np.int64)
         self._history: list[np.ndarray] = []
         self._starts = np.zeros(n_envs, np.int64)
+        self._reward_sums = np.zeros(n_envs)
 
     def reset(self) -> np.ndarray:
         """Begin episode 0 of each environment; return observations `[N, *O]`."""
         self._episodes[:] = 0
         self._history, self._starts = [], np.zeros(self.n_envs, np.int64)
+        self._reward_sums[:] = 0.0
         for index in range(self.n_envs):
             self._begin_episode(index)
         return self._observations
@@ -194,27 +204,28 @@ class SerialEnvs:
                 observation, reward, terminated, truncated, _ = env.step(actions[index])
             except Exception as error:
                 raise self._raised(index, "step", error) from error
-            if np.shape(observation) != self._shape:
-                raise self._fault(index, f"observation has shape {np.shape(observation)}, not {self._shape}")
-            self._final[index] = observation
+            self._store(index, observation, self._final, "the observation")
             self._rewards[index] = self._number(index, reward)
             self._terminated[index] = terminated
             self._truncated[index] = truncated
         self._check_values()
         np.copyto(self._observations, self._final)
+        self._reward_sums += self._rewards
         for index in np.flatnonzero(self._terminated | self._truncated):
             self._episodes[index] += 1
             self._starts[index] = len(self._history)
+            self._reward_sums[index] = 0.0
             self._begin_episode(int(index))
         self._forget_closed_episodes()
         return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
 
     def snapshot(self) -> Snapshot:
-        """Episode numbers, the open episodes' actions, and the observations they have led to."""
+        """Episode numbers, the open episodes' actions, and the observations and rewards they have led to."""
         opened = [np.stack(self._actions_of(i)) for i in range(self.n_envs) if self._length_of(i) > 0]
         arrays = {
             "observations": self._observations.copy(),
             "episodes": self._episodes.copy(),
+            "reward_sums": self._reward_sums.copy(),
             "lengths": np.array([self._length_of(i) for i in range(self.n_envs)]),
         }
         if opened:
@@ -224,8 +235,8 @@ class SerialEnvs:
     def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
         """Play the open episodes again and compare where they lead, bit for bit.
 
-        An environment that does not come back to the same observation (it draws on something that its seed
-        does not fix) begins its next episode instead; those are listed.
+        An environment that does not come back to the same observation and sum of rewards (it draws on
+        something that its seed does not fix) begins its next episode instead; those are listed.
         """
         arrays = snapshot.arrays
         self._episodes[:] = arrays["episodes"]
@@ -246,7 +257,9 @@ class SerialEnvs:
                 arrays["open_actions"][ends[index] - length : ends[index]] if length else []
             ):
                 self._history[longest - length + offset][index] = action
+            self._reward_sums[index] = arrays["reward_sums"][index]
             if not self._replay(index, arrays["observations"][index]):
+                self._reward_sums[index] = 0.0
                 self._episodes[index] += 1
                 self._starts[index] = longest
                 self._begin_episode(index)
@@ -259,16 +272,18 @@ class SerialEnvs:
             env.close()
 
     def _replay(self, index: int, expected: np.ndarray) -> bool:
-        """Step one environment through its open episode; whether it ends at the expected observation."""
+        """Step one environment through its open episode; whether it ends where it did, with the same rewards."""
+        rewards = 0.0
         for action in self._actions_of(index):
             try:
-                observation, _, terminated, truncated, _ = self._envs[index].step(action)
+                observation, reward, terminated, truncated, _ = self._envs[index].step(action)
             except Exception:  # an environment that cannot be replayed is reported by the caller
                 return False
             if terminated or truncated or np.shape(observation) != self._shape:
                 return False
             self._observations[index] = observation
-        return self._observations[index].tobytes() == expected.tobytes()
+            rewards += self._number(index, reward)
+        return self._observations[index].tobytes() == expected.tobytes() and rewards == self._reward_sums[index]
 
     def _begin_episode(self, index: int) -> None:
         seed = episode_seed(self._seed, self._first + index, int(self._episodes[index]))
@@ -278,12 +293,26 @@ class SerialEnvs:
             raise self._raised(index, "reset", error) from error
         if not (isinstance(result, tuple) and len(result) == 2):
             raise self._fault(index, "reset() must return (observation, info), the pair that Gymnasium asks for")
-        if np.shape(result[0]) != self._shape:
-            raise self._fault(index, f"reset() returned shape {np.shape(result[0])}, not {self._shape}")
-        self._observations[index] = result[0]
+        self._store(index, result[0], self._observations, "the observation that reset() returned")
         problem = self._check.first_problem(self._observations[index])
         if problem:
             self._report(index, f"after reset(), {problem[0]}", problem[1])
+
+    def _store(self, index: int, observation: Any, rows: np.ndarray, what: str) -> None:
+        """Write an observation into its row, if it is one."""
+        try:
+            array = np.asarray(observation)
+        except ValueError as error:
+            raise self._fault(index, f"{what} is no array: {error}") from error
+        if array.shape != self._shape:
+            raise self._fault(index, f"{what} has shape {array.shape}, not {self._shape}")
+        if array.dtype.kind not in "fiub":
+            raise self._fault(index, f"{what} is not made of numbers but of {array.dtype}")
+        if self._observations.dtype.kind != "f" and array.dtype != self._observations.dtype:
+            problem = self._check.first_problem(array)  # before it wraps around in a narrower integer type
+            if problem:
+                self._report(index, *problem)
+        rows[index] = array
 
     def _check_values(self) -> None:
         if not np.isfinite(self._rewards).all():

@@ -71,7 +71,7 @@ def make_env(
     try:
         env = factory(**kwargs)
     except (DependencyNotInstalled, ImportError) as error:
-        raise UserError(f"{env_id} needs a package that is not installed: {error}\n{_install_hint(error)}") from error
+        raise UserError(_missing_package(env_id, error)) from error
     except UserError:
         raise
     except Exception as error:
@@ -84,6 +84,8 @@ def make_env(
             "Derive the class from gymnasium.Env (the old gym package is another one)."
         )
     if max_episode_steps is not None:
+        if isinstance(env, gym.wrappers.TimeLimit):
+            env = env.env  # the limit asked for takes the place of the environment's own
         env = gym.wrappers.TimeLimit(env, max_episode_steps)
     return env
 
@@ -122,14 +124,14 @@ def _import_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.parent))
+    sys.path.append(str(path.parent))  # for good, as for a script: it may import its neighbours later
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
+        if not isinstance(error, Exception):
+            raise
         raise UserError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 
@@ -146,6 +148,8 @@ def _import_module(name: str) -> Any:
             f"The module {name!r} could not be imported: {error}. "
             "It must be installed, or lie in the folder where the command is run."
         ) from error
+    except Exception as error:
+        raise UserError(f"The module {name!r} could not be imported: {type(error).__name__}: {error}") from error
     finally:
         if added:
             sys.path.remove(here)
@@ -155,13 +159,16 @@ def _did_you_mean(names: list[str]) -> str:
     return f" Did you mean {' or '.join(names)}?" if names else ""
 
 
-def _install_hint(error: Exception) -> str:
+def _missing_package(env_id: str, error: Exception) -> str:
+    """Name the package and the one command that installs it, where it is in an extra of ours."""
     text = str(error)
     chain: BaseException | None = error
     while chain is not None:
         text += f" {chain} {getattr(chain, 'name', '')}"
         chain = chain.__cause__ or chain.__context__
+    missing = "not installed" in text or "No module named" in text
     for module, extra in EXTRA_OF_MODULE.items():
-        if module.lower() in text.lower():
-            return f'Install it with: pip install -c constraints.txt -e ".[{extra}]"'
-    return "Install the package that the message names."
+        if missing and module.lower() in text.lower():
+            command = f'Install it with: pip install -c constraints.txt -e ".[{extra}]"'
+            return f"{env_id} needs {module}, which is not installed.\n{command}"
+    return f"{env_id} cannot be made for want of a package: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import gymnasium as gym
@@ -12,7 +13,9 @@ from proximo.collect.envs import EnvironmentFault, Snapshot, SpaceCheck, Step, e
 from proximo.errors import UserError
 
 
-def make_native(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VectorEnv:
+def make_native(
+    env_id: str, n_envs: int, env_kwargs: dict[str, Any], *, max_episode_steps: int | None = None
+) -> VectorEnv:
     """Make the environment's own vector version.
 
     Raises:
@@ -21,8 +24,9 @@ def make_native(env_id: str, n_envs: int, env_kwargs: dict[str, Any]) -> VectorE
     spec = gym.registry.get(env_id)
     if spec is None or spec.vector_entry_point is None:
         raise UserError(f"{env_id} has no vector version of its own. Use --vectorization serial or workers.")
+    limit: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     try:
-        return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+        return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs, **limit)
     except Exception as error:
         raise UserError(f"The vector version of {env_id} could not be made: {error}") from error
 
@@ -59,13 +63,15 @@ class NativeEnvs:
         Raises:
             EnvironmentFault: if a reward or observation is not finite.
         """
-        observations, rewards, terminated, truncated, info = self._envs.step(actions)
         self._n_steps += 1
-        observations = np.array(observations)
+        try:
+            raw, rewards, terminated, truncated, info = self._envs.step(actions)
+        except Exception as error:
+            raise self._raised("step", actions, error) from error
+        observations = self._typed(raw)
         rewards = np.asarray(rewards, np.float64)
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
         valid = ~self._reset_due
-        self._refuse_non_finite(observations, rewards, valid, actions)
         done = (terminated | truncated) & valid
         final = observations
         if self._mode is AutoresetMode.NEXT_STEP:
@@ -76,8 +82,13 @@ class NativeEnvs:
                 final[index] = info["final_obs"][index]
         elif done.any():
             final = observations.copy()
-            after, _ = self._envs.reset(options={"reset_mask": done})
-            observations = np.array(after)
+            try:
+                after, _ = self._envs.reset(options={"reset_mask": done})
+            except Exception as error:
+                raise self._raised("reset", actions, error) from error
+            observations = self._typed(after)
+        self._refuse_non_finite(final, rewards, valid, actions)
+        self._refuse_non_finite(observations, rewards, valid, actions)
         return Step(observations, rewards, terminated, truncated, final, valid)
 
     def snapshot(self) -> Snapshot:
@@ -95,24 +106,44 @@ class NativeEnvs:
 
     def _reset_all(self, fresh_start: int) -> np.ndarray:
         self._reset_due[:] = False
-        observations, _ = self._envs.reset(seed=episode_seed(self._seed, 0, fresh_start))
-        return np.array(observations)
+        try:
+            raw, _ = self._envs.reset(seed=episode_seed(self._seed, 0, fresh_start))
+        except Exception as error:
+            raise self._raised("reset", None, error) from error
+        observations = self._typed(raw)
+        self._refuse_non_finite(observations, np.zeros(self.n_envs), ~self._reset_due, None)
+        return observations
+
+    def _typed(self, observations: Any) -> np.ndarray:
+        """A fresh array; float64 becomes float32, as everywhere here."""
+        array = np.array(observations)
+        return array.astype(np.float32) if array.dtype == np.float64 else array
+
+    def _raised(self, method: str, actions: np.ndarray | None, error: Exception) -> EnvironmentFault:
+        own = "".join(traceback.format_exception(error)[-4:]).rstrip()
+        return self._fault(0, f"{method}() raised {type(error).__name__}: {error}\n{own}", actions)
 
     def _refuse_non_finite(
-        self, observations: np.ndarray, rewards: np.ndarray, valid: np.ndarray, actions: np.ndarray
+        self, observations: np.ndarray, rewards: np.ndarray, valid: np.ndarray, actions: np.ndarray | None
     ) -> None:
         bad_rewards = ~np.isfinite(rewards) & valid
         bad_rows = ~np.isfinite(observations).reshape(self.n_envs, -1).all(1)
         for index in np.flatnonzero(bad_rewards | bad_rows):
             found = self._check.first_problem(observations[index])
             problem = f"the reward is {rewards[index]}" if bad_rewards[index] else found[0] if found else "?"
-            where = f"{self._name}, environment {index}, step {self._n_steps} of the run"
-            record = {
-                "env_index": int(index),
-                "episode": -1,
-                "step": self._n_steps,
-                "seed": None,
-                "actions": [actions[index].tolist()],
-                "problem": problem,
-            }
-            raise EnvironmentFault(f"{where}: {problem}. The action was {actions[index].tolist()}.", record)
+            raise self._fault(int(index), problem, actions)
+
+    def _fault(self, index: int, problem: str, actions: np.ndarray | None) -> EnvironmentFault:
+        last = [] if actions is None else [actions[index].tolist()]
+        record = {
+            "env_index": index,
+            "episode": -1,
+            "step": self._n_steps,
+            "seed": None,
+            "actions": last,
+            "problem": problem,
+        }
+        said = f" The action was {last[0]}." if last else ""
+        return EnvironmentFault(
+            f"{self._name}, environment {index}, step {self._n_steps} of the run: {problem}.{said}", record
+        )

@@ -91,6 +91,7 @@ class WorkerEnvs:
         self._name = name
         self._timeout = timeout
         self._episodes = np.zeros(n_envs, np.int64)
+        self._reward_sums = np.zeros(n_envs)
         self._actions: list[list[np.ndarray]] = [[] for _ in range(n_envs)]
         self._valid = np.ones(n_envs, bool)
         self._awaiting = False
@@ -109,6 +110,7 @@ class WorkerEnvs:
         """
         memory = self._opened()
         self._episodes[:] = 0
+        self._reward_sums[:] = 0.0
         self._actions = [[] for _ in range(self.n_envs)]
         self._ask("reset")
         return memory.observations
@@ -125,8 +127,10 @@ class WorkerEnvs:
         for taken, action in zip(self._actions, actions, strict=True):
             taken.append(action)
         self._ask("step", [(actions.dtype.str, actions.shape)] * len(self._workers))
+        self._reward_sums += memory.rewards
         for index in np.flatnonzero(memory.terminated | memory.truncated):
             self._episodes[index] += 1
+            self._reward_sums[index] = 0.0
             self._actions[index] = []
         return Step(
             memory.observations,
@@ -142,6 +146,7 @@ class WorkerEnvs:
         arrays = {
             "observations": self._opened().observations.copy(),
             "episodes": self._episodes.copy(),
+            "reward_sums": self._reward_sums.copy(),
             "lengths": np.array([len(taken) for taken in self._actions]),
         }
         if any(self._actions):
@@ -159,16 +164,18 @@ class WorkerEnvs:
         bounds = [0, *np.cumsum(lengths).tolist()]
         rows = arrays["open_actions"] if bounds[-1] else np.zeros(0)
         self._episodes[:] = arrays["episodes"]
+        self._reward_sums[:] = arrays["reward_sums"]
         self._actions = [list(rows[begin:end]) for begin, end in itertools.pairwise(bounds)]
         parts = []
         for worker in self._workers:
             own = slice(worker.start, worker.stop)
-            part = {name: arrays[name][own] for name in ("observations", "episodes", "lengths")}
+            part = {name: arrays[name][own] for name in ("observations", "episodes", "lengths", "reward_sums")}
             part["open_actions"] = rows[bounds[worker.start] : bounds[worker.stop]]
             parts.append(Snapshot(part, snapshot.values))
         fresh = [index for indices in self._ask("restore", parts) for index in indices]
         for index in fresh:
             self._episodes[index] += 1
+            self._reward_sums[index] = 0.0
             self._actions[index] = []
         return memory.observations, fresh
 

@@ -119,14 +119,14 @@ class ActorCritic(nn.Module):
     def act(self, observations: Tensor, generator: torch.Generator) -> Acted:
         """Sample actions at raw `observations` `[N, *O]`; no gradient."""
         with torch.no_grad():
-            inputs = self._normalized(observations.flatten(1))
+            inputs = self._normalized(observations.reshape(len(observations), -1))
             distribution = self._distribution(inputs)
             actions = distribution.sample(generator)
             return Acted(actions, distribution.log_prob(actions), self.critic(inputs).squeeze(-1))
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""
-        inputs = self._normalized(batch.observations.flatten(2))
+        inputs = self._normalized(batch.observations.reshape(*batch.mask.shape, -1))
         distribution = self._distribution(inputs)
         values = self.critic(inputs).squeeze(-1)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
@@ -134,7 +134,7 @@ class ActorCritic(nn.Module):
     def plain(self, batch: Batch) -> PlainActorCritic:
         """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them."""
         with torch.no_grad():
-            inputs = self._normalized(batch.observations.flatten(0, 1).flatten(1)).contiguous()
+            inputs = self._normalized(batch.observations.reshape(batch.mask.numel(), -1)).contiguous()
         actor, critic = (
             [(layer.weight, layer.bias) for layer in network if isinstance(layer, nn.Linear)]
             for network in (self.actor, self.critic)
@@ -144,7 +144,7 @@ class ActorCritic(nn.Module):
     def scaled_values(self, observations: Tensor) -> Tensor:
         """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
         with torch.no_grad():
-            return self.critic(self._normalized(observations.flatten(1))).squeeze(-1)
+            return self.critic(self._normalized(observations.reshape(len(observations), -1))).squeeze(-1)
 
     def to_environment(self, actions: Tensor) -> np.ndarray:
         """Turn sampled actions `[N, *A]` into a fresh array of actions that the environment accepts."""
@@ -158,7 +158,7 @@ class ActorCritic(nn.Module):
     def update_observation_moments(self, observations: Tensor) -> None:
         """Merge raw observations `[N, *O]` into the normalizer. Only ever between two rollouts."""
         moments = RunningMoments(self.observation_mean, self.observation_variance, self.observation_count)
-        moments = moments.updated(observations.flatten(1))
+        moments = moments.updated(observations.reshape(len(observations), -1))
         self.observation_mean, self.observation_variance = moments.mean, moments.variance
         self.observation_count = moments.count
 
@@ -234,7 +234,7 @@ class ActorCritic(nn.Module):
                     torch.as_tensor(array, dtype=torch.float32, device=inputs.device).flatten()
                     for array in (self._action_scale, self._action_offset)
                 )
-                own_units = (actions.flatten(1).to(torch.float32) - offset) / scale
+                own_units = (actions.reshape(len(actions), -1).to(torch.float32) - offset) / scale
                 log_probs = self._distribution(inputs).log_prob(own_units) - scale.log().sum()
         return _like(observation, log_probs[0] if single else log_probs)
 
@@ -261,7 +261,7 @@ class ActorCritic(nn.Module):
         single = tuple(tensor.shape) == shape
         if not single and tuple(tensor.shape[1:]) != shape:
             raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or (N, {shape})")
-        return self._normalized((tensor.unsqueeze(0) if single else tensor).flatten(1)), single
+        return self._normalized(tensor.reshape(1 if single else len(tensor), -1)), single
 
 
 def _mlp(
@@ -295,8 +295,9 @@ def _action_map(space: spaces.Discrete | spaces.Box, *, rescale: bool) -> tuple[
     """Offset and scale, each shaped as the space, from the policy's units to the environment's."""
     if isinstance(space, spaces.Discrete):
         return np.zeros(()), np.ones(())
-    bounded = np.isfinite(space.low) & np.isfinite(space.high) & rescale
-    low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = (np.abs(low) < 1e8) & (np.abs(high) < 1e8) & rescale  # some write the largest float for infinity
+    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
     return (high + low) / 2.0, np.maximum((high - low) / 2.0, 1e-8)
 
 

@@ -39,19 +39,21 @@ def space_from_json(value: dict[str, Any]) -> spaces.Space:
             dtype = np.dtype(value["dtype"])
             low, high = (_bound_from_json(value[key], shape, dtype) for key in ("low", "high"))
             return spaces.Box(low, high, shape, dtype.type)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
         raise UserError(f"The checkpoint describes a space that cannot be rebuilt: {value!r} ({error})") from error
     raise UserError(f"The checkpoint describes a space of unknown kind: {value!r}")
 
 
-def _bound_to_json(bound: np.ndarray) -> list[float | str]:
-    """One value where all are the same, else every one, flat."""
+def _bound_to_json(bound: np.ndarray) -> list[float | int | str]:
+    """One value where all are the same, else every one, flat; infinities as words, integers exactly."""
     flat = bound.ravel()
     if flat.size and (flat == flat[0]).all():
         flat = flat[:1]
-    return [str(float(x)) if not np.isfinite(x) else float(x) for x in flat]
+    if flat.dtype.kind in "iub":
+        return [int(x) for x in flat]
+    return [float(x) if np.isfinite(x) else str(float(x)) for x in flat]
 
 
-def _bound_from_json(value: list[float | str], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    numbers = np.array([float(x) for x in value])
-    return np.broadcast_to(numbers if numbers.size == 1 else numbers.reshape(shape), shape).astype(dtype)
+def _bound_from_json(value: list[float | int | str], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    numbers = np.array([x if isinstance(x, int) else float(x) for x in value], dtype)
+    return np.full(shape, numbers[0], dtype) if numbers.size == 1 else numbers.reshape(shape)

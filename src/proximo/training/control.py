@@ -58,7 +58,11 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
     """Make the vector environment that the config asks for."""
     task = config.environment
     if task.vectorization == "native":
-        return NativeEnvs(make_native(task.env_id, task.n_envs, task.env_kwargs), config.seed, name=task.env_id)
+        return NativeEnvs(
+            make_native(task.env_id, task.n_envs, task.env_kwargs, max_episode_steps=task.max_episode_steps),
+            config.seed,
+            name=task.env_id,
+        )
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
     make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
@@ -235,7 +239,7 @@ def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs
             **fault.record,
         }
         path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
-        path.write_text(json.dumps(record))
+        path.write_text(json.dumps(record, default=str))
         message = f"{fault}\nReplay it: proximo check-env {config.environment.env_id} --replay {path}"
         raise EnvironmentFault(message, fault.record) from fault
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
+import torch
 
-from proximo.collect.envs import SerialEnvs
+from proximo.collect.envs import SerialEnvs, episode_seed
 from proximo.errors import in_range
 from proximo.models.control import ActorCritic
 
@@ -43,19 +44,36 @@ def evaluate_policy(
         UserError: if `n_episodes` is below 1.
         EnvironmentFault: if the environment raises or returns what it must not.
     """
-    in_range("episodes", n_episodes, at_least=1, usual="100")
+    in_range("episodes", n_episodes, at_least=1, whole=True, usual="100")
     n_envs = min(max_envs, n_episodes)
     envs = SerialEnvs(make, n_envs, EVALUATION_STREAM + seed, name=name, on_space_violation="warn")
+    try:
+        return _play(policy, envs, n_episodes, None if deterministic else _noise(policy, seed))
+    finally:
+        envs.close()
+
+
+def _noise(policy: ActorCritic, seed: int) -> torch.Generator:
+    device = next(policy.parameters()).device
+    return torch.Generator(device).manual_seed(episode_seed(EVALUATION_STREAM, seed, 0))
+
+
+def _play(policy: ActorCritic, envs: SerialEnvs, n_episodes: int, generator: torch.Generator | None) -> EpisodeScores:
+    """Each environment plays its share of the episodes; without a generator, by the most likely actions."""
+    n_envs = envs.n_envs
     quota = [len(range(index, n_episodes, n_envs)) for index in range(n_envs)]
     returns: list[list[float]] = [[] for _ in range(n_envs)]
     lengths: list[list[int]] = [[] for _ in range(n_envs)]
     running_return, running_length = np.zeros(n_envs), np.zeros(n_envs, np.int64)
     observations = envs.reset()
-    n_steps = 0
+    device = next(policy.parameters()).device
     while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
-        n_steps += 1
-        actions = policy(observations, deterministic=deterministic, seed=None if deterministic else seed + n_steps)
-        step = envs.step(np.asarray(actions))
+        if generator is None:
+            actions = policy(observations)
+        else:
+            sampled = policy.act(torch.from_numpy(observations.copy()).to(device), generator).actions
+            actions = policy.to_environment(sampled)
+        step = envs.step(actions)
         running_return += step.rewards
         running_length += 1
         for index in np.flatnonzero(step.terminated | step.truncated):
@@ -64,6 +82,5 @@ def evaluate_policy(
                 lengths[index].append(int(running_length[index]))
             running_return[index], running_length[index] = 0.0, 0
         observations = step.observations
-    envs.close()
     order = [(number % n_envs, number // n_envs) for number in range(n_episodes)]
     return EpisodeScores([returns[i][e] for i, e in order], [lengths[i][e] for i, e in order])
