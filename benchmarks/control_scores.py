@@ -102,6 +102,7 @@ def run_one(env_id: str, seed: int, runs: Path) -> None:
         if path.exists():
             path.rename(path.with_name(f"{path.name}-unfinished-{time.time():.0f}"))
         run = proximo.train(env_id, seed=seed, run_dir=path, quiet=True)
+    assert not run.interrupted_by
     scores = proximo.evaluate(run, episodes=100, seed=0)
     metrics = read_metrics(RunDirectory(path).metrics_path)
     picked = [metrics[round(i)] for i in numpy.linspace(0, len(metrics) - 1, 50)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import tomli_w
 import torch
 
 from proximo.collect.envs import VectorEnvs
@@ -21,10 +22,11 @@ from proximo.models.control import ActorCritic
 from proximo.presets import resolve_settings
 from proximo.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
+from proximo.runs.lock import locked
 from proximo.runs.metrics import truncate_metrics
 from proximo.terminal import Display
 from proximo.training import control
-from proximo.training.config import ControlConfig, settings_of, with_settings
+from proximo.training.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
 from proximo.training.estimate import estimated_seconds
 from proximo.training.evaluate import evaluate_policy
 
@@ -79,11 +81,13 @@ def train(
             environment that breaks the rules of its own spaces.
     """
     env_id, factory = environment_source(env if env is not None else config.environment.env_id if config else None)
+    where = "proximo.train()"
     base, source = config, "given as a config"
     if base is None:
-        base, source = resolve_settings(env_id, lambda: make_env(factory, env_id, settings.get("env_kwargs", {})))
-    final = with_settings(base, settings | {"env_id": env_id}, where="proximo.train()")
-    return train_with(final, factory, Display.choose(quiet=quiet), run_dir, source)
+        kwargs = with_settings(EnvironmentConfig(), _only(settings, "env_kwargs"), where=where).env_kwargs
+        base, source = resolve_settings(env_id, lambda: make_env(factory, env_id, kwargs))
+    final = with_settings(base, settings | {"env_id": env_id}, where=where)
+    return _unless_interrupted(train_with(final, factory, Display.choose(quiet=quiet), run_dir, source))
 
 
 def resume(
@@ -106,7 +110,8 @@ def resume(
     Raises:
         UserError: if there is no run, no sound checkpoint, or the environment cannot be made.
     """
-    return resume_with(run, env, Display.choose(quiet=quiet), allow_import=allow_import, total_steps=total_steps)
+    display = Display.choose(quiet=quiet)
+    return _unless_interrupted(resume_with(run, env, display, allow_import=allow_import, total_steps=total_steps))
 
 
 def resume_with(
@@ -117,11 +122,12 @@ def resume_with(
     config = read_run_config(directory)
     if total_steps is not None:
         config = replace(config, total_steps=total_steps)
-        write_config(directory, settings_of(config))
     _, factory = run_environment(config, env, allow_import=allow_import)
     checkpoint = newest_checkpoint(directory.checkpoints)
-    with _training_threads(config), _open_envs(config, factory) as envs:
+    with locked(directory), _training_threads(config), _open_envs(config, factory) as envs:
         state, fresh = control.restore(config, checkpoint, envs)
+        if total_steps is not None:
+            write_config(directory, settings_of(config))
         truncate_metrics(directory.metrics_path, state.iteration)
         display.resumed(directory, checkpoint, fresh, envs.n_envs)
         return _train_to_the_end(config, directory, state, envs, display)
@@ -206,7 +212,12 @@ def run_environment(config: ControlConfig, env: Env | None, *, allow_import: boo
     """
     if env is not None:
         return environment_source(env)
-    env_id = config.environment.env_id
+    env_id, kwargs = config.environment.env_id, config.environment.env_kwargs
+    if not allow_import and not names_code(env_id) and (env_id.startswith("Gym") or _names_a_place(kwargs)):
+        raise UserError(
+            f"This run's environment is {env_id!r} with the arguments {kwargs!r}, which may open files or import code. "
+            "If the run is your own, add --allow-import (Python: allow_import=True)."
+        )
     if names_code(env_id) and not allow_import:
         raise UserError(
             f"This run's environment is {env_id!r}: using it runs that code. If the run is your own, add "
@@ -214,6 +225,15 @@ def run_environment(config: ControlConfig, env: Env | None, *, allow_import: boo
             "(Python: env=...)."
         )
     return environment_source(env_id)
+
+
+def _names_a_place(value: Any) -> bool:
+    """Whether an argument, at any depth, is a string that could be a file or a module."""
+    if isinstance(value, dict):
+        return any(_names_a_place(inner) for inner in value.values())
+    if isinstance(value, list):
+        return any(_names_a_place(inner) for inner in value)
+    return isinstance(value, str) and any(mark in value for mark in ":/\\")
 
 
 def make_for(config: ControlConfig, factory: EnvFactory, *, render_mode: str | None = None) -> gym.Env:
@@ -235,13 +255,16 @@ def train_with(
 
     The environments are made first, so that what is wrong with them leaves no run directory behind.
     """
+    _check_kwargs(config.environment.env_kwargs)
     with _training_threads(config), _open_envs(config, factory) as envs:
         state = control.start(config, envs)
-        name = config.environment.env_id
-        directory = new_run(name, config.seed, None if run_dir is None else Path(run_dir))
+        directory = new_run(config.environment.env_id, config.seed, None if run_dir is None else Path(run_dir))
         write_config(directory, settings_of(config))
-        display.plan(config, directory, _spaces_in_words(envs), source, _estimate(config, factory, state, display))
-        return _train_to_the_end(config, directory, state, envs, display)
+        with locked(directory):
+            control.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
+            seconds = _estimate(config, factory, state, display)
+            display.plan(config, directory, _spaces_in_words(envs), source, seconds)
+            return _train_to_the_end(config, directory, state, envs, display)
 
 
 def _estimate(
@@ -250,7 +273,10 @@ def _estimate(
     """Seconds the run should take; not measured where nobody reads it, or making environments is costly."""
     if display.console.quiet or config.environment.vectorization == "workers":
         return None
-    return estimated_seconds(config, state.policy, lambda: control.make_envs(config, factory))
+    try:
+        return estimated_seconds(config, state.policy, lambda: control.make_envs(config, factory))
+    except Exception:  # a second set of environments may be impossible where the first one works
+        return None
 
 
 def _spaces_in_words(envs: VectorEnvs) -> str:
@@ -271,13 +297,37 @@ def _train_to_the_end(
     with _signals() as received, display.live(config, state.env_steps) as show:
         for row in control.iterate(config, directory, state, envs):
             show(row, envs)
-            if received:
+            if received and not control.finished(config, state):
                 interrupted_by = received[0]
                 if state.saved_at_step != state.env_steps:
                     control.save(config, directory, state, envs)
                 break
     return_mean = float(np.mean(state.recent_returns)) if state.recent_returns else None
     return Run(directory.path, config, state.env_steps, return_mean, state.seconds, interrupted_by)
+
+
+def _unless_interrupted(run: Run) -> Run:
+    """What a signal asked for is done (all is saved): now let it do what it does to any Python program."""
+    if run.interrupted_by == signal.SIGINT:
+        raise KeyboardInterrupt(f"{run.path} is saved")
+    if run.interrupted_by is not None:
+        signal.raise_signal(run.interrupted_by)
+    return run
+
+
+def _only(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return {name: settings[name]} if name in settings else {}
+
+
+def _check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuse what config.toml cannot hold, before anything is written."""
+    try:
+        tomli_w.dumps({"env_kwargs": kwargs})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"env_kwargs is {kwargs!r}, which config.toml cannot hold ({error}). Leave None out; for objects, pass a "
+            "factory instead: proximo.train(lambda: MyEnv(...))."
+        ) from error
 
 
 @contextmanager
@@ -326,7 +376,7 @@ def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[VectorEnv
 
 def _check_device(name: str) -> None:
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, dtype=torch.float64, device=name).item()
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device is {name!r}, which cannot be used here: {reason} Use cpu.") from error

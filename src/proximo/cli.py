@@ -192,7 +192,10 @@ def _train(words: list[str]) -> int:
     if env_id is None and not wants_help:
         raise UserError("proximo train needs an environment right after it, such as: proximo train CartPole-v1")
     base, source, factory = ControlConfig(), "", None
-    kwargs = from_file.get("env_kwargs", {}) | _json_object("--env-kwargs", _flag_value(words, "--env-kwargs"))
+    in_file = from_file.get("env_kwargs", {})
+    if not isinstance(in_file, dict):
+        raise UserError(f"{file}: env_kwargs must be a table, not {in_file!r}")
+    kwargs = in_file | _json_object("--env-kwargs", _flag_value(words, "--env-kwargs"))
     if env_id is not None:
         env_id, factory = environment_source(env_id)
         made = factory
@@ -232,15 +235,17 @@ def _finish(run: Any, display: Any, *, as_json: bool) -> int:
     facts = _result_facts(run)
     pictures, findings = [], []
     if run.env_steps:
-        report = write_report([directory], None)
-        pictures = list(report.pictures)
-        findings = [
-            f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
-            f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
-            for finding in report.runs[0].findings
-        ]
-    if run.env_steps:
         facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
+        try:
+            report = write_report([directory], None)
+            pictures = list(report.pictures)
+            findings = [
+                f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
+                f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
+                for finding in report.runs[0].findings
+            ]
+        except UserError as error:  # the run itself is done and saved
+            findings = [f"! No pictures: {error}"]
     trusted = " --allow-import" if names_code(run.config.environment.env_id) else ""
     resume = f"proximo resume {run.path}{trusted}"
     rest = [f"proximo {word} {run.path}{trusted}" for word in ("evaluate", "watch")] + [f"proximo report {run.path}"]

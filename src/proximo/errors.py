@@ -33,31 +33,35 @@ def in_range(
     above: float | None = None,
     below: float | None = None,
     whole: bool = False,
+    optional: bool = False,
     usual: str,
 ) -> None:
-    """Check that a setting is a number (a whole one, if asked for) in its range; None is one that is not used.
+    """Check that a setting is a number (a whole one, if asked for) in its range, or, if optional, None.
 
     Raises:
         UserError: with the name, the value, what is possible and a usual value.
     """
-    if value is None:
+    if value is None and optional:
         return
     bounds = [(at_least, ">="), (above, ">"), (at_most, "<="), (below, "<")]
     kind = "a whole number" if whole else "a number"
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
     fits = (
         is_number
         and not (whole and not isinstance(value, int))
         and not (
-            (at_least is not None and value < at_least)
-            or (above is not None and value <= above)
-            or (at_most is not None and value > at_most)
-            or (below is not None and value >= below)
+            (at_least is not None and number < at_least)
+            or (above is not None and number <= above)
+            or (at_most is not None and number > at_most)
+            or (below is not None and number >= below)
         )
     )
     if not fits:
-        raise UserError(f"{name} is {value!r}; it must be {kind} {wanted}. A usual value is {usual}.")
+        raise UserError(
+            f"{name} is {value!r}; it must be {' '.join(filter(None, (kind, wanted)))}. A usual value is {usual}."
+        )
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -242,7 +242,7 @@ def test_no_rule_stumbles_over_missing_or_odd_values():
     rng = np.random.default_rng(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(60):
+        for _ in range(30):
             metrics = rows(int(rng.integers(1, 40)))
             gone = rng.choice(list(metrics[0]), size=8, replace=False)
             for row in metrics:

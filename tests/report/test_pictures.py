@@ -129,7 +129,7 @@ def test_nothing_to_draw_is_said(tmp_path, quick_pictures):
 
 
 def test_a_very_long_run_is_thinned(tmp_path):
-    figure = figure_of("returns", make_run(tmp_path / "run", rows(30_000)))
+    figure = figure_of("returns", make_run(tmp_path / "run", rows(8000)))
     ((x, y),) = lines_of(figure.axes[0])
     assert len(x) <= 4000
     assert y.max() == pytest.approx(499.9, abs=0.1)

@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from types import ModuleType
@@ -230,6 +231,8 @@ def test_environments_that_cannot_be_filmed_are_told_why(tmp_path, make, words):
 
 def test_mujoco_without_opengl_names_the_variable_and_the_packages(tmp_path, monkeypatch):
     pytest.importorskip("mujoco")
+    ignored = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     with pytest.raises(UserError) as caught:
         record_video(
@@ -237,6 +240,9 @@ def test_mujoco_without_opengl_names_the_variable_and_the_packages(tmp_path, mon
         )
     for words in ("MUJOCO_GL=nonsense", "MUJOCO_GL=egl", "libegl1", "MUJOCO_GL=osmesa", "libosmesa6"):
         assert words in str(caught.value)
+    del caught
+    gc.collect()
+    assert ignored == []  # Gymnasium's half-made viewer keeps quiet when it is deleted
 
 
 def test_without_a_display_pygame_and_mujoco_are_told_so(tmp_path, monkeypatch):

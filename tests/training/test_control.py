@@ -86,13 +86,14 @@ class TestLoop:
         # Episodes of one step: under NEXT_STEP every other row is a reset.
         gym.register("OneStep-v0", vector_entry_point=lambda num_envs, **_: one_step_envs(num_envs))
         try:
-            config = config_with(env_id="OneStep-v0", vectorization="native", total_steps=128)
+            config = config_with(env_id="OneStep-v0", vectorization="native", normalize_observations=True)
             run = train(config, lambda: Scripted([(1.0, True, False)]), tmp_path)
         finally:
             del gym.registry["OneStep-v0"]
         assert isinstance(run.envs, NativeEnvs)
         assert [row["env_steps"] for row in run.rows] == [16, 32, 48, 64, 80, 96, 112]
         assert run.rows[-1]["n_episodes"] == 112
+        assert float(run.state.policy.observation_count) == 112
         assert run.rows[-1]["length_mean"] == 1.0
 
     def test_the_seed_decides_and_nothing_else(self, tmp_path):

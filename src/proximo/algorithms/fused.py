@@ -16,6 +16,7 @@ from torch import Tensor
 from proximo.algorithms.adam import Optimizer
 from proximo.algorithms.update import Minibatch
 from proximo.core.batch import minibatch_indices
+from proximo.core.masked import rounding
 from proximo.core.policy import PlainActorCritic
 
 
@@ -110,7 +111,8 @@ def _write_gradient(plain: PlainActorCritic, steps: _Steps, settings: ClipSettin
     advantages = steps.advantages
     if settings.normalize_advantages and n > 1:
         spread, mean = torch.std_mean(advantages)
-        advantages = (advantages - mean).div_(spread.add_(1e-8))
+        spread = torch.where(spread > rounding(advantages), spread + 1e-8, torch.inf)  # as in masked.whiten
+        advantages = (advantages - mean).div_(spread)
     actor_hidden, outputs = _forward(plain.actor, steps.inputs, plain.activation)
     critic_hidden, values = _forward(plain.critic, steps.inputs, plain.activation)
     if plain.log_std is None:
@@ -165,8 +167,9 @@ def _clipped(
     unclipped = ratio * advantages
     clipped = ratio.clamp(1.0 - settings.clip_epsilon, 1.0 + settings.clip_epsilon).mul_(advantages)
     surrogate = torch.minimum(unclipped, clipped)
-    # Where the clipped term is the smaller one, the ratio is outside the band and the gradient is zero.
-    gradient = torch.where(unclipped <= clipped, unclipped, 0.0).mul_(-1.0 / len(advantages))
+    # Where the clipped term is the smaller one, the ratio is outside the band and the gradient is zero. A NaN is
+    # never greater: it passes on, and is refused before the step.
+    gradient = torch.where(unclipped > clipped, 0.0, unclipped).mul_(-1.0 / len(advantages))
     return log_ratio, ratio, surrogate, gradient
 
 
@@ -212,6 +215,6 @@ def _value(values: Tensor, steps: _Steps, settings: ClipSettings) -> tuple[Tenso
         clipped_error = steps.old_values + change.clamp(-limit, limit) - steps.returns
         clipped_squared = clipped_error.square()
         inside = change.abs_() <= limit
-        error = torch.where(squared >= clipped_squared, error, torch.where(inside, clipped_error, 0.0))
+        error = torch.where(squared < clipped_squared, torch.where(inside, clipped_error, 0.0), error)
         squared = torch.maximum(squared, clipped_squared)
     return error.mul(2.0 * settings.value_coef / len(values)), squared.mean()

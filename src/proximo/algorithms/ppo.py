@@ -82,11 +82,11 @@ class PPO:
         in_range("value_coef", self.value_coef, at_least=0.0, usual="0.5")
         in_range("entropy_coef", self.entropy_coef, at_least=0.0, usual="0.0 to 0.01")
         in_range("max_grad_norm", self.max_grad_norm, above=0.0, usual="0.5")
-        in_range("value_clip_epsilon", self.value_clip_epsilon, above=0.0, usual="0.2, or none at all")
-        in_range("target_kl", self.target_kl, above=0.0, usual="0.01 to 0.05, or none at all")
+        in_range("value_clip_epsilon", self.value_clip_epsilon, optional=True, above=0.0, usual="0.2, or none at all")
+        in_range("target_kl", self.target_kl, optional=True, above=0.0, usual="0.01 to 0.05, or none at all")
         in_range("kl_coef", self.kl_coef, at_least=0.0, usual="1.0")
         in_range("kl_target", self.kl_target, above=0.0, usual="0.01")
-        in_range("microbatch_size", self.microbatch_size, at_least=1, whole=True, usual="none at all")
+        in_range("microbatch_size", self.microbatch_size, optional=True, at_least=1, whole=True, usual="none at all")
         for name in ("learning_rate_schedule", "clip_schedule"):
             one_of(name, getattr(self, name), ("constant", "linear"))
         one_of("update_path", self.update_path, ("auto", "eager", "fused"))
@@ -154,7 +154,9 @@ class PPO:
                 return metrics | {"explained_variance": float(quality)}
         if self.objective == "kl_penalty":
             with torch.no_grad():
-                everything = replace(everything, old_distribution=policy.evaluate(everything.batch).distribution)
+                everything = replace(
+                    everything, old_distribution=policy.evaluate(everything.batch).distribution.frozen()
+                )
         metrics = run_epochs(
             policy,
             optimizer,

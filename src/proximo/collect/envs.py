@@ -166,6 +166,8 @@ class SerialEnvs:
         self._warned = False
         self.warnings: list[str] = []
         self._envs = [make() for _ in range(n_envs)]
+        if len({id(env) for env in self._envs}) < n_envs:
+            raise UserError(f"{name}: the factory gave the same environment twice; it must make a new one each time.")
         self.observation_space = self._envs[0].observation_space
         self.action_space = self._envs[0].action_space
         self._shape = tuple(self.observation_space.shape or ())

@@ -83,6 +83,11 @@ def make_env(
             f"{env_id} made a {type(env).__name__}, which is not a gymnasium.Env. "
             "Derive the class from gymnasium.Env (the old gym package is another one)."
         )
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, name, None), gym.Space):
+            raise UserError(
+                f"{env_id} has no {name}. Set it in the class or in __init__, to a gymnasium.spaces.Box, say."
+            )
     if max_episode_steps is not None:
         if isinstance(env, gym.wrappers.TimeLimit):
             env = env.env  # the limit asked for takes the place of the environment's own

@@ -32,10 +32,10 @@ def gae(
     step, undiscounted.
     """
     delta = rewards + gamma * torch.where(terminated, 0.0, next_values) - values
-    carry_on = torch.where(done, 0.0, gamma * gae_lambda)
     advantages = torch.zeros_like(delta)
     following = torch.zeros_like(delta[:, 0])
     for t in range(delta.shape[1] - 1, -1, -1):
-        following = torch.where(mask[:, t], delta[:, t] + carry_on[:, t] * following, following)
+        carried = gamma * gae_lambda * torch.where(done[:, t], 0.0, following)
+        following = torch.where(mask[:, t], delta[:, t] + carried, following)
         advantages[:, t] = following
     return torch.where(mask, advantages, 0.0)

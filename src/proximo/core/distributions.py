@@ -22,6 +22,10 @@ class Distribution(Protocol):
         """Select along the first dimension."""
         ...
 
+    def frozen(self) -> Distribution:
+        """A copy that no later step of the networks changes, without gradient."""
+        ...
+
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw one action per leading index."""
         ...
@@ -53,6 +57,10 @@ class Categorical:
         """Select along the first dimension."""
         return Categorical(self.logits[rows])
 
+    def frozen(self) -> Categorical:
+        """A copy that no later step of the networks changes, without gradient."""
+        return Categorical(self.logits.detach().clone())
+
     @staticmethod
     def parameter_size(n_actions: int) -> int:
         """Number of network outputs for `n_actions` actions."""
@@ -81,12 +89,14 @@ class Categorical:
     def entropy(self) -> Float[Tensor, "*S"]:
         """`-sum p log p`; impossible actions (log p = -inf) add nothing."""
         log_p = self.log_probabilities
-        return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+        return -(log_p.exp() * torch.where(log_p > -torch.inf, log_p, 0.0)).sum(-1)
 
     def kl(self, other: Categorical) -> Float[Tensor, "*S"]:
         """`sum p (log p - log q)`."""
         log_p, log_q = self.log_probabilities, other.log_probabilities
-        return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+        possible = log_p > -torch.inf
+        difference = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
+        return (log_p.exp() * difference).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,10 @@ class DiagonalGaussian:
     def __getitem__(self, rows: Tensor) -> DiagonalGaussian:
         """Select along the first dimension; one `log_std` for all states stays as it is."""
         return DiagonalGaussian(self.mean[rows], self.log_std if self.log_std.ndim == 1 else self.log_std[rows])
+
+    def frozen(self) -> DiagonalGaussian:
+        """A copy that no later step of the networks changes, without gradient."""
+        return DiagonalGaussian(self.mean.detach().clone(), self.log_std.detach().clone())
 
     @staticmethod
     def parameter_size(n_dimensions: int) -> int:

@@ -42,15 +42,20 @@ def clipped_surrogate(
     is zero; outside it in the other direction the gradient is whole, so a mistake is always taken back.
     All tensors are [B, T]; steps where `mask` is False count for nothing.
     """
-    log_ratio = log_probs - old_log_probs
+    log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
+    advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = ((ratio - 1.0).abs() > clip_epsilon).to(ratio.dtype)
-        approx_kl = masked_mean(k3(old_log_probs, log_probs), mask, denominator=denominator)
+        approx_kl = masked_mean(_k3_of(log_ratio), mask, denominator=denominator)
         clip_fraction = masked_mean(outside, mask, denominator=denominator)
     return SurrogateLoss(-masked_mean(objective, mask, denominator=denominator), approx_kl, clip_fraction)
+
+
+def _k3_of(log_ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    return k3(torch.zeros_like(log_ratio), log_ratio)
 
 
 def kl_penalized_surrogate(
@@ -70,10 +75,10 @@ def kl_penalized_surrogate(
     `kl` is the exact divergence per step, nats, with gradient to the new policy; `kl_coef` is beta. Nothing
     is clipped: `clip_fraction` is 0.
     """
-    ratio = (log_probs - old_log_probs).exp()
-    objective = ratio * advantages - kl_coef * kl
+    log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
+    objective = log_ratio.exp() * torch.where(mask, advantages, 0.0) - kl_coef * torch.where(mask, kl, 0.0)
     with torch.no_grad():
-        approx_kl = masked_mean(k3(old_log_probs, log_probs), mask, denominator=denominator)
+        approx_kl = masked_mean(_k3_of(log_ratio), mask, denominator=denominator)
     loss = -masked_mean(objective, mask, denominator=denominator)
     return SurrogateLoss(loss, approx_kl, torch.zeros_like(approx_kl))
 
@@ -86,7 +91,7 @@ def value_loss(
     denominator: float | Tensor | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error of the critic, `mean[(V - R)^2]` (Schulman et al. 2017, below eq. 9; no factor 1/2)."""
-    return masked_mean((values - returns).square(), mask, denominator=denominator)
+    return masked_mean(torch.where(mask, values - returns, 0.0).square(), mask, denominator=denominator)
 
 
 def clipped_value(
@@ -106,6 +111,7 @@ def clipped_value(
     `clip_epsilon` is in the units of the values. Without the max, a critic on the far side of the band
     would get no gradient to come back.
     """
+    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
     clipped = old_values + (values - old_values).clamp(-clip_epsilon, clip_epsilon)
     worse = torch.maximum((values - returns).square(), (clipped - returns).square())
     return masked_mean(worse, mask, denominator=denominator)

@@ -41,9 +41,16 @@ def whiten(x: Float[Tensor, "*S"], mask: Bool[Tensor, "*S"]) -> Float[Tensor, "*
     """
     count = mask.sum()
     centered = x - masked_mean(x, mask)
-    variance = masked_sum(centered.square(), mask) / (count - 1).clamp(min=1)
-    whitened = torch.where(count > 1, centered / (variance.sqrt() + 1e-8), x)
+    spread = (masked_sum(centered.square(), mask) / (count - 1).clamp(min=1)).sqrt()
+    # What differs by rounding alone has no spread either: blown up to 1, it would be a signal out of nothing.
+    spread = torch.where(spread > rounding(torch.where(mask, x, 0.0)), spread + 1e-8, torch.inf)
+    whitened = torch.where(count > 1, centered / spread, x)
     return torch.where(mask, whitened, 0.0)
+
+
+def rounding(x: Float[Tensor, "*S"]) -> Float[Tensor, ""]:
+    """How far equal numbers of this size may seem to spread, for the rounding of their mean."""
+    return 16 * torch.finfo(x.dtype).eps * x.abs().max()
 
 
 def explained_variance(
@@ -56,4 +63,5 @@ def explained_variance(
     """
     target_variance = masked_variance(targets, mask)
     explained = 1.0 - masked_variance(targets - predictions, mask) / target_variance
-    return torch.where(target_variance > 0, explained, torch.nan)
+    smallest = rounding(torch.where(mask, targets, 0.0)).square()
+    return torch.where(target_variance > smallest, explained, torch.nan)

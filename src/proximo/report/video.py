@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import gymnasium as gym
@@ -107,6 +108,8 @@ def _frames(
     shape: tuple[int, ...] | None = None
     n_steps = 0
     for episode in range(n_episodes):
+        if n_steps >= max_steps:
+            return
         reset_seed = episode_seed(seed, episode, 0)
         observation, _ = _explained("reset", lambda: env.reset(seed=reset_seed))  # noqa: B023 (called at once)
         ended = False
@@ -282,6 +285,7 @@ def _explanation(doing: str, error: Exception) -> str:
             if module.lower() in said.lower():
                 return f"The environment needs {module} to render, which is not installed. {_install(extra)}"
     if doing in ("reset", "rendered") and any(_is_from_mujoco(each) for each in chain):
+        _quieten_half_made_viewers(chain)
         return _no_gl_message(error)
     return f"The environment could not be {doing}: {type(error).__name__}: {error}"
 
@@ -330,6 +334,20 @@ def _is_from_mujoco(error: BaseException) -> bool:
         name.split(".")[0] in ("mujoco", "OpenGL", "glfw") or name.startswith("gymnasium.envs.mujoco.mujoco_rendering")
         for name in modules
     )
+
+
+def _quieten_half_made_viewers(chain: list[BaseException]) -> None:
+    """Let viewers that failed while they were made be forgotten without a traceback of their own.
+
+    Gymnasium's viewer frees its OpenGL context when it is deleted, also where it never got one.
+    """
+    for error in chain:
+        trace = error.__traceback__
+        while trace is not None:
+            owner: Any = trace.tb_frame.f_locals.get("self")
+            if type(owner).__name__ == "OffScreenViewer" and not hasattr(owner, "opengl_context"):
+                owner.opengl_context = SimpleNamespace(free=lambda: None)
+            trace = trace.tb_next
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

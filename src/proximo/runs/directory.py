@@ -92,14 +92,14 @@ def open_run(path: Path | str) -> RunDirectory:
     if not os.path.lexists(path):
         raise UserError(_missing(path))
     if RunDirectory(path).config_path.is_file():
-        return RunDirectory(path)
+        return _own_files(RunDirectory(path))
     whole = path.absolute()
     for folder in whole.parents:
         run = RunDirectory(folder)
         # Only the names a run has itself: a config.toml further up may be about anything.
         inside = (run.checkpoints, run.report, run.videos, run.metrics_path, run.config_path)
         if run.config_path.is_file() and any(whole.is_relative_to(each) for each in inside):
-            return run
+            return _own_files(run)
     runs = _newest_runs(path) if path.is_dir() else []
     if runs:
         raise UserError(f"{path} is not a run, but a folder that holds runs. Name one of them:\n{_listed(runs)}")
@@ -107,6 +107,14 @@ def open_run(path: Path | str) -> RunDirectory:
         f"{path} is not a run: it has no config.toml. A run is a folder that proximo train made, such as "
         "runs/CartPole-v1/2026-01-31T12-00-00-seed1."
     )
+
+
+def _own_files(run: RunDirectory) -> RunDirectory:
+    """Refuse a run whose parts are links: resuming it would write, and prune, somewhere else."""
+    for part in (run.checkpoints, run.metrics_path, run.config_path, run.report, run.videos, run.path / ".lock"):
+        if part.is_symlink():
+            raise UserError(f"{part} is a link to {part.readlink()}; a run's own files are expected there.")
+    return run
 
 
 def write_config(run: RunDirectory, settings: Mapping[str, Any]) -> None:

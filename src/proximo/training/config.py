@@ -44,8 +44,10 @@ class EnvironmentConfig:
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
         in_range("n_envs", self.n_envs, at_least=1, whole=True, usual="8")
-        in_range("n_workers", self.n_workers, at_least=1, whole=True, usual="one per CPU core")
-        in_range("max_episode_steps", self.max_episode_steps, at_least=1, whole=True, usual="none at all")
+        in_range("n_workers", self.n_workers, optional=True, at_least=1, whole=True, usual="one per CPU core")
+        in_range(
+            "max_episode_steps", self.max_episode_steps, optional=True, at_least=1, whole=True, usual="none at all"
+        )
         one_of("vectorization", self.vectorization, ("serial", "workers", "native"))
         one_of("on_space_violation", self.on_space_violation, ("raise", "warn"))
 
@@ -81,8 +83,16 @@ class ControlConfig:
         in_range("total_steps", self.total_steps, at_least=1, whole=True, usual="1000000")
         in_range("rollout_length", self.rollout_length, at_least=1, whole=True, usual="256")
         in_range("seed", self.seed, at_least=0, whole=True, usual="1")
-        in_range("checkpoint_every", self.checkpoint_every, at_least=1, whole=True, usual="a twentieth of total_steps")
+        in_range(
+            "checkpoint_every",
+            self.checkpoint_every,
+            optional=True,
+            at_least=1,
+            whole=True,
+            usual="a twentieth of total_steps",
+        )
         in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
+        in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
         in_range("threads", self.threads, at_least=1, whole=True, usual="1")
         if self.algorithm.batch_size > self.steps_per_iteration:
             raise UserError(

@@ -183,6 +183,21 @@ def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Ve
 def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> tuple[ControlState, list[int]]:
     """The state of a checkpoint, and the environments that had to begin a fresh episode (none: exact)."""
     state = start(config, envs)
+    if describe_policy(state.policy) != checkpoint.state.get("policy"):
+        raise UserError(
+            f"{checkpoint.path} was made with other spaces or another network than this run's config.toml and "
+            "environment have now. Bring them back to what they were, or begin a new run."
+        )
+    try:
+        return _restored(checkpoint, envs, state)
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(
+            f"{checkpoint.path} does not fit this run ({error}). Has its config.toml been changed (n_envs)? Bring it "
+            "back to what it was, or begin a new run."
+        ) from error
+
+
+def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> tuple[ControlState, list[int]]:
     tensors, described = checkpoint.tensors, checkpoint.state
     state.policy.load_state_dict(tensors["policy"])
     state.optimizer.load_state_dict(tensors["optimizer"])
@@ -293,9 +308,12 @@ def _non_finite_message(config: ControlConfig, state: ControlState, error: NonFi
 
 def load_policy(checkpoint: Checkpoint) -> ActorCritic:
     """Rebuild the policy of a checkpoint on the CPU, for acting; nothing of the environment is imported."""
-    described = checkpoint.state["policy"]
-    network = with_settings(NetworkConfig(), described["network"], where=str(checkpoint.path))
-    observations, actions = space_from_json(described["observation_space"]), space_from_json(described["action_space"])
-    policy = ActorCritic(observations, actions, network)
-    policy.load_state_dict(checkpoint.tensors["policy"])
+    try:
+        described = checkpoint.state["policy"]
+        network = with_settings(NetworkConfig(), described["network"], where=str(checkpoint.path))
+        observations = space_from_json(described["observation_space"])
+        policy = ActorCritic(observations, space_from_json(described["action_space"]), network)
+        policy.load_state_dict(checkpoint.tensors["policy"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{checkpoint.path} does not hold a policy of this kind ({error}).") from error
     return policy.eval().requires_grad_(False)

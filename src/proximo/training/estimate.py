@@ -19,7 +19,7 @@ from proximo.training.config import ControlConfig
 def estimated_seconds(config: ControlConfig, policy: ActorCritic, make_scratch_envs: Callable[[], VectorEnvs]) -> float:
     """Time one small rollout's worth of acting, stepping and learning, and multiply.
 
-    Everything is done on copies: scratch environments with seeds of their own, and a copy of the policy.
+    Everything is done on copies: scratch environments, and a copy of the policy.
     """
     policy = copy.deepcopy(policy)
     envs = make_scratch_envs()
@@ -41,7 +41,7 @@ def _time_collecting(policy: ActorCritic, envs: VectorEnvs, config: ControlConfi
     observations = envs.reset()
     times: list[float] = []
     began = time.perf_counter()
-    while len(times) < 5 or (len(times) < 50 and time.perf_counter() - began < 0.25):
+    while not times or (len(times) < 50 and time.perf_counter() - began < 0.25):
         start = time.perf_counter()
         acted = policy.act(torch.from_numpy(observations.copy()).to(config.device), generator)
         observations = envs.step(policy.to_environment(acted.actions)).observations

@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from proximo.collect.envs import SerialEnvs, episode_seed
-from proximo.errors import in_range
+from proximo.errors import UserError, in_range
 from proximo.models.control import ActorCritic
 
 EVALUATION_STREAM = 2**31
 """Mixed into the seeds so that evaluation never sees the episodes of training with the same seed."""
+
+LONGEST_EPISODE = 200_000
+"""Steps after which an episode is taken to have no end (Atari's 108,000 frames fit in)."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,16 @@ def evaluate_policy(
         UserError: if `n_episodes` is below 1.
         EnvironmentFault: if the environment raises or returns what it must not.
     """
+    in_range("seed", seed, whole=True, at_least=0, usual="0")
     in_range("episodes", n_episodes, at_least=1, whole=True, usual="100")
     n_envs = min(max_envs, n_episodes)
     envs = SerialEnvs(make, n_envs, EVALUATION_STREAM + seed, name=name, on_space_violation="warn")
     try:
+        if (envs.observation_space, envs.action_space) != (policy.observation_space, policy.action_space):
+            raise UserError(
+                f"{name} has observations {envs.observation_space} and actions {envs.action_space}, but the policy was "
+                f"trained with {policy.observation_space} and {policy.action_space}: it is another environment."
+            )
         return _play(policy, envs, n_episodes, None if deterministic else _noise(policy, seed))
     finally:
         envs.close()
@@ -76,6 +85,11 @@ def _play(policy: ActorCritic, envs: SerialEnvs, n_episodes: int, generator: tor
         step = envs.step(actions)
         running_return += step.rewards
         running_length += 1
+        if running_length.max() > LONGEST_EPISODE:
+            raise UserError(
+                f"An episode has not ended after {LONGEST_EPISODE:,} steps. Train with max_episode_steps, which "
+                "evaluation keeps to, or give the environment a time limit."
+            )
         for index in np.flatnonzero(step.terminated | step.truncated):
             if len(returns[index]) < quota[index]:
                 returns[index].append(float(running_return[index]))
