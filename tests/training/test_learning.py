@@ -31,7 +31,10 @@ class TestIdentity:
         assert score(run.state.policy, Identity) > 7.9
 
     def test_going_where_the_target_is(self, tmp_path, objective, path):
-        config = config_with(**SETTINGS, rollout_length=64, n_epochs=10, objective=objective, update_path=path)
+        # the penalty keeps the std from shrinking faster than kl_target allows: give it room for a few thousand steps
+        config = config_with(
+            **SETTINGS, rollout_length=64, n_epochs=10, objective=objective, update_path=path, kl_target=0.05
+        )
         run = train(config, BoxIdentity, tmp_path)
         assert run.rows[0]["return_mean"] < -10.0
         assert score(run.state.policy, BoxIdentity) > -0.5
