@@ -157,11 +157,13 @@ def write_table() -> None:
             lines.append(f"| {env_id} | - | {wanted} | not run yet | {count} seeds planned | - |")
             continue
         scores = [row["return_mean"] for row in done]
+        reached = sum(score >= REQUIRED[env_id][1] for score in scores) if env_id in REQUIRED else 0
         each = ", ".join(f"{row['seed']}: {row['return_mean']:.1f}" for row in done)
         seconds = sorted(row["seconds"] for row in done)[len(done) // 2]
         mean = f"**{sum(scores) / len(scores):.1f}**" + (
             "" if len(done) == count else f" ({len(done)} of {count} seeds)"
         )
+        wanted += f" ({reached} of {len(done)} seeds)" if env_id in REQUIRED else ""
         lines.append(f"| {env_id} | {done[0]['env_steps']:,} | {wanted} | {mean} | {each} | {seconds:.0f} |")
     machines = sorted({row["machine"] for row in rows()})
     versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items() if k != "mujoco") for row in rows()})

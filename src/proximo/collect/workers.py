@@ -83,7 +83,7 @@ class WorkerEnvs:
         self._owner = os.getpid()
         if sys.platform == "win32":
             raise UserError("Worker processes need Linux or macOS. Use serial environments here.")
-        in_range("n_workers", n_workers, at_least=1, usual="the number of cores")
+        in_range("n_workers", n_workers, optional=True, at_least=1, whole=True, usual="the number of cores")
         in_range("timeout", timeout, above=0, usual="60 (seconds)")
         self.n_envs = n_envs
         self.warnings: list[str] = []

@@ -14,8 +14,8 @@ TREND_WINDOWS = 40
 """The trend is a median over this fraction of the curve."""
 SHORTEST_TREND = 80
 """A curve with fewer points needs no trend line: the eye follows it as it is."""
-SMOOTH_SHARE = 0.01
-"""A curve that usually lies within this share of its trend's range from it is smooth enough without."""
+SMOOTH_SHARE = 0.03
+"""A curve that nearly everywhere lies within this share of its trend's range from it is smooth as it is."""
 
 
 class Curve(NamedTuple):
@@ -62,9 +62,10 @@ def trend(x: np.ndarray, y: np.ndarray) -> Curve | None:
     means = _without_warnings(np.nanmean, _windows(medians, window // 2 * 2 + 1))
     means = np.where(np.isfinite(y), means, np.nan)
     known = np.isfinite(means)
-    if not known.any() or np.median(np.abs(y - means)[known]) <= SMOOTH_SHARE * np.ptp(means[known]):
+    if not known.any():
         return None
-    return Curve(x, means)
+    low, high, distance = *np.percentile(means[known], (5, 95)), np.percentile(np.abs(y - means)[known], 90)
+    return None if distance <= SMOOTH_SHARE * (high - low) else Curve(x, means)
 
 
 def readable_limits(values: np.ndarray, *, floor: float | None = None, ceiling: float | None = None) -> Limits:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4
 """Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow, which nobody sees."""
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 """Line styles, for the lines of a panel or for more runs than there are colours."""
+
+Place = Literal["best", "center right"]
 
 _GREY = "#6b6b6b"
 _INK = "#222222"
@@ -188,9 +190,9 @@ def _draw_panel(axis: Axes, panel: Panel, records: Sequence[RunRecord]) -> None:
     if panel.level is not None:
         axis.axhline(panel.level, color=_GREY, linewidth=0.8, zorder=1)
     references = _draw_references(axis, panel, records)
-    _set_y_axis(axis, panel, values, references)
+    has_note = _set_y_axis(axis, panel, values, references)
     if len(panel.lines) > 1 or references:
-        _line_legend(axis, panel, records, references)
+        _line_legend(axis, panel, records, references, "center right" if has_note else "best")
 
 
 def _stroke(panel: Panel, line_index: int, record_index: int, n_records: int) -> Stroke:
@@ -266,19 +268,21 @@ def _dress(axis: Axes, panel: Panel, x_label: str, last_x: float) -> None:
     axis.spines[["left", "bottom"]].set(linewidth=0.7, color=_GREY)
 
 
-def _set_y_axis(axis: Axes, panel: Panel, values: np.ndarray, references: Sequence[float]) -> None:
+def _set_y_axis(axis: Axes, panel: Panel, values: np.ndarray, references: Sequence[float]) -> bool:
+    """Choose scale, limits and numbers; whether a note tells of values outside of the limits."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     finite = values[np.isfinite(values)]
     if panel.may_be_log and (finite > 0).all() and finite.max() / finite.min() >= _LOG_FROM_RATIO:
         axis.set_yscale("log")
         axis.set_ylabel(f"{panel.y_label}, log scale", fontsize=9.5, color=_INK)
-        return
+        return False
+    has_note = False
     shown = np.concatenate([finite, np.asarray(references)])
     if panel.is_noisy:
         limits = readable_limits(shown, floor=panel.floor, ceiling=panel.ceiling)
         axis.set_ylim(limits.low, limits.high)
-        _note_outside(axis, limits)
+        has_note = _note_outside(axis, limits)
     elif finite.min() == finite.max():
         only = float(finite[0])
         axis.set_ylim(only - (0.1 * abs(only) or 1.0), only + (0.1 * abs(only) or 1.0))
@@ -288,12 +292,13 @@ def _set_y_axis(axis: Axes, panel: Panel, values: np.ndarray, references: Sequen
     axis.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{100 * value:.3g}%" if panel.in_percent else _tick(value))
     )
+    return has_note
 
 
-def _note_outside(axis: Axes, limits: Limits) -> None:
-    """Say which values the limits leave out: nothing is hidden in silence."""
+def _note_outside(axis: Axes, limits: Limits) -> bool:
+    """Say which values the limits leave out, if any: nothing is hidden in silence."""
     if limits.furthest is None:
-        return
+        return False
     at_top = limits.furthest > limits.high
     values = "value" if limits.n_outside == 1 else "values"
     words = f"{limits.n_outside:,} {values} outside, {'up' if at_top else 'down'} to {_tick(limits.furthest, digits=3)}"
@@ -310,6 +315,7 @@ def _note_outside(axis: Axes, limits: Limits) -> None:
         zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0},
     )
+    return True
 
 
 def _tick(value: float, *, digits: int = 5) -> str:
@@ -320,7 +326,9 @@ def _tick(value: float, *, digits: int = 5) -> str:
     return text.replace("-", "−") if "e" not in text else text
 
 
-def _line_legend(axis: Axes, panel: Panel, records: Sequence[RunRecord], references: Sequence[float]) -> None:
+def _line_legend(
+    axis: Axes, panel: Panel, records: Sequence[RunRecord], references: Sequence[float], place: Place
+) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
@@ -332,7 +340,7 @@ def _line_legend(axis: Axes, panel: Panel, records: Sequence[RunRecord], referen
     if references:
         label = f"{panel.reference} {', '.join(f'{value:g}' for value in references)}"
         handles.append(Line2D([], [], color=_INK, linewidth=1.0, linestyle=(0, (2, 2)), label=label))
-    axis.legend(handles=handles, fontsize=8.5, loc="best", frameon=True, framealpha=0.85, edgecolor="none")
+    axis.legend(handles=handles, fontsize=8.5, loc=place, frameon=True, framealpha=0.85, edgecolor="none")
 
 
 def _names_per_line(names: Sequence[str], inches: float) -> int:
