@@ -88,3 +88,9 @@ def test_lonely_points_have_gaps_on_both_sides():
     assert lonely(y).tolist() == [True, False, False, False, False, True]
     assert lonely(np.array([1.0])).tolist() == [True]
     assert lonely(np.array([])).tolist() == []
+
+
+def test_a_noisy_curve_over_many_powers_of_ten_gets_its_trend():
+    rng = np.random.default_rng(0)
+    y = 10.0 ** np.linspace(2, -6, 400) * rng.lognormal(0.0, 1.0, 400)
+    assert trend(np.arange(400.0), y) is not None
