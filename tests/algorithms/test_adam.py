@@ -157,3 +157,11 @@ def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(bad):
     assert torch.equal(weights, optimizer.weights)
     for name, tensor in optimizer.state_dict().items():
         assert torch.equal(tensor, state[name])
+
+
+def test_gradients_that_were_replaced_are_noticed():
+    module = torch.nn.Linear(2, 1)
+    optimizer = FlatAdam(module, learning_rate=0.1)
+    module.zero_grad()  # sets them to None
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        optimizer.clipped_step(1.0)

@@ -57,6 +57,7 @@ class FlatAdam:
         self.gradient = torch.zeros_like(self.weights)
         self.first_moment = torch.zeros_like(self.weights)
         self.second_moment = torch.zeros_like(self.weights)
+        self._first = parameters[0]
         offset = 0
         for parameter in parameters:
             size = parameter.numel()
@@ -73,7 +74,10 @@ class FlatAdam:
 
         Raises:
             NonFiniteUpdateError: if the gradient is not finite; nothing is changed then.
+            RuntimeError: if the module's gradients are no longer views of the one vector.
         """
+        if self._first.grad is None or self._first.grad.data_ptr() != self.gradient.data_ptr():
+            raise RuntimeError("the gradients were replaced (module.zero_grad()?): use FlatAdam.zero_grad() alone")
         norm = float(torch.linalg.vector_norm(self.gradient))
         if not math.isfinite(norm):
             raise NonFiniteUpdateError(f"the gradient's norm is {norm}")

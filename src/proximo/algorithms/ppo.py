@@ -152,6 +152,10 @@ class PPO:
             if plain is not None:
                 metrics = run_fused_epochs(plain, optimizer, everything, self._clip_settings, generator)
                 return metrics | {"explained_variance": float(quality)}
+            if self.update_path == "fused":
+                raise UserError(
+                    "update_path is 'fused', but this policy is no plain perceptron; use 'auto' or 'eager'."
+                )
         if self.objective == "kl_penalty":
             with torch.no_grad():
                 everything = replace(

@@ -300,7 +300,7 @@ def _clocks(state: ControlState, batch: Batch, began: float, collected: float, u
 def _non_finite_message(config: ControlConfig, state: ControlState, error: NonFiniteUpdateError) -> str:
     return (
         f"Learning broke down in iteration {state.iteration + 1} (after {state.env_steps} steps): {error}. "
-        "The weights were not touched; the last checkpoint is sound.\n"
+        "The step was not taken; the weights are finite, and the last checkpoint is sound.\n"
         f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
         f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards."
     )
