@@ -75,6 +75,7 @@ PRESETS: dict[str, Preset] = {
             clip_schedule="linear",
         ),
         source=ZOO,
+        score="499.0 over 10 seeds",
     ),
     "Acrobot-v1": Preset(
         dict(
@@ -90,6 +91,7 @@ PRESETS: dict[str, Preset] = {
             normalize_rewards=True,
         ),
         source=ZOO + ", with a linear learning rate",
+        score="-80.6 over 5 seeds",
     ),
     "MountainCar-v0": Preset(
         dict(
@@ -118,6 +120,7 @@ PRESETS: dict[str, Preset] = {
             normalize_rewards=True,
         ),
         source="found here (benchmarks/try_settings.py); long discount and normalization as in " + ZOO,
+        score="93.8 over 5 seeds",
     ),
     "Pendulum-v1": Preset(
         dict(
@@ -131,8 +134,9 @@ PRESETS: dict[str, Preset] = {
             learning_rate_schedule="linear",
         ),
         source=ZOO + ", without its state-dependent exploration and with a linear learning rate",
+        score="-183.2 over 5 seeds",
     ),
-    "LunarLander-v3": Preset(_LANDER, source=_LANDER_SOURCE),
+    "LunarLander-v3": Preset(_LANDER, source=_LANDER_SOURCE, score="254.1 over 5 seeds"),
     "LunarLanderContinuous-v3": Preset(_LANDER, source=_LANDER_SOURCE),
     "BipedalWalker-v3": Preset(
         dict(
@@ -152,6 +156,7 @@ PRESETS: dict[str, Preset] = {
     "HalfCheetah-v5": Preset(
         _ROBOT | dict(rollout_length=64, gamma=0.98, gae_lambda=0.92, log_std_init=-1.0),
         source="discount, lambda, short rollouts and low initial noise as in " + ZOO + "; the rest as in the " + PAPER,
+        score="4157.6 over 3 seeds",
     ),
     "Hopper-v5": Preset(_ROBOT, source=PAPER),
     "Walker2d-v5": Preset(_ROBOT, source=PAPER),
@@ -169,6 +174,7 @@ PRESETS: dict[str, Preset] = {
         # Normalized by moments of a balanced pole, the start of an episode lies far out: see docs/log.md.
         _ROBOT | dict(normalize_observations=False),
         source=PAPER + " of rewards alone",
+        score="8884.8 over 3 seeds",
     ),
 }
 
