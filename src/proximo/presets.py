@@ -105,6 +105,7 @@ PRESETS: dict[str, Preset] = {
             normalize_rewards=True,
         ),
         source=ZOO,
+        score="-110.2 over 1 seed",
     ),
     "MountainCarContinuous-v0": Preset(
         dict(
@@ -137,7 +138,7 @@ PRESETS: dict[str, Preset] = {
         score="-183.2 over 5 seeds",
     ),
     "LunarLander-v3": Preset(_LANDER, source=_LANDER_SOURCE, score="254.1 over 5 seeds"),
-    "LunarLanderContinuous-v3": Preset(_LANDER, source=_LANDER_SOURCE),
+    "LunarLanderContinuous-v3": Preset(_LANDER, source=_LANDER_SOURCE, score="266.0 over 1 seed"),
     "BipedalWalker-v3": Preset(
         dict(
             total_steps=2_000_000,
@@ -169,7 +170,7 @@ PRESETS: dict[str, Preset] = {
         source=ZOO + ", with a linear learning rate",
     ),
     "Reacher-v5": Preset(_ROBOT, source=PAPER),
-    "InvertedPendulum-v5": Preset(_ROBOT | dict(total_steps=300_000), source=PAPER),
+    "InvertedPendulum-v5": Preset(_ROBOT | dict(total_steps=300_000), source=PAPER, score="1000.0 over 1 seed"),
     "InvertedDoublePendulum-v5": Preset(
         # Normalized by moments of a balanced pole, the start of an episode lies far out: see docs/log.md.
         _ROBOT | dict(normalize_observations=False),
