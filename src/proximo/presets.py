@@ -169,7 +169,7 @@ PRESETS: dict[str, Preset] = {
         _ROBOT | dict(n_envs=4, rollout_length=1024, batch_size=256, gamma=0.9999, gae_lambda=0.98, learning_rate=6e-4),
         source=ZOO + ", with a linear learning rate",
     ),
-    "Reacher-v5": Preset(_ROBOT, source=PAPER),
+    "Reacher-v5": Preset(_ROBOT, source=PAPER, score="-4.1 over 1 seed"),
     "InvertedPendulum-v5": Preset(_ROBOT | dict(total_steps=300_000), source=PAPER, score="1000.0 over 1 seed"),
     "InvertedDoublePendulum-v5": Preset(
         # Normalized by moments of a balanced pole, the start of an episode lies far out: see docs/log.md.
