@@ -257,3 +257,11 @@ def test_a_run_that_names_code_is_not_trusted_by_itself(
         assert code == 2
         assert "--allow-import" in error
     assert not Path("stolen").exists()
+
+
+def test_watch_refuses_another_environment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert said_by(capsys, "train", "CartPole-v1", "--total-steps", "256", "--run-dir", run, "--quiet")[0] == 0
+    code, _, error = said_by(capsys, "watch", run, "--env", "Acrobot-v1")
+    assert code == 2
+    assert "it is another environment" in error

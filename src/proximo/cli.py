@@ -315,13 +315,20 @@ def _evaluate(words: list[str]) -> int:
 def _watch(words: list[str]) -> int:
     from proximo.api import make_for, open_policy, run_environment
     from proximo.report.video import record_video
+    from proximo.training.evaluate import check_same_spaces
 
     given = _parse(WatchArguments, words, "watch")
     directory, config, policy, step = open_policy(given.run, given.checkpoint)
-    _, factory = run_environment(config, given.env, allow_import=given.allow_import)
+    env_id, factory = run_environment(config, given.env, allow_import=given.allow_import)
+
+    def make_filmed() -> Any:
+        env = make_for(config, factory, render_mode="rgb_array")
+        check_same_spaces(env_id, env, policy)
+        return env
+
     path = record_video(
         policy,
-        lambda: make_for(config, factory, render_mode="rgb_array"),
+        make_filmed,
         directory.videos / f"step_{step}-seed{given.seed}",
         n_episodes=given.episodes,
         seed=given.seed,

@@ -21,6 +21,7 @@ from proximo.collect.envs import VectorEnvs
 from proximo.report.sparkline import sparkline
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
+from proximo.runs.manifest import versions
 from proximo.training.config import ControlConfig, settings_of
 
 PLAIN_LINE_EVERY = 5.0
@@ -84,6 +85,9 @@ class Display:
                 f"statistical: {len(fresh)} of {n_envs} environments could not be brought back to where they were "
                 "and begin fresh episodes"
             )
+        for name, version in checkpoint.versions.items():
+            if versions().get(name, version) != version:
+                level += f"\nsaved by {name} {version}, goes on with {versions()[name]}: the numbers may differ from here on"
         self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
 
     @contextmanager

@@ -143,6 +143,19 @@ class TestFaults:
         with pytest.raises(EnvironmentFault):
             run(envs, 6)
 
+    def test_an_observation_outside_its_space(self):
+        envs = native(lambda: Faulty("out of bounds"), AutoresetMode.SAME_STEP)
+        with pytest.raises(EnvironmentFault, match="outside its space"):
+            run(envs, 20)
+
+    def test_is_only_told_where_that_was_asked_for(self):
+        vector = SyncVectorEnv([lambda: Faulty("out of bounds")] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+        envs = NativeEnvs(vector, 1, name="Arm-v0", on_space_violation="warn")
+        run(envs, 20)
+        (told,) = envs.warnings
+        assert "Arm-v0, environment 0" in told
+        assert "outside its space" in told
+
     @pytest.mark.parametrize("fault", ["step raises", "two rewards"])
     def test_an_environment_that_raises(self, fault):
         envs = native(lambda: Faulty(fault), AutoresetMode.SAME_STEP)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proximo.collect.envs import episode_seed
+from proximo.collect.envs import SerialEnvs, evaluation_episode_seed
 from proximo.collect.make import find_factory, make_env
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
@@ -83,7 +83,7 @@ def no_encoder(monkeypatch):
 def test_cartpole_is_filmed_from_its_first_frame_to_its_last(tmp_path):
     env = gym.make("CartPole-v1")
     policy = ActorCritic(env.observation_space, env.action_space, NetworkConfig())
-    seed = episode_seed(3, 0, 0)
+    seed = evaluation_episode_seed(3, 0)
     observation, _ = env.reset(seed=seed)
     n_steps, ended = 0, False
     while not ended:
@@ -118,7 +118,9 @@ def test_episodes_follow_each_other_with_seeds_of_their_own(tmp_path):
     env, actor = Film(4), Actor()
     frames, _ = frames_of(record_video(actor, lambda: env, tmp_path / "film", n_episodes=3, seed=7))
     assert len(frames) == 3 * 5
-    assert env.seeds == [episode_seed(7, number, 0) for number in range(3)]
+    evaluated = SerialEnvs(Film, 3, 2**31 + 7)  # what `evaluate --seed 7` plays
+    evaluated.reset()
+    assert env.seeds == [other.seeds[0] for other in evaluated._envs]
     assert actor.asked == [(True, None)] * 12
 
 

@@ -92,6 +92,18 @@ def episode_seed(run_seed: int, env_index: int, episode: int) -> int:
     return int(np.random.SeedSequence([run_seed, env_index, episode]).generate_state(1, np.uint32)[0])
 
 
+EVALUATION_STREAM = 2**31
+"""Mixed into the seeds so that evaluation never sees the episodes of training with the same seed."""
+
+EVALUATION_ENVS = 10
+"""Environments side by side in an evaluation of ten episodes or more."""
+
+
+def evaluation_episode_seed(seed: int, episode: int) -> int:
+    """The seed of the given episode of `proximo evaluate --seed SEED`; `watch` shows the same ones."""
+    return episode_seed(EVALUATION_STREAM + seed, episode % EVALUATION_ENVS, episode // EVALUATION_ENVS)
+
+
 @dataclass(frozen=True)
 class SpaceCheck:
     """Finds what is wrong with a batch of observations; a value may pass its bound by float rounding."""

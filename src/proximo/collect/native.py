@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from proximo.collect.envs import EnvironmentFault, Snapshot, SpaceCheck, Step, episode_seed
+from proximo.collect.envs import EnvironmentFault, Snapshot, SpaceCheck, SpacePolicy, Step, episode_seed
 from proximo.errors import UserError
 
 
@@ -40,8 +40,17 @@ class NativeEnvs:
     fresh episodes in all of them, seeded by the run's seed and the step at which it went on.
     """
 
-    def __init__(self, envs: VectorEnv, seed: int, *, name: str = "the environment") -> None:
+    def __init__(
+        self,
+        envs: VectorEnv,
+        seed: int,
+        *,
+        name: str = "the environment",
+        on_space_violation: SpacePolicy = "raise",
+    ) -> None:
         """Wrap `envs`; reads the autoreset mode from its metadata (NEXT_STEP if it does not say)."""
+        self.warnings: list[str] = []
+        self._on_violation = on_space_violation
         self._envs = envs
         self._seed = seed
         self._name = name
@@ -61,7 +70,8 @@ class NativeEnvs:
         """Step each environment with its row of `actions`.
 
         Raises:
-            EnvironmentFault: if a reward or observation is not finite.
+            EnvironmentFault: if it raises, if a reward or observation is not finite, or, unless that is only
+                to be told, if an observation is outside its space.
         """
         self._n_steps += 1
         try:
@@ -87,8 +97,8 @@ class NativeEnvs:
             except Exception as error:
                 raise self._raised("reset", actions, error) from error
             observations = self._typed(after)
-        self._refuse_non_finite(final, rewards, valid, actions)
-        self._refuse_non_finite(observations, rewards, valid, actions)
+        self._refuse_bad_values(final, rewards, valid, actions)
+        self._refuse_bad_values(observations, rewards, valid, actions)
         return Step(observations, rewards, terminated, truncated, final, valid)
 
     def snapshot(self) -> Snapshot:
@@ -111,7 +121,7 @@ class NativeEnvs:
         except Exception as error:
             raise self._raised("reset", None, error) from error
         observations = self._typed(raw)
-        self._refuse_non_finite(observations, np.zeros(self.n_envs), ~self._reset_due, None)
+        self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
         return observations
 
     def _typed(self, observations: Any) -> np.ndarray:
@@ -123,15 +133,20 @@ class NativeEnvs:
         own = "".join(traceback.format_exception(error)[-4:]).rstrip()
         return self._fault(0, f"{method}() raised {type(error).__name__}: {error}\n{own}", actions)
 
-    def _refuse_non_finite(
+    def _refuse_bad_values(
         self, observations: np.ndarray, rewards: np.ndarray, valid: np.ndarray, actions: np.ndarray | None
     ) -> None:
         bad_rewards = ~np.isfinite(rewards) & valid
-        bad_rows = ~np.isfinite(observations).reshape(self.n_envs, -1).all(1)
-        for index in np.flatnonzero(bad_rewards | bad_rows):
-            found = self._check.first_problem(observations[index])
-            problem = f"the reward is {rewards[index]}" if bad_rewards[index] else found[0] if found else "?"
-            raise self._fault(int(index), problem, actions)
+        for index in np.flatnonzero(bad_rewards):
+            raise self._fault(int(index), f"the reward is {rewards[index]}", actions)
+        if self._check.fits(observations):
+            return
+        for index in range(self.n_envs):
+            problem, is_bound = self._check.first_problem(observations[index]) or ("", True)
+            if problem and not (is_bound and self._on_violation == "warn"):
+                raise self._fault(index, problem, actions)
+            if problem and not self.warnings:
+                self.warnings.append(f"{self._name}, environment {index}: {problem} (said once; training goes on)")
 
     def _fault(self, index: int, problem: str, actions: np.ndarray | None) -> EnvironmentFault:
         last = [] if actions is None else [actions[index].tolist()]

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.envs import episode_seed
+from proximo.collect.envs import evaluation_episode_seed
 from proximo.collect.make import EXTRA_OF_MODULE
 from proximo.errors import UserError, in_range
 from proximo.runs import files
@@ -64,7 +64,7 @@ def record_video(
         make_env: makes one environment with `render_mode="rgb_array"`.
         path_without_suffix: the file to write, without `.mp4`; its folder is made if need be.
         n_episodes: episodes to film.
-        seed: fixes the episodes (episode n is reset with `episode_seed(seed, n, 0)`) and sampled actions.
+        seed: fixes the episodes, which are those of an evaluation with this seed, and sampled actions.
         max_steps: steps over all episodes after which the film ends.
         deterministic: take the most likely action; False samples.
         tell: is called with a sentence for the user, such as that this is only a GIF; by default it is
@@ -110,7 +110,7 @@ def _frames(
     for episode in range(n_episodes):
         if n_steps >= max_steps:
             return
-        reset_seed = episode_seed(seed, episode, 0)
+        reset_seed = evaluation_episode_seed(seed, episode)
         observation, _ = _explained("reset", lambda: env.reset(seed=reset_seed))  # noqa: B023 (called at once)
         ended = False
         frame = _frame(env)

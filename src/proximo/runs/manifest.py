@@ -64,7 +64,7 @@ def manifest_bytes(step: int, files: dict[str, FileRecord]) -> bytes:
     fields = {
         "schema": SCHEMA,
         "step": step,
-        "versions": _versions(),
+        "versions": versions(),
         "files": {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()},
     }
     return _rendered(fields)
@@ -114,7 +114,8 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
             _check_digest(name, hashlib.file_digest(file, "sha256").hexdigest(), promised)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of proximo, torch and python that are at work."""
     try:
         proximo_version = importlib.metadata.version("proximo")
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed

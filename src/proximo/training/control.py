@@ -62,6 +62,7 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
             make_native(task.env_id, task.n_envs, task.env_kwargs, max_episode_steps=task.max_episode_steps),
             config.seed,
             name=task.env_id,
+            on_space_violation=task.on_space_violation,
         )
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
@@ -255,7 +256,13 @@ def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs
         }
         path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
         path.write_text(json.dumps(record, default=str))
-        message = f"{fault}\nReplay it: proximo check-env {config.environment.env_id} --replay {path}"
+        advice = f"Replay it: proximo check-env {config.environment.env_id} --replay {path}"
+        if record["seed"] is None:
+            advice = (
+                f"Its last action is in {path}; a native vector environment cannot be played again. "
+                "With --vectorization serial a fault can be."
+            )
+        message = f"{fault}\n{advice}"
         raise EnvironmentFault(message, fault.record) from fault
 
 

@@ -9,12 +9,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from proximo.collect.envs import SerialEnvs, episode_seed
+from proximo.collect.envs import EVALUATION_ENVS, EVALUATION_STREAM, SerialEnvs, episode_seed
 from proximo.errors import UserError, in_range
 from proximo.models.control import ActorCritic
-
-EVALUATION_STREAM = 2**31
-"""Mixed into the seeds so that evaluation never sees the episodes of training with the same seed."""
 
 LONGEST_EPISODE = 200_000
 """Steps after which an episode is taken to have no end (Atari's 108,000 frames fit in)."""
@@ -36,7 +33,6 @@ def evaluate_policy(
     seed: int,
     deterministic: bool = True,
     name: str = "the environment",
-    max_envs: int = 10,
 ) -> EpisodeScores:
     """Play `n_episodes` episodes and return what they scored.
 
@@ -49,17 +45,26 @@ def evaluate_policy(
     """
     in_range("seed", seed, whole=True, at_least=0, usual="0")
     in_range("episodes", n_episodes, at_least=1, whole=True, usual="100")
-    n_envs = min(max_envs, n_episodes)
+    n_envs = min(EVALUATION_ENVS, n_episodes)
     envs = SerialEnvs(make, n_envs, EVALUATION_STREAM + seed, name=name, on_space_violation="warn")
     try:
-        if (envs.observation_space, envs.action_space) != (policy.observation_space, policy.action_space):
-            raise UserError(
-                f"{name} has observations {envs.observation_space} and actions {envs.action_space}, but the policy was "
-                f"trained with {policy.observation_space} and {policy.action_space}: it is another environment."
-            )
+        check_same_spaces(name, envs, policy)
         return _play(policy, envs, n_episodes, None if deterministic else _noise(policy, seed))
     finally:
         envs.close()
+
+
+def check_same_spaces(name: str, env: gym.Env | SerialEnvs, policy: ActorCritic) -> None:
+    """Refuse an environment that the policy was not trained for.
+
+    Raises:
+        UserError: if a space of `env` is not that of `policy`.
+    """
+    if (env.observation_space, env.action_space) != (policy.observation_space, policy.action_space):
+        raise UserError(
+            f"{name} has observations {env.observation_space} and actions {env.action_space}, but the policy was "
+            f"trained with {policy.observation_space} and {policy.action_space}: it is another environment."
+        )
 
 
 def _noise(policy: ActorCritic, seed: int) -> torch.Generator:
