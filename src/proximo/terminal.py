@@ -87,7 +87,9 @@ class Display:
             )
         for name, version in checkpoint.versions.items():
             if versions().get(name, version) != version:
-                level += f"\nsaved by {name} {version}, goes on with {versions()[name]}: the numbers may differ from here on"
+                level += (
+                    f"\nsaved by {name} {version}, goes on with {versions()[name]}: the numbers may differ from here on"
+                )
         self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
 
     @contextmanager

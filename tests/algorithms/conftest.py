@@ -62,6 +62,8 @@ class TinyPolicy(_Policy):
         hidden = self.body(observations).tanh()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
+    has_memory = False
+
     def plain(self, batch: Batch) -> None:
         return None
 
@@ -90,6 +92,8 @@ class PlainPolicy(_Policy):
         for layer in network[:-1]:
             x = layer(x).tanh() if self.activation == "tanh" else layer(x).relu()
         return network[-1](x)
+
+    has_memory = False
 
     def plain(self, batch: Batch) -> PlainActorCritic:
         actor, critic = ([(layer.weight, layer.bias) for layer in network] for network in (self.actor, self.critic))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.ppo import PPO
-from proximo.algorithms.update import Loss, Minibatch, run_epochs
+from proximo.algorithms.update import Epochs, Loss, Minibatch, microbatches, run_epochs
 from proximo.core.batch import Batch
 from proximo.core.masked import masked_mean
 
@@ -31,6 +31,10 @@ class Scripted:
     """A loss function whose approx_kl follows a script, and an optimizer that counts."""
 
     learning_rate = 0.0
+    has_memory = True
+
+    def row_lengths(self, batch: Batch) -> list[int]:
+        return batch.mask.sum(1).tolist()
 
     def __init__(self, kls: list[float]) -> None:
         self.kls = iter(kls)
@@ -62,15 +66,15 @@ def some_minibatch(mask: Tensor) -> Minibatch:
 
 def run_script(kls: list[float], *, n_rows: int = 12, **settings) -> tuple[Scripted, dict[str, float]]:
     script = Scripted(kls)
-    defaults = dict(n_epochs=3, batch_size=4, microbatch_size=None, normalize_advantages=False, max_grad_norm=1.0)
+    defaults = dict(n_epochs=3, batch_size=4, normalize_advantages=False, max_grad_norm=1.0)
     everything = some_minibatch(torch.ones(n_rows, 1, dtype=torch.bool))
     metrics = run_epochs(
         script,  # type: ignore[arg-type]
         script,
         everything,
         script.loss,
-        **(defaults | {"target_kl": None} | settings),
-        generator=torch.Generator().manual_seed(0),
+        Epochs(**(defaults | settings)),
+        torch.Generator().manual_seed(0),
     )
     return script, metrics
 
@@ -145,11 +149,41 @@ def test_a_minibatch_as_steps_keeps_advantages_and_returns_beside_their_rows():
 )
 def test_microbatches_share_the_denominator_of_the_whole(size, sizes):
     whole = some_minibatch(torch.tensor([[True, True], [False, False], [True, False], [True, True], [False, True]]))
-    parts = whole.split(size)
+    parts = microbatches(Scripted([]), whole, Epochs(1, 5, False, 1.0, microbatch_size=size))
     assert [len(part.batch.mask) for part in parts] == sizes
     assert [int(part.denominator) for part in parts] == [6] * len(sizes)
     assert torch.equal(torch.cat([part.advantages for part in parts]), whole.advantages)
     assert torch.equal(torch.cat([part.batch.rewards for part in parts]), whole.batch.rewards)
+
+
+def test_a_budget_of_tokens_groups_rows_of_like_length():
+    mask = torch.arange(6) < torch.tensor([[1], [6], [2], [5], [2]])
+    parts = microbatches(Scripted([]), some_minibatch(mask), Epochs(1, 5, False, 1.0, microbatch_tokens=6))
+    # Rows of 6 and 5 alone (5 + 5 > 6), then three rows of at most 2: 3 * 2 = 6.
+    assert [part.batch.mask.sum(1).tolist() for part in parts] == [[6], [5], [2, 2, 1]]
+    assert [int(part.denominator) for part in parts] == [16] * 3
+
+
+@pytest.mark.parametrize(
+    ("weighing", "expected"),
+    [
+        ("steps", (1 + 2 + 3 + 10) / 4),
+        ("rows", ((1 + 2 + 3) / 3 + 10) / 2),
+        ("longest", (1 + 2 + 3 + 10) / (2 * 5)),
+    ],
+)
+def test_what_a_loss_is_a_mean_over(weighing, expected):
+    numbers = torch.tensor([[1.0, 2.0, 3.0], [torch.nan, 10.0, torch.nan], [torch.nan] * 3], dtype=torch.float64)
+    mask = ~numbers.isnan()
+    minibatch = some_minibatch(mask)
+    for size in (None, 1, 2):
+        epochs = Epochs(1, 3, False, 1.0, microbatch_size=size, weighing=weighing, longest=5)
+        rows, total = 0, 0.0
+        for part in microbatches(Scripted([]), minibatch, epochs):
+            n = len(part.batch.mask)
+            total += float(masked_mean(numbers[rows : rows + n], part.batch.mask, denominator=part.denominator))
+            rows += n
+        assert total == pytest.approx(expected, abs=1e-12)
 
 
 def test_sequences_with_unequal_masks_give_the_same_gradient_however_they_are_cut(tiny_policy, make_batch):
@@ -168,13 +202,8 @@ def test_sequences_with_unequal_masks_give_the_same_gradient_however_they_are_cu
             FlatAdam(policy, learning_rate=0.01),
             Minibatch(batch, batch.rewards, batch.rewards),
             loss,
-            n_epochs=4,
-            batch_size=6,
-            microbatch_size=size,
-            normalize_advantages=True,
-            max_grad_norm=0.5,
-            target_kl=None,
-            generator=torch.Generator().manual_seed(0),
+            Epochs(4, 6, normalize_advantages=True, max_grad_norm=0.5, microbatch_size=size),
+            torch.Generator().manual_seed(0),
         )
         results.append((policy.flat(), metrics["error"], metrics["approx_kl"]))
     for flat, *metrics in results[1:]:
@@ -265,9 +294,9 @@ def test_masked_steps_change_nothing_whatever_stands_there(tiny_policy, make_bat
         )
 
     def padded(batch: Batch) -> Batch:
-        def wide(name: str) -> Tensor:
+        def wide(name: str) -> Tensor | None:
             tensor = getattr(batch, name)
-            return torch.cat([tensor, torch.zeros_like(tensor[:, :3])], 1)
+            return None if tensor is None else torch.cat([tensor, torch.zeros_like(tensor[:, :3])], 1)
 
         return Batch(**{field.name: wide(field.name) for field in dataclasses.fields(batch)})
 

@@ -28,6 +28,8 @@ def numbered(mask: list[list[bool]]) -> Batch:
         next_values=40 * numbers,
         terminated=number % 2 == 0,
         done=number % 3 == 0,
+        ref_log_probs=50 * numbers,
+        group=torch.arange(len(valid)) // 2,
     )
 
 
@@ -51,6 +53,8 @@ def test_as_steps_keeps_the_valid_ones_in_order_each_a_row_of_its_own():
     assert steps.next_values.tolist() == [[0], [80], [120], [160]]
     assert steps.terminated.tolist() == [[True], [True], [False], [True]]
     assert steps.done.tolist() == [[True], [False], [True], [False]]
+    assert steps.ref_log_probs.tolist() == [[0], [100], [150], [200]]
+    assert steps.group is None
 
 
 def test_rows_are_selected_in_every_field():
@@ -60,6 +64,14 @@ def test_rows_are_selected_in_every_field():
         whole, part = getattr(batch, field.name), getattr(chosen, field.name)
         assert torch.equal(part, torch.stack([whole[2], whole[0]]))
     assert torch.equal(batch[1:].rewards, batch.rewards[1:])
+
+
+def test_several_observations_go_together_and_what_is_not_there_stays_away():
+    batch = numbered(MASK)
+    batch = dataclasses.replace(batch, observations={"tokens": batch.rewards, "twice": 2 * batch.rewards}, values=None)
+    assert batch[1:].observations["twice"].tolist() == [[60, 80, 100]]
+    assert batch[1:].values is None
+    assert batch.as_steps().observations["tokens"].tolist() == [[0], [20], [30], [40]]
 
 
 def test_a_field_of_another_shape_is_refused():

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proximo.core.kl import AdaptiveKL, FixedKL, k1, k2, k3
+from proximo.core.kl import AdaptiveKL, ProportionalKL, k1, k2, k3
 
 
 def test_estimates_by_hand():
@@ -45,8 +45,22 @@ def test_k1_and_k3_are_unbiased_and_k2_and_k3_never_negative(logits, shifts):
     assert (k3(log_p, log_q) >= 0).all()
 
 
-def test_fixed_stays():
-    assert FixedKL(0.3).updated(100.0) == FixedKL(0.3)
+@pytest.mark.parametrize(
+    ("kl", "coef"),
+    [
+        (6.0, 0.1),
+        (6.6, 0.1 * (1 + 0.1 * 512 / 10_000)),
+        (60.0, 0.1 * (1 + 0.2 * 512 / 10_000)),  # the error is clipped at a fifth
+        (0.0, 0.1 * (1 - 0.2 * 512 / 10_000)),
+        (-3.0, 0.1 * (1 - 0.2 * 512 / 10_000)),  # an estimate may be negative
+    ],
+)
+def test_proportional_control_moves_towards_the_target(kl, coef):
+    assert ProportionalKL(0.1, target=6.0).updated(kl, 512).coef == pytest.approx(coef, rel=1e-12)
+
+
+def test_a_huge_batch_does_not_turn_the_coefficient_negative():
+    assert ProportionalKL(0.1, target=6.0, horizon=100.0).updated(0.0, 100_000).coef > 0
 
 
 @pytest.mark.parametrize(

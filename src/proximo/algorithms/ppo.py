@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,14 +11,21 @@ from torch import Tensor
 
 from proximo.algorithms.adam import Optimizer
 from proximo.algorithms.fused import ClipSettings, run_fused_epochs
-from proximo.algorithms.update import Loss, Minibatch, run_epochs
+from proximo.algorithms.update import Epochs, Loss, Minibatch, run_epochs
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch
 from proximo.core.distributions import Distribution
-from proximo.core.kl import AdaptiveKL
-from proximo.core.losses import clipped_surrogate, clipped_value, kl_penalized_surrogate, value_loss
+from proximo.core.kl import AdaptiveKL, ReferenceKL
+from proximo.core.losses import (
+    SurrogateLoss,
+    clipped_surrogate,
+    clipped_value,
+    kl_penalized_surrogate,
+    reference_kl_loss,
+    value_loss,
+)
 from proximo.core.masked import explained_variance, masked_mean
-from proximo.core.policy import Policy
+from proximo.core.policy import Evaluation, Policy
 from proximo.errors import UserError, in_range, one_of
 
 Schedule = Literal["constant", "linear"]
@@ -37,14 +45,23 @@ class PPO:
     """The probability ratio may leave [1 - clip_epsilon, 1 + clip_epsilon] without reward for it."""
     clip_schedule: Schedule = "constant"
     """`linear` brings clip_epsilon down to 0 at the end of the run."""
+    clip_epsilon_high: float | None = None
+    """The upper end of the band is 1 plus this (clip-higher, DAPO); by default clip_epsilon."""
+    dual_clip: float | None = None
+    """Where the advantage is negative, the objective is at least this times it (Ye et al. 2020); none by default."""
     n_epochs: int = 10
     """Passes over each rollout."""
     batch_size: int = 64
-    """Steps per minibatch; minibatches differ by at most one step."""
+    """Steps per minibatch (responses, for language models); minibatches differ in size by at most one."""
     gamma: float = 0.99
     """Discount per step."""
     gae_lambda: float = 0.95
     """Bias against variance of the advantages: 0 is the one-step TD error, 1 is Monte Carlo minus value."""
+    value_gae_lambda: float | None = None
+    """Another lambda for the critic's targets (VC-PPO, Yuan et al. 2025, has 1); by default gae_lambda."""
+    gae_lambda_per_step: float | None = None
+    """Language: lambda of a response of n tokens is 1 - 1 / (this * n) (VAPO, Yue et al. 2025, has 0.05); none by
+    default."""
     normalize_advantages: bool = True
     """Shift and scale the advantages of each minibatch to mean 0 and standard deviation 1."""
     value_coef: float = 0.5
@@ -66,6 +83,8 @@ class PPO:
     PPO-Clip; `auto` is fused where that is possible."""
     microbatch_size: int | None = None
     """Cut minibatches into pieces of this size to save memory; the gradient stays the same."""
+    microbatch_tokens: int | None = None
+    """Language: cut minibatches into pieces of at most this many tokens, padding counted."""
 
     def __post_init__(self) -> None:
         """Refuse impossible settings.
@@ -86,20 +105,26 @@ class PPO:
         in_range("target_kl", self.target_kl, optional=True, above=0.0, usual="0.01 to 0.05, or none at all")
         in_range("kl_coef", self.kl_coef, at_least=0.0, usual="1.0")
         in_range("kl_target", self.kl_target, above=0.0, usual="0.01")
+        in_range("clip_epsilon_high", self.clip_epsilon_high, optional=True, above=0.0, usual="0.28, or none at all")
+        in_range("dual_clip", self.dual_clip, optional=True, above=1.0, usual="3.0, or none at all")
+        in_range("value_gae_lambda", self.value_gae_lambda, optional=True, at_least=0.0, at_most=1.0, usual="1.0")
+        in_range("gae_lambda_per_step", self.gae_lambda_per_step, optional=True, above=0.0, usual="0.05")
+        in_range("microbatch_tokens", self.microbatch_tokens, optional=True, at_least=1, whole=True, usual="8192")
         in_range("microbatch_size", self.microbatch_size, optional=True, at_least=1, whole=True, usual="none at all")
         for name in ("learning_rate_schedule", "clip_schedule"):
             one_of(name, getattr(self, name), ("constant", "linear"))
         one_of("update_path", self.update_path, ("auto", "eager", "fused"))
         if self.update_path == "fused" and not self._can_fuse:
             raise UserError(
-                "update_path is 'fused', which knows neither objective 'kl_penalty' nor microbatch_size; "
-                "use 'auto' or 'eager'."
+                "update_path is 'fused', which knows neither objective 'kl_penalty' nor clip_epsilon_high, dual_clip "
+                "or microbatches; use 'auto' or 'eager'."
             )
         one_of("objective", self.objective, ("clip", "kl_penalty"))
 
     @property
     def _can_fuse(self) -> bool:
-        return self.objective == "clip" and self.microbatch_size is None
+        plain = (self.clip_epsilon_high, self.dual_clip, self.microbatch_size, self.microbatch_tokens)
+        return self.objective == "clip" and plain == (None, None, None, None)
 
     def at(self, remaining: float, kl_coef: float) -> PPO:
         """Return the settings in force when `remaining` (1 at the start, 0 at the end) of the run is left.
@@ -113,6 +138,7 @@ class PPO:
             self,
             learning_rate=self.learning_rate * rate_factor,
             clip_epsilon=self.clip_epsilon * clip_factor,
+            clip_epsilon_high=None if self.clip_epsilon_high is None else self.clip_epsilon_high * clip_factor,
             kl_coef=kl_coef,
         )
 
@@ -123,18 +149,67 @@ class PPO:
         return AdaptiveKL(self.kl_coef, self.kl_target).updated(metrics["kl_old_new"]).coef
 
     def update(
-        self, policy: Policy, optimizer: Optimizer, batch: Batch, generator: torch.Generator
+        self,
+        policy: Policy,
+        optimizer: Optimizer,
+        batch: Batch,
+        generator: torch.Generator,
+        *,
+        reference_kl: ReferenceKL | None = None,
+        learn_policy: bool = True,
     ) -> dict[str, float]:
         """Improve `policy` in place on one rollout; return metrics by their names.
 
         Advantages are GAE(gamma, gae_lambda); the critic's target is `advantages + values` of collection
         time (TD(lambda)). `generator` draws the order of the minibatches and nothing else.
 
+        Args:
+            policy: scores actions and states; its `has_memory` keeps rows whole.
+            optimizer: over the policy's weights.
+            batch: experience with values; with `ref_log_probs` for `reference_kl`.
+            generator: draws the order of rows.
+            reference_kl: a penalty in the loss for the distance to the reference.
+            learn_policy: False fits the critic alone (its weights must not be shared with the actor).
+
         Raises:
             NonFiniteUpdateError: if the loss or gradient is not finite; the weights stay finite.
+            UserError: if a setting does not fit this policy.
         """
         optimizer.learning_rate = self.learning_rate
-        advantages = gae(
+        everything, quality = self._estimated(policy, batch)
+        if not learn_policy:
+            everything = replace(everything, advantages=torch.zeros_like(everything.advantages))
+        if self.update_path != "eager" and self._can_fuse and reference_kl is None:
+            plain = policy.plain(everything.batch)
+            if plain is not None:
+                metrics = run_fused_epochs(plain, optimizer, everything, self._clip_settings, generator)
+                return metrics | {"explained_variance": quality}
+            if self.update_path == "fused":
+                raise UserError(
+                    "update_path is 'fused', but this policy is no plain perceptron; use 'auto' or 'eager'."
+                )
+        if self.objective == "kl_penalty":
+            everything = replace(everything, old_distribution=_old_distribution(policy, everything.batch))
+        metrics = run_epochs(
+            policy,
+            optimizer,
+            everything,
+            partial(self._loss, reference_kl),
+            Epochs(**{name: getattr(self, name) for name in Epochs._fields if hasattr(self, name)}),
+            generator,
+        )
+        metrics["explained_variance"] = quality
+        if everything.old_distribution is not None:
+            metrics["kl_coef"] = self.kl_coef
+            metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
+        return metrics
+
+    def _estimated(self, policy: Policy, batch: Batch) -> tuple[Minibatch, float]:
+        """Advantages, the critic's targets, and the explained variance of the values of collection time."""
+        if batch.values is None or batch.next_values is None:
+            raise ValueError("PPO needs values in the batch; an algorithm without a critic is in grpo.py")
+        estimate = partial(
+            gae,
             batch.rewards,
             batch.values,
             batch.next_values,
@@ -142,88 +217,77 @@ class PPO:
             batch.done,
             batch.mask,
             gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
         )
-        returns = advantages + batch.values
-        quality = explained_variance(batch.values, returns, batch.mask)
-        everything = Minibatch(batch, advantages, returns).as_steps()
-        if self.update_path != "eager" and self._can_fuse:
-            plain = policy.plain(everything.batch)
-            if plain is not None:
-                metrics = run_fused_epochs(plain, optimizer, everything, self._clip_settings, generator)
-                return metrics | {"explained_variance": float(quality)}
-            if self.update_path == "fused":
-                raise UserError(
-                    "update_path is 'fused', but this policy is no plain perceptron; use 'auto' or 'eager'."
-                )
-        if self.objective == "kl_penalty":
-            with torch.no_grad():
-                everything = replace(
-                    everything, old_distribution=policy.evaluate(everything.batch).distribution.frozen()
-                )
-        metrics = run_epochs(
-            policy,
-            optimizer,
-            everything,
-            self._loss,
-            n_epochs=self.n_epochs,
-            batch_size=self.batch_size,
-            microbatch_size=self.microbatch_size,
-            normalize_advantages=self.normalize_advantages,
-            max_grad_norm=self.max_grad_norm,
-            target_kl=self.target_kl,
-            generator=generator,
-        )
-        metrics["explained_variance"] = float(quality)
-        if everything.old_distribution is not None:
-            metrics["kl_coef"] = self.kl_coef
-            metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
-        return metrics
+        gae_lambda: float | Tensor = self.gae_lambda
+        if self.gae_lambda_per_step is not None:
+            if not policy.has_memory:
+                raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
+            steps = batch.mask.sum(1).clamp(min=1)
+            gae_lambda = (1.0 - 1.0 / (self.gae_lambda_per_step * steps)).clamp(min=0.0).to(batch.rewards.dtype)
+        advantages = estimate(gae_lambda=gae_lambda)
+        if self.value_gae_lambda is None:
+            returns = advantages + batch.values
+        else:
+            returns = estimate(gae_lambda=self.value_gae_lambda) + batch.values
+        quality = float(explained_variance(batch.values, returns, batch.mask))
+        everything = Minibatch(batch, advantages, returns)
+        return everything if policy.has_memory else everything.as_steps(), quality
 
     @property
     def _clip_settings(self) -> ClipSettings:
         return ClipSettings(**{name: getattr(self, name) for name in ClipSettings._fields})
 
-    def _loss(self, policy: Policy, minibatch: Minibatch) -> Loss:
+    def _loss(self, reference_kl: ReferenceKL | None, policy: Policy, minibatch: Minibatch) -> Loss:
         """Policy loss + value_coef * value loss - entropy_coef * entropy (Schulman et al. 2017, eq. 9)."""
         batch, denominator = minibatch.batch, minibatch.denominator
         new = policy.evaluate(batch)
-        old = minibatch.old_distribution
+        if new.values is None:
+            raise ValueError("PPO needs a policy with a critic")
+        surrogate = self._surrogate(new, minibatch)
+        critic_loss = self._value_loss(new.values, minibatch)
+        entropy = masked_mean(new.entropy, batch.mask, denominator=denominator)
+        total = surrogate.loss + self.value_coef * critic_loss
+        if self.entropy_coef:
+            total = total - self.entropy_coef * entropy
+        metrics = {
+            "policy_loss": surrogate.loss,
+            "value_loss": critic_loss,
+            "entropy": entropy,
+            "clip_fraction": surrogate.clip_fraction,
+        }
+        if reference_kl is not None:
+            kl_loss = kl_term(new.log_probs, batch, reference_kl, denominator)
+            total = total + reference_kl.coef * kl_loss
+            metrics["kl_loss"] = kl_loss
+        return Loss(total, surrogate.approx_kl, metrics)
+
+    def _surrogate(self, new: Evaluation, minibatch: Minibatch) -> SurrogateLoss:
+        batch, old = minibatch.batch, minibatch.old_distribution
         if old is None:
-            surrogate = clipped_surrogate(
+            return clipped_surrogate(
                 new.log_probs,
                 batch.log_probs,
                 minibatch.advantages,
                 batch.mask,
                 clip_epsilon=self.clip_epsilon,
-                denominator=denominator,
+                clip_epsilon_high=self.clip_epsilon_high,
+                dual_clip=self.dual_clip,
+                denominator=minibatch.denominator,
             )
-        else:
-            surrogate = kl_penalized_surrogate(
-                new.log_probs,
-                batch.log_probs,
-                minibatch.advantages,
-                old.kl(new.distribution),
-                batch.mask,
-                kl_coef=self.kl_coef,
-                denominator=denominator,
-            )
-        critic_loss = self._value_loss(new.values, minibatch)
-        entropy = masked_mean(new.entropy, batch.mask, denominator=denominator)
-        total = surrogate.loss + self.value_coef * critic_loss - self.entropy_coef * entropy
-        return Loss(
-            total,
-            surrogate.approx_kl,
-            {
-                "policy_loss": surrogate.loss,
-                "value_loss": critic_loss,
-                "entropy": entropy,
-                "clip_fraction": surrogate.clip_fraction,
-            },
+        return kl_penalized_surrogate(
+            new.log_probs,
+            batch.log_probs,
+            minibatch.advantages,
+            old.kl(new.distribution),
+            batch.mask,
+            kl_coef=self.kl_coef,
+            denominator=minibatch.denominator,
         )
 
     def _value_loss(self, values: Tensor, minibatch: Minibatch) -> Tensor:
         batch, returns, denominator = minibatch.batch, minibatch.returns, minibatch.denominator
+        assert returns is not None
+        assert batch.values is not None
         if self.value_clip_epsilon is None:
             return value_loss(values, returns, batch.mask, denominator=denominator)
         return clipped_value(
@@ -236,8 +300,26 @@ class PPO:
         )
 
 
+def kl_term(log_probs: Tensor, batch: Batch, reference_kl: ReferenceKL, denominator: Tensor | None) -> Tensor:
+    """The mean KL to the reference per step, with gradient."""
+    if batch.ref_log_probs is None:
+        raise ValueError("a KL to the reference in the loss needs ref_log_probs in the batch")
+    return reference_kl_loss(
+        log_probs, batch.ref_log_probs, batch.mask, estimator=reference_kl.estimator, denominator=denominator
+    )
+
+
+def _old_distribution(policy: Policy, batch: Batch) -> Distribution:
+    with torch.no_grad():
+        distribution = policy.evaluate(batch).distribution
+    if distribution is None:
+        raise UserError("objective 'kl_penalty' is not for language models; use 'clip', with beta for the reference.")
+    return distribution.frozen()
+
+
 def _mean_kl(policy: Policy, everything: Minibatch, old: Distribution) -> float:
     """Exact mean KL(old || new) over all steps, nats, after the update."""
     with torch.no_grad():
         new = policy.evaluate(everything.batch).distribution
+        assert new is not None
         return float(masked_mean(old.kl(new), everything.batch.mask))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,32 +20,44 @@ from proximo.core.policy import Policy
 class Minibatch:
     """Rows of a batch with what learning adds to them; advantages and returns are `[B, T]`.
 
-    `denominator`: valid steps of the minibatch that this is a part of; None for the whole.
+    `returns` is None without a critic. `denominator`: what the sums of losses are divided by, as in
+    `masked_mean`: a number for the whole minibatch that this is a part of, or one per row `[B, 1]`.
     """
 
     batch: Batch
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
     old_distribution: Distribution | None = None
     denominator: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Minibatch:
         """Select rows (along B) of every field."""
         old = None if self.old_distribution is None else self.old_distribution[rows]
-        return Minibatch(self.batch[rows], self.advantages[rows], self.returns[rows], old, self.denominator)
+        returns = None if self.returns is None else self.returns[rows]
+        per_row = self.denominator is not None and self.denominator.ndim > 0
+        denominator = self.denominator[rows] if per_row and self.denominator is not None else self.denominator
+        return Minibatch(self.batch[rows], self.advantages[rows], returns, old, denominator)
 
     def as_steps(self) -> Minibatch:
         """Every valid step as a row of its own, as `Batch.as_steps`; before there is an old distribution."""
         keep = self.batch.mask
-        return Minibatch(self.batch.as_steps(), self.advantages[keep].unsqueeze(1), self.returns[keep].unsqueeze(1))
+        returns = None if self.returns is None else self.returns[keep].unsqueeze(1)
+        return Minibatch(self.batch.as_steps(), self.advantages[keep].unsqueeze(1), returns)
 
-    def split(self, size: int | None) -> list[Minibatch]:
-        """Cut into microbatches of at most `size` rows, all with this minibatch's denominator."""
-        whole = replace(self, denominator=self.batch.mask.sum().clamp(min=1))
-        n_rows = len(self.batch.mask)
-        if size is None or size >= n_rows:
-            return [whole]
-        return [whole[rows] for rows in torch.arange(n_rows, device=self.batch.mask.device).split(size)]
+
+Weighing = Literal["steps", "rows", "longest"]
+"""What a loss is a mean over: `steps`, all valid steps alike; `rows`, the mean over rows of each row's own mean;
+`longest`, each step over rows times the longest possible row, so that no length is favoured."""
+
+
+def denominator_of(mask: Tensor, weighing: Weighing, longest: int) -> Tensor:
+    """Return the denominator of a minibatch with this mask `[B, T]`: a number, or one per row `[B, 1]`."""
+    if weighing == "steps":
+        return mask.sum().clamp(min=1)
+    n_rows = mask.any(1).sum().clamp(min=1)
+    if weighing == "longest":
+        return n_rows * longest
+    return n_rows * mask.sum(1, keepdim=True).clamp(min=1)
 
 
 class Loss(NamedTuple):
@@ -56,18 +68,26 @@ class Loss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+class Epochs(NamedTuple):
+    """How a rollout is gone through; the settings of `ppo.PPO` and `grpo.GRPO` of the same names."""
+
+    n_epochs: int
+    batch_size: int
+    normalize_advantages: bool
+    max_grad_norm: float
+    target_kl: float | None = None
+    microbatch_size: int | None = None
+    microbatch_tokens: int | None = None
+    weighing: Weighing = "steps"
+    longest: int = 1
+
+
 def run_epochs(
     policy: Policy,
     optimizer: Optimizer,
     everything: Minibatch,
     loss_function: Callable[[Policy, Minibatch], Loss],
-    *,
-    n_epochs: int,
-    batch_size: int,
-    microbatch_size: int | None,
-    normalize_advantages: bool,
-    max_grad_norm: float,
-    target_kl: float | None,
+    epochs: Epochs,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Take `n_epochs` passes over the rows of `everything`, a fresh random order each, a step per minibatch.
@@ -89,19 +109,19 @@ def run_epochs(
     grad_norms: list[float] = []
     stopped = False
     epoch: list[dict[str, Tensor]] = []
-    for _ in range(n_epochs):
+    for _ in range(epochs.n_epochs):
         epoch = []
-        for rows in minibatch_indices(len(everything.batch.mask), batch_size, generator):
-            minibatch = everything[rows.to(everything.returns.device)]
-            if normalize_advantages:
+        for rows in minibatch_indices(len(everything.batch.mask), epochs.batch_size, generator):
+            minibatch = everything[rows.to(everything.advantages.device)]
+            if epochs.normalize_advantages:
                 minibatch = replace(minibatch, advantages=whiten(minibatch.advantages, minibatch.batch.mask))
             optimizer.zero_grad()
-            epoch.append(_accumulate_gradients(policy, minibatch.split(microbatch_size), loss_function))
+            epoch.append(_accumulate_gradients(policy, microbatches(policy, minibatch, epochs), loss_function))
             kl_seen.append(float(epoch[-1]["approx_kl"]))
-            stopped = target_kl is not None and kl_seen[-1] > 1.5 * target_kl
+            stopped = epochs.target_kl is not None and kl_seen[-1] > 1.5 * epochs.target_kl
             if stopped:
                 break
-            grad_norms.append(optimizer.clipped_step(max_grad_norm))
+            grad_norms.append(optimizer.clipped_step(epochs.max_grad_norm))
         if stopped:
             break
     means = {name: float(torch.stack([metrics[name] for metrics in epoch]).mean()) for name in epoch[0]}
@@ -111,6 +131,30 @@ def run_epochs(
         "n_updates": len(grad_norms),
         "kl_stopped": float(stopped),
     }
+
+
+def microbatches(policy: Policy, minibatch: Minibatch, epochs: Epochs) -> list[Minibatch]:
+    """Cut a minibatch into pieces that fit the memory, all with the denominator of the whole."""
+    mask = minibatch.batch.mask
+    whole = replace(minibatch, denominator=denominator_of(mask, epochs.weighing, epochs.longest))
+    if epochs.microbatch_tokens is not None and policy.has_memory:
+        pieces = _within_budget(policy.row_lengths(minibatch.batch), epochs.microbatch_tokens, epochs.microbatch_size)
+        return [whole[torch.tensor(rows, device=mask.device)] for rows in pieces]
+    if epochs.microbatch_size is None or epochs.microbatch_size >= len(mask):
+        return [whole]
+    return [whole[rows] for rows in torch.arange(len(mask), device=mask.device).split(epochs.microbatch_size)]
+
+
+def _within_budget(lengths: list[int], budget: int, most_rows: int | None) -> list[list[int]]:
+    """Group rows, longest first, so that rows times the longest of them stays within `budget` (one row at least)."""
+    pieces: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not pieces or len(pieces[-1]) >= room:
+            pieces.append([])
+            room = min(max(1, budget // max(lengths[row], 1)), most_rows or len(lengths))
+        pieces[-1].append(row)
+    return pieces
 
 
 def _accumulate_gradients(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 
@@ -19,27 +20,32 @@ class Batch:
 
     | field          | shape      | symbol        | role                                                       |
     |----------------|------------|---------------|------------------------------------------------------------|
-    | observations   | [B, T, *O] | s_t           | what the policy saw, before its own normalization           |
+    | observations   | [B, T, *O] | s_t           | what the policy saw, before its own normalization; several  |
+    |                |            |               | tensors by their names where it saw several things          |
     | actions        | [B, T, *A] | a_t           | what the policy sampled, before any clipping to the space   |
     | mask           | [B, T]     |               | True where the step is experience                          |
     | rewards        | [B, T]     | r_t           | reward of the step, as scaled for learning                  |
     | log_probs      | [B, T]     | log pi_old    | log-probability of `actions` when they were sampled         |
-    | values         | [B, T]     | V_old(s_t)    | the critic at collection time                               |
+    | values         | [B, T]     | V_old(s_t)    | the critic at collection time; None without a critic        |
     | next_values    | [B, T]     | V_old(s_t+1)  | the critic at the true next observation, the final one      |
     |                |            |               | where an episode ended; zeroed in GAE only by `terminated`  |
     | terminated     | [B, T]     |               | the environment's own end: nothing comes after              |
     | done           | [B, T]     |               | terminated or truncated: the next step is another episode   |
+    | ref_log_probs  | [B, T]     | log pi_ref    | log-probability under the reference; None without one       |
+    | group          | [B]        |               | rows with one number are answers to one prompt; None: none  |
     """
 
-    observations: Shaped[Tensor, "B T *O"]
+    observations: Shaped[Tensor, "B T *O"] | dict[str, Tensor]
     actions: Shaped[Tensor, "B T *A"]
     mask: Bool[Tensor, "B T"]
     rewards: Float[Tensor, "B T"]
     log_probs: Float[Tensor, "B T"]
-    values: Float[Tensor, "B T"]
-    next_values: Float[Tensor, "B T"]
+    values: Float[Tensor, "B T"] | None
+    next_values: Float[Tensor, "B T"] | None
     terminated: Bool[Tensor, "B T"]
     done: Bool[Tensor, "B T"]
+    ref_log_probs: Float[Tensor, "B T"] | None = None
+    group: Int[Tensor, " B"] | None = None
 
     @property
     def n_valid(self) -> int:
@@ -48,18 +54,27 @@ class Batch:
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """Select rows (along B) of every field."""
-        return Batch(**{name: tensor[rows] for name, tensor in self._tensors()})
+        return self._mapped(lambda tensor: tensor[rows])
 
     def as_steps(self) -> Batch:
         """Every valid step as a row of its own: `[n_valid, 1, ...]`, in order of B, then T.
 
         For policies without memory the order of steps carries nothing, so minibatches may be cut anywhere.
+        Groups are about whole rows and fall away.
         """
         keep = self.mask.flatten()
-        return Batch(**{name: tensor.flatten(0, 1)[keep].unsqueeze(1) for name, tensor in self._tensors()})
+        rows = replace(self, group=None)
+        return rows._mapped(lambda tensor: tensor.flatten(0, 1)[keep].unsqueeze(1))
 
-    def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        fields = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                fields[field.name] = {name: change(tensor) for name, tensor in value.items()}
+            else:
+                fields[field.name] = None if value is None else change(value)
+        return Batch(**fields)
 
 
 def minibatch_indices(n_rows: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -6,6 +6,7 @@ The exact divergence between two distributions is a method of the distribution (
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,15 +29,11 @@ def k3(log_probs: Float[Tensor, "*S"], other_log_probs: Float[Tensor, "*S"]) -> 
 
 
 @dataclass(frozen=True)
-class FixedKL:
-    """A KL coefficient that stays what it is."""
+class ReferenceKL:
+    """The KL to a frozen reference as a term of the loss: `coef` times this estimate per step."""
 
     coef: float
-
-    def updated(self, kl: float) -> FixedKL:
-        """Return itself, whatever the KL was."""
-        del kl
-        return self
+    estimator: Literal["k2", "k3"]
 
 
 @dataclass(frozen=True)
@@ -54,3 +51,22 @@ class AdaptiveKL:
         """Return the coefficient for the next iteration, given the mean KL (nats) that the last one reached."""
         factor = 0.5 if kl < self.target / 1.5 else 2.0 if kl > self.target * 1.5 else 1.0
         return replace(self, coef=min(max(self.coef * factor, 1e-6), 1e6))
+
+
+@dataclass(frozen=True)
+class ProportionalKL:
+    """The adaptive coefficient of language models (Ziegler et al. 2019, eq. 2): proportional control of log beta.
+
+        error = clip(KL / target - 1, -0.2, 0.2);   coef *= 1 + error * n / horizon
+
+    n is the number of responses of the iteration, `horizon` the number over which beta may grow by a fifth.
+    """
+
+    coef: float
+    target: float
+    horizon: float = 10_000.0
+
+    def updated(self, kl: float, n_responses: int) -> ProportionalKL:
+        """Return the coefficient for the next iteration, given the mean KL per response (nats)."""
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        return replace(self, coef=self.coef * max(1.0 + error * n_responses / self.horizon, 0.1))

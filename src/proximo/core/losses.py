@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from proximo.core.kl import k3
+from proximo.core.kl import k2, k3
 from proximo.core.masked import masked_mean
 
 
@@ -31,6 +31,8 @@ def clipped_surrogate(
     mask: Bool[Tensor, "B T"],
     *,
     clip_epsilon: float,
+    clip_epsilon_high: float | None = None,
+    dual_clip: float | None = None,
     denominator: float | Tensor | None = None,
 ) -> SurrogateLoss:
     """PPO-Clip policy loss (Schulman et al. 2017, eq. 7), to be minimized.
@@ -41,14 +43,21 @@ def clipped_surrogate(
     Pessimistic: once the ratio has left [1 - eps, 1 + eps] in the direction that A favours, the gradient
     is zero; outside it in the other direction the gradient is whole, so a mistake is always taken back.
     All tensors are [B, T]; steps where `mask` is False count for nothing.
+
+    `clip_epsilon_high`: the upper end of the band is 1 + this ("clip-higher", DAPO, Yu et al. 2025, eq. 8).
+    `dual_clip`: where A < 0 the objective is at least this (> 1) times A, so that one huge ratio cannot
+    dominate (Ye et al. 2020, eq. 5).
     """
     log_ratio = torch.where(mask, log_probs - old_log_probs, 0.0)
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + clip_epsilon)
+    high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
+    clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + high)
     objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
     with torch.no_grad():
-        outside = ((ratio - 1.0).abs() > clip_epsilon).to(ratio.dtype)
+        outside = ((ratio - 1.0 > high) | (1.0 - ratio > clip_epsilon)).to(ratio.dtype)
         approx_kl = masked_mean(_k3_of(log_ratio), mask, denominator=denominator)
         clip_fraction = masked_mean(outside, mask, denominator=denominator)
     return SurrogateLoss(-masked_mean(objective, mask, denominator=denominator), approx_kl, clip_fraction)
@@ -115,3 +124,69 @@ def clipped_value(
     clipped = old_values + (values - old_values).clamp(-clip_epsilon, clip_epsilon)
     worse = torch.maximum((values - returns).square(), (clipped - returns).square())
     return masked_mean(worse, mask, denominator=denominator)
+
+
+def reference_kl_loss(
+    log_probs: Float[Tensor, "B T"],
+    ref_log_probs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    estimator: Literal["k2", "k3"],
+    denominator: float | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Mean estimate of KL(pi || reference) per step, as a term of the loss (Shao et al. 2024, eq. 4, has k3).
+
+    The gradient of k2 is that of the KL itself at samples of the present policy; that of k3 is biased, the
+    more the further the two are apart (Schulman 2020; Tang and Munos 2025). Nats.
+    """
+    log_probs, ref_log_probs = (torch.where(mask, x, 0.0) for x in (log_probs, ref_log_probs))
+    estimate = k2(log_probs, ref_log_probs) if estimator == "k2" else k3(log_probs, ref_log_probs)
+    return masked_mean(estimate, mask, denominator=denominator)
+
+
+def token_nll(
+    log_probs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    denominator: float | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Mean negative log-likelihood per valid token, nats: the loss of supervised fine-tuning."""
+    return -masked_mean(log_probs, mask, denominator=denominator)
+
+
+def pairwise(
+    chosen: Float[Tensor, " P"],
+    rejected: Float[Tensor, " P"],
+    *,
+    margin: Float[Tensor, " P"] | float = 0.0,
+    centring_coef: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Bradley-Terry loss of a reward model on P pairs (Christiano et al. 2017, eq. 1; Touvron et al. 2023, eq. 2).
+
+        loss = mean[ -log sigmoid(r_chosen - r_rejected - margin) + c (r_chosen + r_rejected)^2 ]
+
+    The second term (Eisenstein et al. 2023) keeps rewards around 0: differences alone leave their level free.
+    """
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected - margin)
+    return (loss + centring_coef * (chosen + rejected).square()).mean()
+
+
+def dpo(
+    chosen: Float[Tensor, " P"],
+    rejected: Float[Tensor, " P"],
+    ref_chosen: Float[Tensor, " P"],
+    ref_rejected: Float[Tensor, " P"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7) on P pairs of summed log-probs of responses.
+
+        h    = beta [ (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected) ]
+        loss = mean[ -(1 - s) log sigmoid(h) - s log sigmoid(-h) ]
+
+    `label_smoothing` s is the share of labels taken to be wrong (Mitchell 2023, conservative DPO).
+    """
+    h = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
+    right, wrong = torch.nn.functional.logsigmoid(h), torch.nn.functional.logsigmoid(-h)
+    return -((1.0 - label_smoothing) * right + label_smoothing * wrong).mean()

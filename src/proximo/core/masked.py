@@ -21,9 +21,12 @@ def masked_mean(
     """Sum of `x` where `mask` is True, over `denominator`, or over the number of valid steps without one.
 
     Pass the whole batch's count of valid steps as `denominator` when `x` is only a part of it (a
-    microbatch): the parts then add up to the mean of the whole, however they were cut. Without a single
-    valid step the result is 0.
+    microbatch): the parts then add up to the mean of the whole, however they were cut. A denominator with
+    dimensions (broadcasting against `x`) weighs each place by itself. Without a single valid step the
+    result is 0.
     """
+    if isinstance(denominator, Tensor) and denominator.ndim > 0:
+        return masked_sum(x / denominator, mask)
     count = mask.sum().clamp(min=1) if denominator is None else denominator
     return masked_sum(x, mask) / count
 

@@ -13,19 +13,29 @@ from proximo.core.distributions import Distribution
 
 
 class Evaluation(NamedTuple):
-    """What `policy.evaluate(batch)` returns; every tensor `[B, T]`, `distribution` over `[B, T]`."""
+    """What `policy.evaluate(batch)` returns; every tensor `[B, T]`, `distribution` over `[B, T]`.
+
+    `values` is None without a critic, `distribution` where it would be too large to hold (language models).
+    """
 
     log_probs: Tensor
     entropy: Tensor
-    values: Tensor
-    distribution: Distribution
+    values: Tensor | None
+    distribution: Distribution | None
 
 
 class Policy(Protocol):
     """Anything that can score the actions of a batch."""
 
+    has_memory: bool
+    """Whether a step's score depends on the steps before it, so that rows of a batch must stay whole."""
+
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""
+        ...
+
+    def row_lengths(self, batch: Batch) -> list[int]:
+        """How much work each row is, in steps: what a budget of memory is spent on."""
         ...
 
     def plain(self, batch: Batch) -> PlainActorCritic | None:

@@ -73,6 +73,8 @@ class ActorCritic(nn.Module):
     space), rewards as scaled. `__call__`, `value` and `log_prob` work in the environment's units.
     """
 
+    has_memory = False
+
     observation_mean: Tensor
     observation_variance: Tensor
     observation_count: Tensor
@@ -130,6 +132,10 @@ class ActorCritic(nn.Module):
         distribution = self._distribution(inputs)
         values = self.critic(inputs).squeeze(-1)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
+
+    def row_lengths(self, batch: Batch) -> list[int]:
+        """Every step costs the same."""
+        return [batch.mask.shape[1]] * len(batch.mask)
 
     def plain(self, batch: Batch) -> PlainActorCritic:
         """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them."""

@@ -1,0 +1,1 @@
+"""Small worlds, generated on the spot, in which the demonstrations run without a download."""
