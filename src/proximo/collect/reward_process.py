@@ -243,9 +243,9 @@ def _did_you_mean(names: list[str]) -> str:
 def main(place: str) -> None:
     """Say what the function takes, then answer requests until there are no more."""
     # As in an environment's worker: a scheduler's signals reach every process of a job, and a checkpoint is then
-    # still to be made. Handlers, unlike ignored signals, are not inherited by what the function starts.
-    for number_of_signal in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number_of_signal, lambda *_: None)
+    # still to be made. What the function starts has the usual handlers again, or its pools could not be ended.
+    usual = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    os.register_at_fork(after_in_child=lambda: [signal.signal(s, handler) for s, handler in usual.items()])
     faulthandler.enable()
     incoming, outgoing = _take_pipes()
     requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()

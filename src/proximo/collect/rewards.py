@@ -145,15 +145,16 @@ class FunctionReward:
         process = self._process
         assert process is not None
         request = _as_json(prompts, responses, columns, self._place)
-        answer = None
+        answered = False
         try:
             answer = Answer(**json.loads(process.exchange(request, deadline)))
+            answered = True
         except TimeoutError:
-            return Answer(lost=f"no answer within {self._timeout:g} s")
+            answer = Answer(lost=f"no answer within {self._timeout:g} s")
         except EOFError:
-            return Answer(lost=process.ending())
+            answer = Answer(lost=process.ending())
         finally:
-            if answer is None:  # also when interrupted: a late answer must not be taken for that of the next call
+            if not answered:  # also when interrupted: a late answer must not be taken for that of the next call
                 self._process = None
                 process.end(0.0)
         return answer
