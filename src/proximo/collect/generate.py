@@ -1,0 +1,390 @@
+"""`generate`: let a language model answer prompts, have the answers scored, and hand over a `Batch`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from proximo.collect.data import Prompt, PromptRow, left_padded
+from proximo.collect.rewards import Reward, Scores
+from proximo.core.batch import Batch
+from proximo.core.distributions import Categorical
+from proximo.core.kl import k1
+from proximo.errors import in_range, one_of
+from proximo.models.language import LanguagePolicy, Scored, position_ids
+
+TOKENS_AT_ONCE = 32_768
+"""Tokens, padding counted, that are scored in one forward pass without gradient."""
+
+DROP_SHARE = 0.1
+"""Rows that have finished leave the batch once they are this share of it: leaving costs a copy of the cache."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How responses are sampled, and what their ends mean."""
+
+    max_new_tokens: int = 64
+    """Longest response, its end token counted."""
+    temperature: float = 1.0
+    """Logits are divided by this, in sampling and in every log-probability."""
+    stop: tuple[str, ...] = ()
+    """A response also ends where one of these appears; it is left out of the text that is scored."""
+    stop_at_eos: bool = True
+    """False lets responses run to max_new_tokens, the end token being a token like any other."""
+    truncation: Literal["terminate", "bootstrap", "mask"] = "terminate"
+    """A response cut off by max_new_tokens: `terminate`, nothing comes after it; `bootstrap`, its value goes on by the
+    critic's; `mask`, nothing is learned from it."""
+    missing_eos_penalty: float = 0.0
+    """Subtracted from the score of a response that was cut off."""
+    generation_batch_size: int | None = None
+    """Responses sampled side by side; by default all of an iteration."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        in_range("max_new_tokens", self.max_new_tokens, at_least=1, whole=True, usual="64")
+        in_range("temperature", self.temperature, above=0.0, usual="0.7 to 1.0")
+        in_range("missing_eos_penalty", self.missing_eos_penalty, at_least=0.0, usual="1.0")
+        in_range("generation_batch_size", self.generation_batch_size, optional=True, at_least=1, whole=True, usual="64")
+        one_of("truncation", self.truncation, ("terminate", "bootstrap", "mask"))
+
+
+class Responses(NamedTuple):
+    """Sampled rows: left-padded prompts `[B, P]`, then responses, padded on the right `[B, L]` in all."""
+
+    tokens: Tensor
+    """[B, L] int64."""
+    attention: Tensor
+    """[B, L]: True at real tokens."""
+    response: Tensor
+    """[B, L]: True at the tokens of responses, the end token among them."""
+    log_probs: Tensor
+    """[B, L]: log-probability of each token of a response when it was sampled; 0 elsewhere."""
+    ended: Tensor
+    """[B]: True where a response ended by itself, not at the limit."""
+
+
+class Answers(NamedTuple):
+    """What became of the prompts of one rollout, for people to read; one entry per response."""
+
+    prompts: list[Prompt]
+    texts: list[str]
+    scores: list[float | None]
+    kl_to_reference: list[float] | None
+    """Sum of log pi - log pi_ref over each response, nats."""
+    n_tokens: list[int]
+    ended: list[bool]
+    problems: list[str]
+    """What went wrong with rewards, in words."""
+
+
+@torch.no_grad()
+def sample(
+    policy: LanguagePolicy,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    generator: torch.Generator,
+    *,
+    n_per_prompt: int = 1,
+) -> Responses:
+    """Sample `n_per_prompt` responses to each prompt (token ids), side by side in the order of the prompts.
+
+    Each prompt is read once, whatever the number of responses. Nothing but the temperature is applied to the
+    logits, so that the recorded log-probabilities are those of the policy.
+    """
+    device = next(policy.parameters()).device
+    size = config.generation_batch_size or len(prompts) * n_per_prompt
+    per_pass = max(1, size // n_per_prompt)
+    passes = [
+        _sample_together(policy, tokenizer, prompts[first : first + per_pass], config, generator, n_per_prompt, device)
+        for first in range(0, len(prompts), per_pass)
+    ]
+    return passes[0] if len(passes) == 1 else _joined(passes)
+
+
+def _sample_together(
+    policy: LanguagePolicy,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    generator: torch.Generator,
+    n_per_prompt: int,
+    device: torch.device,
+) -> Responses:
+    prompt_tokens, prompt_attention = (tensor.to(device) for tensor in left_padded(prompts))
+    n_rows, width = len(prompts) * n_per_prompt, prompt_tokens.shape[1]
+    cache = new_cache(policy.actor, width + config.max_new_tokens)
+    is_padded = not bool(prompt_attention.all())
+    ends = end_tokens(policy.actor, tokenizer) if config.stop_at_eos else []
+    ends_tensor = torch.tensor(ends, dtype=torch.long, device=device)
+
+    logits = policy.next_logits(
+        prompt_tokens, prompt_attention.long() if is_padded else None, position_ids(prompt_attention), cache
+    )
+    tokens = torch.zeros(n_rows, width + config.max_new_tokens, dtype=torch.long, device=device)
+    response = torch.zeros_like(tokens, dtype=torch.bool)
+    log_probs = torch.zeros(tokens.shape, device=device)
+    attention = torch.zeros_like(response)
+    tokens[:, :width] = prompt_tokens.repeat_interleave(n_per_prompt, 0)
+    attention[:, :width] = prompt_attention.repeat_interleave(n_per_prompt, 0)
+    attention[:, width:] = True  # of the cache while sampling; made true to the responses at the end
+    lengths = attention[:, :width].sum(1)
+    if n_per_prompt > 1:
+        cache.batch_repeat_interleave(n_per_prompt)
+        logits = logits.repeat_interleave(n_per_prompt, 0)
+
+    rows = torch.arange(n_rows, device=device)  # of those that are still being written
+    running = torch.ones(n_rows, dtype=torch.bool, device=device)  # False: over, and still in the cache
+    ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
+    for step in range(config.max_new_tokens):
+        place = width + step
+        actions = Categorical(logits).sample(generator)
+        writing = rows[running]
+        tokens[rows, place] = actions
+        response[writing, place] = True
+        log_probs[rows, place] = Categorical(logits).log_prob(actions)
+        over = torch.isin(actions, ends_tensor)
+        if config.stop:
+            over |= _has_stop(tokenizer, tokens[rows, width : place + 1], config.stop)
+        ended[rows[over & running]] = True
+        running &= ~over
+        if step + 1 == config.max_new_tokens or not bool(running.any()):
+            break
+        if (~running).sum() >= DROP_SHARE * len(running):
+            cache.batch_select_indices(running.nonzero().squeeze(1))
+            rows, actions = rows[running], actions[running]
+            running = torch.ones_like(rows, dtype=torch.bool)
+        mask = attention[rows, None, None, : place + 1] if is_padded else None
+        logits = policy.next_logits(actions[:, None], mask, (lengths[rows] + step)[:, None], cache)
+
+    used = int(response.any(0).nonzero()[-1]) + 1
+    attention[:, width:] = response[:, width:]
+    return Responses(
+        tokens[:, :used].masked_fill(~attention[:, :used], 0),
+        attention[:, :used],
+        response[:, :used],
+        log_probs[:, :used].masked_fill(~response[:, :used], 0.0),
+        ended,
+    )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which a response ends: the tokenizer's and those of the model's generation settings."""
+    found = {tokenizer.eos_token_id}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found |= set(configured) if isinstance(configured, list) else {configured}
+    return sorted(token for token in found if token is not None)
+
+
+def _has_stop(tokenizer: Any, rows: Tensor, stop: tuple[str, ...]) -> Tensor:
+    texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
+    return torch.tensor([any(word in text for word in stop) for text in texts], device=rows.device)
+
+
+def _joined(passes: list[Responses]) -> Responses:
+    """Put passes of different widths under each other: prompts padded further on the left, responses on the right."""
+    starts = [int(each.response.any(0).nonzero()[0]) for each in passes]
+    left, right = max(starts), max(each.tokens.shape[1] - start for each, start in zip(passes, starts, strict=True))
+
+    def widened(tensor: Tensor, start: int) -> Tensor:
+        pad = (left - start, right - (tensor.shape[1] - start))
+        return torch.nn.functional.pad(tensor, pad)
+
+    columns = [
+        torch.cat([widened(each[index], start) for each, start in zip(passes, starts, strict=True)])
+        for index in range(4)
+    ]
+    return Responses(*columns, torch.cat([each.ended for each in passes]))
+
+
+# --- the batch --------------------------------------------------------------------------------------------------
+
+
+def generate(
+    policy: LanguagePolicy,
+    tokenizer: Any,
+    rows: Sequence[PromptRow],
+    reward: Reward,
+    config: GenerationConfig,
+    generator: torch.Generator,
+    *,
+    n_per_prompt: int = 1,
+    reward_beta: float = 0.0,
+    with_reference: bool = True,
+) -> tuple[Batch, Answers]:
+    """Sample responses, score them, and make the batch that learning takes `[B, T]`; row i answers prompt i // n.
+
+    Step t observes the tokens up to t and acts by the token at t + 1; only the tokens of responses are
+    experience. The score stands at the last token of its response, and `reward_beta` times the k1 estimate of
+    the KL to the reference is subtracted at every token (Ziegler et al. 2019, eq. 2). A response without a
+    score is masked as a whole.
+
+    Args:
+        policy: samples; its reference and critic score.
+        tokenizer: makes text of token ids for the reward.
+        rows: the prompts.
+        reward: scores responses.
+        config: how to sample.
+        generator: draws the tokens.
+        n_per_prompt: responses to each prompt; they form a group.
+        reward_beta: weight of the KL in the reward.
+        with_reference: False asks nothing of the reference (then `reward_beta` must be 0).
+    """
+    responses = sample(policy, tokenizer, [row.token_ids for row in rows], config, generator, n_per_prompt=n_per_prompt)
+    asked = [row for row in rows for _ in range(n_per_prompt)]
+    texts = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), config.stop)
+    scores = _rewarded(reward, tokenizer, asked, texts, responses)
+    scored = _score_in_parts(policy, responses, with_reference=with_reference)
+    log_probs = scored.log_probs if policy.autocast else responses.log_probs
+    batch = _assemble(responses, scored, log_probs, scores.values, config, reward_beta)
+    group = torch.arange(len(rows), device=batch.mask.device).repeat_interleave(n_per_prompt)
+    kl = None
+    if scored.ref_log_probs is not None:
+        kl = torch.where(responses.response, k1(log_probs, scored.ref_log_probs), 0.0).sum(1).tolist()
+    return (
+        Batch(**{**vars(batch), "group": group}),
+        Answers(
+            [row.prompt for row in asked],
+            texts,
+            scores.values,
+            kl,
+            responses.response.sum(1).tolist(),
+            responses.ended.tolist(),
+            scores.problems,
+        ),
+    )
+
+
+def response_texts(tokenizer: Any, responses: Responses, ends: list[int], stop: tuple[str, ...]) -> list[str]:
+    """The text of each response, without its end token, cut before a stop string."""
+    ids = [
+        [token for token in tokens[mask].tolist() if token not in ends]
+        for tokens, mask in zip(responses.tokens, responses.response, strict=True)
+    ]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    for word in stop:
+        texts = [text.split(word)[0] for text in texts]
+    return texts
+
+
+def _rewarded(reward: Reward, tokenizer: Any, asked: list[PromptRow], texts: list[str], responses: Responses) -> Scores:
+    """Scores from the very token ids where the reward reads the same ones, else from the text."""
+    same_tokens = getattr(reward, "same_tokens", None)
+    if same_tokens is not None and same_tokens(tokenizer):
+        values = reward.score_tokens(responses.tokens, responses.attention).tolist()  # type: ignore[attr-defined]
+        finite = [value if abs(value) < float("inf") else None for value in values]
+        return Scores(finite, ["the reward model gave NaN or infinity"] if None in finite else [])
+    names = sorted({name for row in asked for name in row.columns})
+    columns = {name: [row.columns.get(name) for row in asked] for name in names}
+    return reward([row.prompt for row in asked], texts, columns)
+
+
+def _score_in_parts(policy: LanguagePolicy, responses: Responses, *, with_reference: bool) -> Scored:
+    n_rows = max(1, TOKENS_AT_ONCE // responses.tokens.shape[1])
+    parts = [
+        policy.score(tokens, attention, response, with_reference=with_reference)
+        for tokens, attention, response in zip(
+            responses.tokens.split(n_rows),
+            responses.attention.split(n_rows),
+            responses.response.split(n_rows),
+            strict=True,
+        )
+    ]
+    joined = [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(3)]  # type: ignore[misc]
+    assert joined[0] is not None
+    return Scored(joined[0], joined[1], joined[2])
+
+
+def _assemble(
+    responses: Responses,
+    scored: Scored,
+    log_probs: Tensor,
+    scores: list[float | None],
+    config: GenerationConfig,
+    reward_beta: float,
+) -> Batch:
+    """Shift by one: the action of step t is the token at t + 1, and so are its log-prob and reward."""
+    device = responses.tokens.device
+    mask = responses.response[:, 1:]
+    steps = torch.arange(mask.shape[1], device=device)
+    is_last = steps == torch.where(mask, steps, -1).max(1, keepdim=True).values
+    kept = torch.tensor([score is not None for score in scores], device=device)
+    final = torch.tensor([score or 0.0 for score in scores], device=device)
+    final = final - config.missing_eos_penalty * (~responses.ended)
+    over = torch.ones_like(kept)
+    if config.truncation == "mask":
+        kept = kept & responses.ended
+    elif config.truncation == "bootstrap":
+        over = responses.ended
+    rewards = torch.where(is_last, final[:, None], 0.0)
+    ref = scored.ref_log_probs
+    if reward_beta:
+        if ref is None:
+            raise ValueError("a KL in the reward needs the reference")
+        rewards = rewards - reward_beta * torch.where(mask, k1(log_probs[:, 1:], ref[:, 1:]), 0.0)
+    return Batch(
+        observations={"tokens": responses.tokens[:, :-1], "attention": responses.attention[:, :-1]},
+        actions=responses.tokens[:, 1:],
+        mask=mask & kept[:, None],
+        rewards=rewards,
+        log_probs=log_probs[:, 1:],
+        values=None if scored.values is None else scored.values[:, :-1],
+        next_values=None if scored.values is None else scored.values[:, 1:],
+        terminated=is_last & over[:, None],
+        done=is_last,
+        ref_log_probs=None if ref is None else ref[:, 1:],
+    )
+
+
+# --- the cache --------------------------------------------------------------------------------------------------
+
+
+def new_cache(model: Any, capacity: int) -> Any:
+    """A cache of keys and values with room for `capacity` tokens, set aside once.
+
+    Models with other layers than full attention (sliding windows, state spaces) get the one that transformers
+    makes for them.
+    """
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+    class _Layer(DynamicLayer):
+        """Writes into memory set aside for the whole response; hands out the part that is filled."""
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            n_new = key_states.shape[-2]
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.length = 0
+                self.all_keys, self.all_values = (
+                    states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
+                    for states in (key_states, value_states)
+                )
+            self.all_keys[..., self.length : self.length + n_new, :] = key_states
+            self.all_values[..., self.length : self.length + n_new, :] = value_states
+            self.length += n_new
+            self._show()
+            return self.keys, self.values  # type: ignore[return-value]
+
+        def _show(self) -> None:
+            self.keys = self.all_keys[..., : self.length, :]
+            self.values = self.all_values[..., : self.length, :]
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self.all_keys = self.all_keys.repeat_interleave(repeats, 0)
+            self.all_values = self.all_values.repeat_interleave(repeats, 0)
+            self._show()
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
+            self._show()
+
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
+        return DynamicCache(config=config)
+    return Cache(layers=[_Layer() for _ in kinds])

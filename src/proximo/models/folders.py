@@ -1,0 +1,193 @@
+"""Language models from folders and hub ids, and back into folders that every other tool reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proximo.errors import UserError, nearest
+
+INSTALL_LANGUAGE = 'pip install -c constraints.txt -e ".[language]"'
+
+REWARD_SCALE = "proximo_reward_scale"
+"""Entry of a reward model's config.json: `{"mean", "std"}` of its raw scores on responses of the reference policy."""
+
+
+def transformers_module() -> Any:
+    """Import transformers, without its progress bars and advice.
+
+    Raises:
+        UserError: if the extra `language` is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"Language models need the extra 'language' ({error}). {INSTALL_LANGUAGE}") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_tokenizer(place: str | Path) -> Any:
+    """Load the tokenizer of a folder or hub id, padding on the left, nothing cut off.
+
+    Raises:
+        UserError: if there is none.
+    """
+    transformers = transformers_module()
+    tokenizer = _explained(
+        "tokenizer", place, lambda: transformers.AutoTokenizer.from_pretrained(str(place), **_where(place))
+    )
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_causal_lm(place: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:
+    """Load a causal language model, with dropout off for good.
+
+    Raises:
+        UserError: if there is none, or it is a model of another kind.
+    """
+    transformers = transformers_module()
+    _check_head(place, "ForCausalLM", "a causal language model")
+    model = _explained(
+        "model",
+        place,
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, **_where(place)),
+    )
+    return without_dropout(model).to(device)
+
+
+def load_scalar_model(
+    place: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", fresh_head: bool = False
+) -> nn.Module:
+    """Load a model with one number per position: a reward model, or a value network to be.
+
+    `fresh_head` takes the trunk of any causal language model and gives it a head of its own, normal with
+    standard deviation 1 / sqrt(width + 1) (Stiennon et al. 2020; Huang et al. 2024).
+
+    Raises:
+        UserError: if there is none, or it has no head with one output and a fresh one was not asked for.
+    """
+    transformers = transformers_module()
+    if not fresh_head:
+        _check_head(place, "ForSequenceClassification", "a reward model")
+    model = _explained(
+        "model",
+        place,
+        lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
+            str(place), num_labels=1, dtype=dtype, **_where(place)
+        ),
+    )
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise UserError(
+            f"{place} has no linear head `score` with one output, which a reward model of a decoder has. "
+            "Make one with: proximo reward --model MODEL --data PREFERENCES"
+        )
+    if fresh_head:
+        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return without_dropout(model).to(device)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Set every dropout of a model to 0, so that scoring and learning see the same network in any mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "attn_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model.eval()
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a `save_pretrained` folder: weights as safetensors, config, tokenizer.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder, state_dict=state_dict)
+        tokenizer.save_pretrained(folder)
+    except OSError as error:
+        raise UserError(
+            f"The model could not be written to {folder}: {error.strerror or error}. Free some space there, or let "
+            "this user write there."
+        ) from error
+
+
+def context_length(model: Any) -> int | None:
+    """Most tokens that a model can take, where it has a limit."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _where(place: str | Path) -> dict[str, Any]:
+    """Nothing is downloaded for a folder, and no code of a model's own is ever run."""
+    return {"local_files_only": Path(place).is_dir(), "trust_remote_code": False}
+
+
+def _explained(what: str, place: str | Path, load: Any) -> Any:
+    """Load; say in words what went wrong."""
+    folder = Path(place)
+    if not folder.is_dir() and (folder.exists() or str(place).startswith((".", "/", "~")) or str(place).count("/") > 1):
+        raise UserError(f"There is no model folder {place}." + _siblings(folder))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is no model folder: it has no config.json. A model folder is what save_pretrained writes, or "
+            "a run of proximo sft, reward, align or dpo that has come to its end (proximo resume takes it there)."
+        )
+    try:
+        return load()
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"The {what} of {place} needs a package that is not installed: {error}") from error
+    except Exception as error:
+        raise UserError(_words(what, place, error)) from error
+
+
+def _words(what: str, place: str | Path, error: Exception) -> str:
+    said = str(error).strip().split("\n")[0][:300]
+    if Path(place).is_dir():
+        if "trust_remote_code" in str(error):
+            return f"The {what} of {place} runs code of its own, which Proximo never does. Convert it to a known kind."
+        return f"The {what} in {place} could not be loaded: {type(error).__name__}: {said}"
+    offline = any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    reason = "the hub is switched off by HF_HUB_OFFLINE" if offline else "or the hub cannot be reached from here"
+    return (
+        f"There is no folder {place}, and as a hub id it could not be loaded ({reason}): {said}."
+        + _siblings(Path(place))
+        + "\nDownload the model where there is a network (huggingface-cli download), and give its folder."
+    )
+
+
+def _siblings(folder: Path) -> str:
+    parent = folder.parent
+    names = [each.name for each in parent.iterdir() if each.is_dir()] if parent.is_dir() else []
+    close = nearest(folder.name, names)
+    return f" Did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
+
+
+def _check_head(place: str | Path, ending: str, kind: str) -> None:
+    """Refuse a folder whose config names a model with another head, which would be loaded with a random one."""
+    try:
+        config = json.loads((Path(place) / "config.json").read_text())
+        names = config.get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return
+    if names and not any(
+        name.endswith((ending, "LMHeadModel" if ending == "ForCausalLM" else ending)) for name in names
+    ):
+        raise UserError(f"{place} holds {names[0]}, which is not {kind}.")

@@ -1,0 +1,360 @@
+"""A causal language model as a policy: its four roles, and how they share weights.
+
+    policy      samples and learns
+    reference   where the policy began; frozen
+    critic      one value per token; learns (absent for algorithms without one)
+    reward      one score per response; frozen (absent where a function scores)
+
+Sharing is `separate` (a model each), `trunk` (a value head on the policy's own hidden states) or `lora` (one
+frozen base; the policy, the critic and the reward are adapters on it, and the reference is the base alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from proximo.core.batch import Batch
+from proximo.core.policy import Evaluation
+from proximo.errors import UserError
+
+Sharing = Literal["separate", "trunk", "lora"]
+
+LOGITS_AT_ONCE = 2**24
+"""Logits held at a time: the vocabulary projection is cut into pieces of about this many numbers."""
+
+
+class Scored(NamedTuple):
+    """What scoring finds for rows of tokens `[B, L]`; place t is about the token at t, given those before it."""
+
+    log_probs: Tensor
+    """[B, L]: log-probability of each token of a response under the policy; 0 elsewhere."""
+    ref_log_probs: Tensor | None
+    """[B, L]: the same under the reference."""
+    values: Tensor | None
+    """[B, L]: the critic's value of the text up to and with the token at t."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2022) on every linear layer of the base."""
+
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by this over their rank."""
+
+
+class LanguagePolicy(nn.Module):
+    """A language model that acts token by token, with what learning needs beside it.
+
+    Rows are whole texts: a left-padded prompt and a response. In a batch, step t has the tokens up to t as
+    its observation and the token at t + 1 as its action.
+    """
+
+    has_memory = True
+
+    def __init__(
+        self,
+        actor: Any,
+        *,
+        sharing: Sharing,
+        critic: nn.Module | None = None,
+        value_head: nn.Linear | None = None,
+        reference: nn.Module | None = None,
+        temperature: float = 1.0,
+        autocast: bool = False,
+    ) -> None:
+        """Put the roles together; see `build_policy` for making them from folders.
+
+        Args:
+            actor: a causal language model of transformers; with LoRA layers in place for sharing `lora`.
+            sharing: how the roles share weights.
+            critic: a scalar model of its own (sharing `separate`).
+            value_head: from hidden states to a value (sharing `trunk` and `lora`).
+            reference: a frozen model of its own (sharing `separate` and `trunk`); None for none, or for `lora`.
+            temperature: of sampling, in every log-probability.
+            autocast: compute in bfloat16 over float32 weights.
+        """
+        super().__init__()
+        self.actor = actor
+        self.critic = critic
+        self.value_head = value_head
+        self.sharing = sharing
+        self.temperature = temperature
+        self.autocast = autocast
+        self._reference = (reference,)  # in a tuple: it is no part of what learns or is saved
+        self._adapted: list[Any] = _tuner_layers(actor) if sharing == "lora" else []
+        self._plain_head = _head_is_plain(actor)
+
+    # --- what learning asks for ----------------------------------------------------------------------------
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a value network."""
+        return self.critic is not None or self.value_head is not None
+
+    @property
+    def reference(self) -> nn.Module | None:
+        """The frozen model that the policy is held near; the base itself for adapters."""
+        return self.actor if self.sharing == "lora" else self._reference[0]
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Score `batch.actions` under the present weights, with gradient."""
+        assert isinstance(batch.observations, dict)
+        tokens, attention = batch.observations["tokens"], batch.observations["attention"]
+        columns = _used_columns(attention)
+        mask = batch.mask[:, columns]
+        tokens, attention = tokens[:, columns], attention[:, columns]
+        hidden = self._hidden(self.actor, tokens, attention, "policy")
+        scores, entropies = self._token_scores(hidden[mask], batch.actions[:, columns][mask])
+        values = self._values(tokens, attention, hidden)
+        whole = batch.mask
+
+        def spread(found: Tensor) -> Tensor:
+            return torch.zeros(whole.shape, device=found.device).masked_scatter(whole, found.float())
+
+        return Evaluation(spread(scores), spread(entropies), None if values is None else spread(values[mask]), None)
+
+    def row_lengths(self, batch: Batch) -> list[int]:
+        """Tokens per row, from the first of the prompt to the last of the response."""
+        assert isinstance(batch.observations, dict)
+        return batch.observations["attention"].sum(1).tolist()
+
+    def plain(self, batch: Batch) -> None:
+        """A transformer is no plain perceptron."""
+        del batch
+
+    # --- what collecting asks for --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(self, tokens: Tensor, attention: Tensor, response: Tensor, *, with_reference: bool) -> Scored:
+        """Score the responses in rows of tokens `[B, L]`: policy, reference and critic.
+
+        Args:
+            tokens: token ids.
+            attention: True at real tokens.
+            response: True at the tokens of responses.
+            with_reference: False leaves the reference out.
+        """
+        targets = tokens[response]
+        before = response[:, 1:]
+
+        def log_probs_of(model: Any, role: str | None) -> tuple[Tensor, Tensor]:
+            hidden = self._hidden(model, tokens, attention, role)
+            scores, _ = self._token_scores(hidden[:, :-1][before], targets, model=model)
+            return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(response, scores), hidden
+
+        own, hidden = log_probs_of(self.actor, "policy")
+        ref = None
+        if with_reference:
+            if self.reference is None:
+                raise ValueError("there is no reference in memory")
+            ref, _ = log_probs_of(self.reference, None)
+        return Scored(own, ref, self._values(tokens, attention, hidden))
+
+    def next_logits(self, tokens: Tensor, attention: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
+        """Logits `[B, V]` of the token after `tokens` `[B, n]`, at the sampling temperature; extends `cache`."""
+        with self._adapter("policy"), self._precision():
+            output = self.actor(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1].float() / self.temperature
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _hidden(self, model: Any, tokens: Tensor, attention: Tensor, role: str | None) -> Tensor:
+        """Last hidden states `[B, L, H]`, or logits where the model's head is more than a projection."""
+        positions = position_ids(attention)
+        plain = tokens.masked_fill(~attention, 0)  # whatever id stands for padding, the embedding need not know it
+        mask = None if bool(attention.all()) else attention.long()
+        with self._adapter(role), self._precision():
+            if self._plain_head:
+                trunk = model.base_model
+                output = trunk(input_ids=plain, attention_mask=mask, position_ids=positions, use_cache=False)
+                return output.last_hidden_state
+            return model(input_ids=plain, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+    def _token_scores(self, hidden: Tensor, targets: Tensor, model: Any = None) -> tuple[Tensor, Tensor]:
+        head: Callable[[Tensor], Tensor] = (model or self.actor).get_output_embeddings()
+        if not self._plain_head:
+            head = nn.Identity()
+        with self._precision():
+            return token_scores(hidden, head, targets, self.temperature, self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.actor.config.get_text_config().vocab_size)
+
+    def _values(self, tokens: Tensor, attention: Tensor, hidden: Tensor) -> Tensor | None:
+        """Values `[B, L]`, float32."""
+        if self.critic is not None:
+            with self._precision():
+                return scalar_values(self.critic, tokens, attention)
+        if self.value_head is None:
+            return None
+        if self.sharing == "lora":
+            hidden = self._hidden(self.actor, tokens, attention, "value")
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    @contextmanager
+    def _adapter(self, role: str | None) -> Iterator[None]:
+        """Let the adapter of a role be the one in use, or none (the reference)."""
+        for layer in self._adapted:
+            layer._disable_adapters = role is None
+            if role is not None:
+                layer._active_adapter = [role]
+        yield
+
+    def _precision(self) -> Any:
+        if not self.autocast:
+            return nullcontext()
+        return torch.autocast(next(self.actor.parameters()).device.type, torch.bfloat16)
+
+
+def position_ids(attention: Tensor) -> Tensor:
+    """The number of real tokens before each one `[B, L]`: 0 at a prompt's first token, however it is padded."""
+    return (attention.long().cumsum(-1) - attention.long()).clamp(min=0)
+
+
+def scalar_values(model: Any, tokens: Tensor, attention: Tensor) -> Tensor:
+    """The number that a scalar model gives at every position `[B, L]`, float32."""
+    plain = tokens.masked_fill(~attention, 0)
+    mask = None if bool(attention.all()) else attention.long()
+    output = model.base_model(
+        input_ids=plain, attention_mask=mask, position_ids=position_ids(attention), use_cache=False
+    )
+    return model.score(output.last_hidden_state).squeeze(-1).float()
+
+
+def token_scores(
+    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, temperature: float, n_vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution `[N]`, float32, from hidden states `[N, H]`.
+
+    The logits of only so many places at a time are held, and made again in the backward pass, so the memory
+    does not grow with the vocabulary.
+    """
+
+    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = (head(states).float() / temperature).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(-1, wanted.unsqueeze(-1)).squeeze(-1), entropy
+
+    size = max(1, LOGITS_AT_ONCE // max(n_vocabulary, 1))
+    if len(targets) <= size:
+        return part(hidden, targets)
+    pieces = []
+    for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
+        learns = torch.is_grad_enabled()
+        pieces.append(checkpoint(part, states, wanted, use_reentrant=False) if learns else part(states, wanted))
+    scores, entropies = zip(*pieces, strict=True)
+    return torch.cat(scores), torch.cat(entropies)
+
+
+def _used_columns(attention: Tensor) -> slice:
+    """From the first column that holds a real token to the last: the padding of other rows costs nothing here."""
+    used = attention.any(0).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, attention.shape[1])
+
+
+@torch.no_grad()
+def _head_is_plain(model: Any) -> bool:
+    """Whether logits are the output embedding of the last hidden state and nothing more (no soft cap, no scale)."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
+    whole = model(input_ids=ids, use_cache=False).logits
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    return whole.shape == ours.shape and bool(torch.allclose(whole, ours, rtol=1e-4, atol=1e-5))
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------
+
+
+def add_adapter(model: Any, name: str, config: LoraConfig) -> None:
+    """Put a fresh adapter into every linear layer of the trunk, in place; all else is frozen.
+
+    Raises:
+        UserError: if peft is not installed, or the model has no layer that an adapter fits.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            "Adapters need the extra 'language'. pip install -c constraints.txt -e \".[language]\""
+        ) from error
+    settings = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    before = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    first = not _tuner_layers(model)
+    try:
+        peft.inject_adapter_in_model(settings, model, adapter_name=name)
+    except ValueError as error:
+        raise UserError(f"Adapters do not fit this model: {error}") from error
+    for key, parameter in model.named_parameters():
+        is_new = f".{name}." in key and "lora_" in key
+        parameter.requires_grad_(is_new or (not first and parameter in before))
+
+
+def _tuner_layers(model: nn.Module) -> list[Any]:
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return []
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The weights of one adapter, by the names they have in the model."""
+    return {key: value for key, value in model.state_dict().items() if "lora_" in key and f".{name}." in key}
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The weights of the plain model that the base and one adapter amount to; the model itself stays as it is."""
+    deltas = {}
+    for key, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and name in getattr(module, "lora_A", {}):
+            deltas[f"{key}.weight"] = module.get_delta_weight(name)
+    merged = {}
+    for key, value in model.state_dict().items():
+        if "lora_" in key:
+            continue
+        plain = key.replace(".base_layer", "")
+        merged[plain] = value + deltas[plain].to(value.dtype) if plain in deltas else value
+    return merged
+
+
+def enable_gradient_checkpointing(policy: LanguagePolicy) -> None:
+    """Recompute activations in the backward pass instead of holding them, with the adapter they were made with."""
+
+    def recomputed(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        layers = policy._adapted
+        role = layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
+
+        def again(*inner: Any) -> Any:
+            with policy._adapter(role):
+                return function(*inner, **named)
+
+        return checkpoint(again, *arguments, use_reentrant=False)
+
+    for model in (policy.actor, policy.critic):
+        if model is None:
+            continue
+        model.gradient_checkpointing_enable()
+        model.train()  # transformers checkpoints in training mode alone; there is no dropout left to switch on
+        for module in model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                module._gradient_checkpointing_func = recomputed

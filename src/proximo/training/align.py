@@ -1,0 +1,649 @@
+"""The alignment loop: prompts, responses, rewards, update. The learner is the one that learns CartPole."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import nn
+
+from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.algorithms.grpo import GRPO, PAPERS
+from proximo.algorithms.ppo import PPO
+from proximo.collect.data import PromptRow, read_prompts
+from proximo.collect.generate import Answers, GenerationConfig, generate
+from proximo.collect.judge import JudgeReward
+from proximo.collect.reward_model import RewardModel
+from proximo.collect.rewards import CallableReward, FunctionReward, Reward, WeightedReward
+from proximo.core.batch import Batch
+from proximo.core.kl import ProportionalKL, ReferenceKL
+from proximo.errors import UserError, in_range, one_of
+from proximo.models.folders import context_length, load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from proximo.models.language import (
+    LanguagePolicy,
+    LoraConfig,
+    Sharing,
+    add_adapter,
+    enable_gradient_checkpointing,
+    merged_state,
+)
+from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
+from proximo.runs.directory import RunDirectory
+from proximo.runs.metrics import append_metrics, sync_metrics
+
+STAGE = "align"
+
+Metrics = dict[str, Any]
+Algorithm = PPO | GRPO
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": PPO(
+        learning_rate=1e-5,
+        learning_rate_schedule="linear",
+        n_epochs=4,
+        batch_size=64,
+        gamma=1.0,
+        value_coef=0.1,
+        value_clip_epsilon=0.2,
+        max_grad_norm=1.0,
+        update_path="eager",
+    ),
+    **PAPERS,
+}
+"""Settings to begin with, by the names that `--algorithm` takes. PPO's are those of Huang et al. 2024 (gamma 1, lambda
+0.95, 4 epochs, value coefficient 0.1, value clipping 0.2)."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """An AI judge behind an OpenAI-compatible endpoint, for --reward judge."""
+
+    judge_url: str = "http://127.0.0.1:8000/v1"
+    """Address of the endpoint; the key is read from the environment variable OPENAI_API_KEY."""
+    judge_model: str = ""
+    """Name of the model to ask."""
+    judge_rubric: str = ""
+    """A text file that says what counts."""
+    judge_mode: Literal["score", "pair"] = "score"
+    """`score`: each response by itself; `pair`: against another response to the same prompt."""
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Everything that an alignment run needs to be run again."""
+
+    model: str = ""
+    """The model to begin with, a folder or hub id: usually what proximo sft made. It is the reference, too."""
+    reward: tuple[str, ...] = ()
+    """Where scores come from: a reward model's folder, my_file.py:function, package.module:function, or judge; several
+    are added up."""
+    reward_weights: tuple[float, ...] = ()
+    """A weight for each reward; by default 1."""
+    prompts: str = ""
+    """Prompts to answer: a .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
+    algorithm: Annotated[Algorithm, tyro.conf.Suppress] = field(default_factory=lambda: ALGORITHMS["ppo"])
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sharing: Sharing = "separate"
+    """How the roles share weights: `separate`, a model each; `trunk`, a value head on the policy; `lora`, adapters for
+    the policy and the critic on one frozen base, which is the reference."""
+    critic_from: Literal["auto", "reward", "model"] = "auto"
+    """What a separate critic begins as: the reward model, or the model with a new head; `auto` is the reward model
+    where there is one."""
+    beta: float = 0.05
+    """Weight of the KL to the reference; 0 keeps no reference in memory."""
+    beta_control: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` moves beta so that the KL per response comes to beta_target (Ziegler et al. 2019)."""
+    beta_target: float = 6.0
+    """The KL per response (nats) that adaptive beta is steered to."""
+    beta_horizon: float = 10_000.0
+    """Responses over which adaptive beta may grow by a fifth."""
+    kl_in: Literal["reward", "loss_k2", "loss_k3"] = "reward"
+    """Where the KL counts: `reward`, per token, by log pi - log pi_ref; or in the loss, by the estimate named."""
+    n_iterations: int = 100
+    """Rollouts, each followed by an update."""
+    prompts_per_iteration: int = 64
+    """Prompts answered in each rollout."""
+    responses_per_prompt: int | None = None
+    """Responses to each prompt; by default 1 with a critic and 8 without one."""
+    value_pretraining_iterations: int = 0
+    """Rollouts at the beginning after which the critic alone learns (VC-PPO, Yuan et al. 2025)."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; by default what the model's context leaves beside max_new_tokens."""
+    over_long: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of longer prompts: refused before training, left out, or cut on the left."""
+    max_missing_rewards: float = 0.2
+    """The run stops where more than this share of an iteration's responses got no score."""
+    reward_timeout: float = 60.0
+    """Seconds after which a reward function that has not answered is stopped."""
+    n_samples: int = 4
+    """Prompts whose responses are shown and kept in samples.jsonl, the same ones throughout."""
+    samples_every: int = 10
+    """Iterations between two looks at them."""
+    seed: int = 0
+    """Seeds the order of prompts, the sampling, the minibatches and new heads and adapters."""
+    checkpoint_every: int | None = None
+    """Iterations between checkpoints; by default a tenth of n_iterations."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    device: str = "cpu"
+    """Where the models are: cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one per core."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`bfloat16` computes in it over float32 weights; `auto` is float32 on the CPU and bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    debug: bool = False
+    """Check at each iteration that every probability ratio is 1 before the first update."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        in_range("beta", self.beta, at_least=0.0, usual="0.05")
+        in_range("beta_target", self.beta_target, above=0.0, usual="6.0")
+        in_range("beta_horizon", self.beta_horizon, above=0.0, usual="10000")
+        for name in ("n_iterations", "prompts_per_iteration", "keep_checkpoints", "samples_every"):
+            in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(AlignConfig, name)))
+        for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every"):
+            in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
+        for name in ("seed", "threads", "n_samples", "value_pretraining_iterations"):
+            in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
+        in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
+        in_range("reward_timeout", self.reward_timeout, above=0.0, usual="60")
+        one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
+        one_of("kl_in", self.kl_in, ("reward", "loss_k2", "loss_k3"))
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise UserError(
+                f"There are {len(self.reward)} rewards and {len(self.reward_weights)} reward_weights. Give one each."
+            )
+        if self.n_per_prompt < 2 and isinstance(self.algorithm, GRPO):
+            raise UserError("responses_per_prompt is 1, but without a critic responses are compared: set 8, say.")
+        if self.algorithm.batch_size > self.responses_per_iteration:
+            raise UserError(
+                f"batch_size is {self.algorithm.batch_size}, but an iteration has only {self.responses_per_iteration} "
+                f"responses ({self.prompts_per_iteration} prompts x {self.n_per_prompt}). Set batch_size to at most "
+                f"{self.responses_per_iteration}, or prompts_per_iteration higher."
+            )
+        if self.value_pretraining_iterations and (self.sharing == "trunk" or isinstance(self.algorithm, GRPO)):
+            raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
+
+    @property
+    def n_per_prompt(self) -> int:
+        """Responses to each prompt."""
+        return self.responses_per_prompt or (8 if isinstance(self.algorithm, GRPO) else 1)
+
+    @property
+    def responses_per_iteration(self) -> int:
+        """Rows of one rollout."""
+        return self.prompts_per_iteration * self.n_per_prompt
+
+    @property
+    def autocast(self) -> bool:
+        """Whether to compute in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and self.device.startswith("cuda"))
+
+
+@dataclass
+class AlignState:
+    """Everything that changes while an alignment run goes on, and what it was made from."""
+
+    policy: LanguagePolicy
+    tokenizer: Any
+    prompts: list[PromptRow]
+    reward: Reward
+    optimizer: FlatAdam
+    sampling: torch.Generator
+    shuffling: torch.Generator
+    beta: float
+    iteration: int = 0
+    n_prompts_used: int = 0
+    n_responses: int = 0
+    n_tokens: int = 0
+    seconds: float = 0.0
+    saved_at: int = 0
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """The latest look at the fixed prompts, for whoever shows it."""
+
+
+# --- the beginning ----------------------------------------------------------------------------------------------
+
+
+def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> AlignState:
+    """Check the data, load the models, and make the state before the first prompt.
+
+    `reward` is a function of the caller's, in place of `config.reward`.
+
+    Raises:
+        UserError: for whatever is missing or does not fit, before any weights are loaded where possible.
+    """
+    if not config.model or not config.prompts:
+        missing = "model" if not config.model else "prompts"
+        raise UserError(f"align needs {missing}: proximo align --model MODEL --reward REWARD --prompts FILE")
+    tokenizer = load_tokenizer(config.model)
+    prompts = read_prompts(
+        Path(config.prompts), tokenizer, max_tokens=config.max_prompt_tokens, over_long=config.over_long
+    )
+    source = CallableReward(reward, timeout=config.reward_timeout) if reward is not None else _reward(config)
+    policy = build_policy(config)
+    _check_context(config, policy, prompts)
+    streams = torch.Generator().manual_seed(config.seed)
+    sampling, shuffling = (int(torch.randint(2**62, (), generator=streams)) for _ in range(2))
+    return AlignState(
+        policy=policy,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        reward=source,
+        optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
+        sampling=torch.Generator(config.device).manual_seed(sampling),
+        shuffling=torch.Generator().manual_seed(shuffling),
+        beta=config.beta,
+    )
+
+
+def build_policy(config: AlignConfig) -> LanguagePolicy:
+    """Load the roles as the config shares them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # of new heads and adapters: libraries draw them from the global generator
+        actor: Any = load_causal_lm(config.model, device=config.device)
+        width = actor.config.get_text_config().hidden_size
+        critic = value_head = reference = None
+        wants_critic = isinstance(config.algorithm, PPO)
+        if config.sharing == "lora":
+            add_adapter(actor, "policy", config.lora)
+            if wants_critic:
+                add_adapter(actor, "value", config.lora)
+        else:
+            actor.requires_grad_(True)
+            if config.beta > 0:
+                reference = load_causal_lm(config.model, device=config.device).requires_grad_(False)
+        if wants_critic and config.sharing == "separate":
+            critic = _critic(config)
+        elif wants_critic:
+            value_head = nn.Linear(width, 1, device=config.device)
+            nn.init.zeros_(value_head.weight)
+            nn.init.zeros_(value_head.bias)
+    policy = LanguagePolicy(
+        actor,
+        sharing=config.sharing,
+        critic=critic,
+        value_head=value_head,
+        reference=reference,
+        temperature=config.generation.temperature,
+        autocast=config.autocast,
+    )
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(policy)
+    return policy
+
+
+def _critic(config: AlignConfig) -> nn.Module:
+    """A value network of its own: from the reward model where there is one, else from the policy's own weights."""
+    folders = [place for place in config.reward if _is_reward_model(place)]
+    if config.critic_from == "reward" and not folders:
+        raise UserError("critic_from is 'reward', but no reward is a model. Use critic_from 'model'.")
+    if folders and config.critic_from != "model":
+        critic = load_scalar_model(folders[0], device=config.device)
+    else:
+        critic = load_scalar_model(config.model, device=config.device, fresh_head=True)
+        nn.init.zeros_(critic.score.weight)  # type: ignore[union-attr, arg-type]
+    return critic.requires_grad_(True)
+
+
+def _is_reward_model(place: str) -> bool:
+    return place != "judge" and ":" not in place
+
+
+def _reward(config: AlignConfig) -> Reward:
+    if not config.reward:
+        raise UserError(
+            "align needs a reward: --reward FOLDER (a reward model), --reward my_file.py:score (a function), or "
+            "--reward judge."
+        )
+    rewards = [_one_reward(config, place) for place in config.reward]
+    if len(rewards) == 1 and not config.reward_weights:
+        return rewards[0]
+    return WeightedReward(rewards, config.reward_weights or [1.0] * len(rewards))
+
+
+def _one_reward(config: AlignConfig, place: str) -> Reward:
+    if place == "judge":
+        judge = config.judge
+        if not judge.judge_model or not judge.judge_rubric:
+            raise UserError("--reward judge needs --judge-model NAME and --judge-rubric FILE (and --judge-url).")
+        return JudgeReward(judge.judge_url, judge.judge_model, Path(judge.judge_rubric), mode=judge.judge_mode)
+    if _is_reward_model(place):
+        return RewardModel(place, device=config.device)
+    return FunctionReward(place, timeout=config.reward_timeout)
+
+
+def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> None:
+    limit = context_length(policy.actor)
+    longest = max(len(row.token_ids) for row in prompts)
+    new = config.generation.max_new_tokens
+    if limit is not None and longest + new > limit:
+        advice = f"max_new_tokens to at most {limit - longest}" if longest < limit else "shorter prompts"
+        raise UserError(
+            f"The model's context is {limit} tokens, but the longest prompt ({longest} tokens) and max_new_tokens "
+            f"({new}) come to {longest + new}. Set {advice}, or max_prompt_tokens {max(1, limit - new)} with over_long "
+            "drop or truncate."
+        )
+    ids = max(max(row.token_ids) for row in prompts)
+    vocabulary = policy.actor.config.get_text_config().vocab_size
+    if ids >= vocabulary:
+        raise UserError(
+            f"The tokenizer of {config.model} gives the token id {ids}, but the model knows only {vocabulary}: the two "
+            "do not belong together."
+        )
+
+
+def plan(config: AlignConfig, state: AlignState) -> dict[str, str]:
+    """What will be done, and what it takes, in words."""
+    learner = "PPO with a critic"
+    if isinstance(config.algorithm, GRPO):
+        learner = f"critic-free, baseline {config.algorithm.baseline}, loss over {config.algorithm.weighing}"
+    kl = f"beta {config.beta:g} ({config.beta_control}), in the {config.kl_in.replace('_', ', ')}"
+    longest = max(len(row.token_ids) for row in state.prompts)
+    return {
+        "model": f"{config.model}   ({_count(state.policy.actor)} parameters)",
+        "algorithm": f"{learner}, {config.n_iterations} iterations of {config.prompts_per_iteration} prompts x "
+        f"{config.n_per_prompt}, seed {config.seed}",
+        "prompts": f"{len(state.prompts):,} from {config.prompts}, longest {longest} tokens",
+        "reward": " + ".join(config.reward) or state.reward.name,
+        "KL": kl if config.beta else "beta 0: no reference in memory",
+        "memory": memory_in_words(state.policy, state.reward),
+    }
+
+
+def memory_in_words(policy: LanguagePolicy, reward: Reward) -> str:
+    """How much each role's weights take, with what learning adds: gradient and two moments for each that learns."""
+    learning = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+
+    def size(module: nn.Module | None) -> float:
+        return 0.0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
+
+    head = size(policy.value_head)
+    roles = {"policy": size(policy.actor)}
+    if policy.sharing == "lora":
+        roles = {"base with adapters (policy, critic; reference is the base)": size(policy.actor) + head}
+    else:
+        roles["reference"] = size(policy.reference) if policy.reference is not None else 0.0
+        roles["critic"] = size(policy.critic) + head
+    roles["reward"] = size(getattr(reward, "model", None))
+    roles["gradients and Adam"] = 3 * learning / 2**20
+    used = {name: number for name, number in roles.items() if number}
+    return ", ".join(f"{name} {number:,.1f} MiB" for name, number in used.items()) + (
+        f": {sum(used.values()):,.1f} MiB, activations not counted"
+    )
+
+
+def _count(model: nn.Module) -> str:
+    number = sum(parameter.numel() for parameter in model.parameters())
+    return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number:,}"
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+def iterate(config: AlignConfig, run: RunDirectory, state: AlignState) -> Iterator[Metrics]:
+    """Train to the last iteration, yielding the metrics of each one once they are written.
+
+    Raises:
+        UserError: if too many responses get no score, or the update becomes non-finite.
+    """
+    while not finished(config, state):
+        began = time.perf_counter()
+        batch, answers = _collect(config, state)
+        _check_answers(config, state, answers)
+        collected = time.perf_counter()
+        if config.debug:
+            _check_ratios(state.policy, batch)
+        try:
+            metrics = _update(config, state, batch)
+        except NonFiniteUpdateError as error:
+            raise UserError(_non_finite_message(config, state, error)) from error
+        state.iteration += 1
+        state.n_responses += len(answers.texts)
+        state.n_tokens += sum(answers.n_tokens)
+        updated = time.perf_counter()
+        row = _row(config, state, batch, answers) | metrics | _clocks(state, answers, began, collected, updated)
+        if config.beta_control == "adaptive" and row["kl_to_reference"] is not None:
+            control = ProportionalKL(state.beta, config.beta_target, config.beta_horizon)
+            state.beta = control.updated(row["kl_to_reference"], len(answers.texts)).coef
+        append_metrics(run.metrics_path, row)
+        if config.n_samples and (state.iteration % config.samples_every == 0 or finished(config, state)):
+            state.samples = look(config, state)
+            _keep_samples(run.path / "samples.jsonl", state)
+        if finished(config, state) or state.iteration - state.saved_at >= _checkpoint_interval(config):
+            save(config, run, state)
+        yield row
+
+
+def finished(config: AlignConfig, state: AlignState) -> bool:
+    """Whether the last iteration is done."""
+    return state.iteration >= config.n_iterations
+
+
+def next_prompts(n: int, used: int, count: int, seed: int) -> list[int]:
+    """Numbers of the next `count` of `n` prompts after `used`: all of them in a fresh random order per pass."""
+    passes = range(used // n, (used + count - 1) // n + 1)
+    order = [number for one_pass in passes for number in _order(n, seed, one_pass)]
+    first = used - passes[0] * n
+    return order[first : first + count]
+
+
+def _order(n: int, seed: int, one_pass: int) -> list[int]:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + one_pass) % 2**63)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def _collect(config: AlignConfig, state: AlignState) -> tuple[Batch, Answers]:
+    count = config.prompts_per_iteration
+    chosen = next_prompts(len(state.prompts), state.n_prompts_used, count, config.seed)
+    state.n_prompts_used += count
+    return generate(
+        state.policy,
+        state.tokenizer,
+        [state.prompts[number] for number in chosen],
+        state.reward,
+        config.generation,
+        state.sampling,
+        n_per_prompt=config.n_per_prompt,
+        reward_beta=state.beta if config.kl_in == "reward" else 0.0,
+        with_reference=config.beta > 0,
+    )
+
+
+def _update(config: AlignConfig, state: AlignState, batch: Batch) -> Metrics:
+    remaining = 1.0 - state.iteration / config.n_iterations
+    reference_kl = None
+    if config.kl_in != "reward" and config.beta > 0:
+        reference_kl = ReferenceKL(state.beta, "k2" if config.kl_in == "loss_k2" else "k3")
+    common = (state.policy, state.optimizer, batch, state.shuffling)
+    if isinstance(config.algorithm, PPO):
+        algorithm = config.algorithm.at(remaining, config.algorithm.kl_coef)
+        learn_policy = state.iteration >= config.value_pretraining_iterations
+        metrics = algorithm.update(
+            *common, reference_kl=reference_kl if learn_policy else None, learn_policy=learn_policy
+        )
+        return metrics | {"learning_rate": algorithm.learning_rate}
+    grpo = config.algorithm.at(remaining)
+    metrics = grpo.update(*common, longest=config.generation.max_new_tokens, reference_kl=reference_kl)
+    return metrics | {"learning_rate": grpo.learning_rate}
+
+
+def _check_answers(config: AlignConfig, state: AlignState, answers: Answers) -> None:
+    """Stop where too many scores are missing, or none tells responses apart at the very beginning."""
+    missing = sum(score is None for score in answers.scores)
+    said = "\n".join(answers.problems[:5])
+    if missing > config.max_missing_rewards * len(answers.scores):
+        raise UserError(
+            f"In iteration {state.iteration + 1}, {missing} of {len(answers.scores)} responses got no score, more than "
+            f"max_missing_rewards ({config.max_missing_rewards:g}) allows. The last checkpoint is sound. The reward "
+            f"says:\n{said}"
+        )
+    scores = {score for score in answers.scores if score is not None}
+    if state.iteration == 0 and len(scores) == 1 and len(answers.scores) >= 8:
+        raise UserError(
+            f"Every one of the first {len(answers.scores)} responses got the same score, {scores.pop():g}: there is "
+            "nothing to learn from. Mend the reward (does it read the right column? is the task too hard for the "
+            "model to succeed even once?)."
+        )
+
+
+def _check_ratios(policy: LanguagePolicy, batch: Batch) -> None:
+    with torch.no_grad():
+        log_ratio = policy.evaluate(batch).log_probs - batch.log_probs
+    error = float(log_ratio.expm1().abs()[batch.mask].max()) if bool(batch.mask.any()) else 0.0
+    limit = 0.05 if policy.autocast else 1e-3
+    if not error < limit:
+        raise AssertionError(f"before the first update a probability ratio is {1 + error}, not 1")
+
+
+def _row(config: AlignConfig, state: AlignState, batch: Batch, answers: Answers) -> Metrics:
+    scores = [score for score in answers.scores if score is not None]
+    n = len(answers.texts)
+    kl = answers.kl_to_reference
+    return {
+        "iteration": state.iteration,
+        "n_iterations": config.n_iterations,
+        "n_responses": state.n_responses,
+        "reward_mean": sum(scores) / len(scores) if scores else None,
+        "reward_std": float(torch.tensor(scores, dtype=torch.float64).std(correction=0)) if scores else None,
+        "rewards_missing": n - len(scores),
+        "kl_to_reference": None if kl is None else sum(kl) / n,
+        "beta": state.beta,
+        "response_length_mean": sum(answers.n_tokens) / n,
+        "eos_fraction": sum(answers.ended) / n,
+        "advantage_rows": float(batch.mask.any(1).float().mean()),
+    }
+
+
+def _clocks(state: AlignState, answers: Answers, began: float, collected: float, updated: float) -> Metrics:
+    state.seconds += updated - began
+    return {
+        "seconds": state.seconds,
+        "tokens_per_second": sum(answers.n_tokens) / max(updated - began, 1e-9),
+        "seconds_collecting": collected - began,
+        "seconds_updating": updated - collected,
+    }
+
+
+@torch.no_grad()
+def look(config: AlignConfig, state: AlignState) -> list[dict[str, Any]]:
+    """Answer the first few prompts, always with the same seed, and score the answers; training is not touched."""
+    rows = state.prompts[: config.n_samples]
+    device = next(state.policy.parameters()).device
+    _, answers = generate(
+        state.policy,
+        state.tokenizer,
+        rows,
+        state.reward,
+        replace(config.generation, generation_batch_size=None),
+        torch.Generator(device).manual_seed(config.seed),
+        n_per_prompt=2 if config.judge.judge_mode == "pair" and "judge" in config.reward else 1,
+        with_reference=config.beta > 0,
+    )
+    kl: Sequence[float | None] = answers.kl_to_reference or [None] * len(answers.texts)
+    return [
+        {"iteration": state.iteration, "prompt": prompt, "response": text, "score": score, "kl": distance}
+        for prompt, text, score, distance in zip(answers.prompts, answers.texts, answers.scores, kl, strict=True)
+    ]
+
+
+def _keep_samples(path: Path, state: AlignState) -> None:
+    """Write the samples down once, also where a resumed run comes by the same iteration again."""
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in known if json.loads(line)["iteration"] < state.iteration]
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in state.samples]
+    path.write_text("\n".join([*kept, *lines]) + "\n", encoding="utf-8")
+
+
+def _non_finite_message(config: AlignConfig, state: AlignState, error: NonFiniteUpdateError) -> str:
+    return (
+        f"Learning broke down in iteration {state.iteration + 1}: {error}. The step was not taken; the weights are "
+        "finite, and the last checkpoint is sound.\n"
+        f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
+        "float32, a higher beta."
+    )
+
+
+# --- the end, and between -----------------------------------------------------------------------------------------
+
+
+def _checkpoint_interval(config: AlignConfig) -> int:
+    return config.checkpoint_every or max(1, math.ceil(config.n_iterations / 10))
+
+
+def save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
+    """Write a checkpoint: what learns, and everything that decides what comes next."""
+    state.saved_at = state.iteration
+    learning = {name: p for name, p in state.policy.named_parameters() if p.requires_grad}
+    tensors = {
+        "policy": {name: parameter.detach() for name, parameter in learning.items()},
+        "optimizer": state.optimizer.state_dict(),
+        "generators": {"sampling": state.sampling.get_state(), "shuffling": state.shuffling.get_state()},
+    }
+    described = {name: getattr(state, name) for name in _COUNTERS} | {"stage": STAGE}
+    described["reference"] = _fingerprint(state.policy)
+    sync_metrics(run.metrics_path)
+    save_checkpoint(run.checkpoints, state.iteration, tensors, described)
+    prune_checkpoints(run.checkpoints, config.keep_checkpoints)
+
+
+_COUNTERS = ("beta", "iteration", "n_prompts_used", "n_responses", "n_tokens", "seconds", "saved_at")
+
+
+def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., Any] | None = None) -> AlignState:
+    """The state of a checkpoint."""
+    state = start(config, reward)
+    if checkpoint.state.get("reference") != _fingerprint(state.policy):
+        raise UserError(
+            f"{config.model} is not the model that this run began with: its weights differ. Bring them back, for they "
+            "are the reference, or begin a new run."
+        )
+    learning = {name: p for name, p in state.policy.named_parameters() if p.requires_grad}
+    saved = checkpoint.tensors["policy"]
+    if saved.keys() != learning.keys() or any(saved[name].shape != p.shape for name, p in learning.items()):
+        raise UserError(
+            f"{checkpoint.path} does not fit this run's config.toml: its weights are of other names or shapes. Bring "
+            "model, sharing and lora_rank back to what they were, or begin a new run."
+        )
+    with torch.no_grad():
+        for name, parameter in learning.items():
+            parameter.copy_(saved[name])
+    state.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+    state.sampling.set_state(checkpoint.tensors["generators"]["sampling"])
+    state.shuffling.set_state(checkpoint.tensors["generators"]["shuffling"])
+    for name in _COUNTERS:
+        setattr(state, name, checkpoint.state[name])
+    return state
+
+
+@torch.no_grad()
+def _fingerprint(policy: LanguagePolicy) -> list[float] | None:
+    """A number per frozen tensor of the reference: the sum of its elements with alternating weights, in float64."""
+    reference = policy.reference
+    if reference is None:
+        return None
+    tensors = [p for name, p in sorted(reference.named_parameters()) if "lora_" not in name]
+    return [float((p.double().flatten() * _ramp(p)).sum()) for p in tensors]
+
+
+def _ramp(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(1.0, 2.0, parameter.numel(), dtype=torch.float64, device=parameter.device)
+
+
+def finish(config: AlignConfig, run: RunDirectory, state: AlignState) -> dict[str, str]:
+    """Write the model into the run directory itself, as `save_pretrained` does; return facts about the result."""
+    weights = merged_state(state.policy.actor, "policy") if config.sharing == "lora" else None
+    save_model(run.path, state.policy.actor, state.tokenizer, weights)
+    state.reward.close()
+    return {"model": f"{run.path} (AutoModelForCausalLM.from_pretrained loads it)"}
