@@ -164,16 +164,6 @@ class AlignConfig:
             raise UserError(
                 f"There are {len(self.reward)} rewards and {len(self.reward_weights)} reward_weights. Give one each."
             )
-        if self.n_per_prompt < 2 and isinstance(self.algorithm, GRPO):
-            raise UserError("responses_per_prompt is 1, but without a critic responses are compared: set 8, say.")
-        if self.algorithm.batch_size > self.responses_per_iteration:
-            raise UserError(
-                f"batch_size is {self.algorithm.batch_size}, but an iteration has only {self.responses_per_iteration} "
-                f"responses ({self.prompts_per_iteration} prompts x {self.n_per_prompt}). Set batch_size to at most "
-                f"{self.responses_per_iteration}, or prompts_per_iteration higher."
-            )
-        if self.value_pretraining_iterations and (self.sharing == "trunk" or isinstance(self.algorithm, GRPO)):
-            raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
 
     @property
     def n_per_prompt(self) -> int:
@@ -224,6 +214,7 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
     Raises:
         UserError: for whatever is missing or does not fit, before any weights are loaded where possible.
     """
+    _check_together(config)
     if not config.model or not config.prompts:
         missing = "model" if not config.model else "prompts"
         raise UserError(f"align needs {missing}: proximo align --model MODEL --reward REWARD --prompts FILE")
@@ -231,7 +222,7 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
     prompts = read_prompts(
         Path(config.prompts), tokenizer, max_tokens=config.max_prompt_tokens, over_long=config.over_long
     )
-    source = CallableReward(reward, timeout=config.reward_timeout) if reward is not None else _reward(config)
+    source = CallableReward(reward, timeout=config.reward_timeout) if reward is not None else reward_of(config)
     policy = build_policy(config)
     _check_context(config, policy, prompts)
     streams = torch.Generator().manual_seed(config.seed)
@@ -246,6 +237,21 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         shuffling=torch.Generator().manual_seed(shuffling),
         beta=config.beta,
     )
+
+
+def _check_together(config: AlignConfig) -> None:
+    """Refuse settings that are possible each by itself."""
+    if config.n_per_prompt < 2 and isinstance(config.algorithm, GRPO):
+        raise UserError("responses_per_prompt is 1, but without a critic responses are compared: set 8, say.")
+
+    if config.algorithm.batch_size > config.responses_per_iteration:
+        raise UserError(
+            f"batch_size is {config.algorithm.batch_size}, but an iteration has only {config.responses_per_iteration} "
+            f"responses ({config.prompts_per_iteration} prompts x {config.n_per_prompt}). Set batch_size to at most "
+            f"{config.responses_per_iteration}, or prompts_per_iteration higher."
+        )
+    if config.value_pretraining_iterations and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
+        raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
 
 
 def build_policy(config: AlignConfig) -> LanguagePolicy:
@@ -301,7 +307,12 @@ def _is_reward_model(place: str) -> bool:
     return place != "judge" and ":" not in place
 
 
-def _reward(config: AlignConfig) -> Reward:
+def reward_of(config: AlignConfig) -> Reward:
+    """The rewards that a config names, added up.
+
+    Raises:
+        UserError: if none is named, or one cannot be had.
+    """
     if not config.reward:
         raise UserError(
             "align needs a reward: --reward FOLDER (a reward model), --reward my_file.py:score (a function), or "

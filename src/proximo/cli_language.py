@@ -1,0 +1,359 @@
+"""The commands about language models: sft, reward, align, dpo, sample, chat, and their evaluation."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from proximo.errors import UserError
+from proximo.language import (
+    StageRun,
+    config_class,
+    config_of,
+    read_stage_config,
+    resume_stage,
+    run_stage,
+    stage_module,
+)
+from proximo.runs.directory import RunDirectory
+from proximo.stage_display import StageDisplay
+
+EXIT_DONE, EXIT_INTERRUPTED = 0, 130
+
+SUMMARIES = {
+    "sft": "Fine-tune a causal language model on texts, completions or conversations.",
+    "reward": "Train a reward model on preferences.",
+    "align": "Optimize a language model against rewards, near where it began.",
+    "dpo": "Optimize a language model on preferences directly.",
+}
+
+
+@dataclass(frozen=True)
+class _Output:
+    config: Path | None = None
+    """A TOML file of settings; flags go over it."""
+    run_dir: Path | None = None
+    """Where to write; by default a new folder runs/STAGE/TIME-seedSEED."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+def stage_command(stage: str, words: list[str]) -> int:
+    """`proximo sft | reward | align | dpo [--config FILE.toml] [flags]`: flags go over the file."""
+    file = _last_value(words, "--config")
+    from_file = _read_toml(Path(file)) if file else {}
+    from_file.pop("stage", None)
+    algorithm = None
+    if stage == "align":
+        named = _last_value(words, "--algorithm")
+        words = _without(words, "--algorithm")
+        algorithm = named or from_file.pop("algorithm", "ppo")
+        from_file["algorithm"] = algorithm
+    base = config_of(stage, from_file, where=file or f"proximo {stage}")
+    given, config = _parse_stage(stage, words, base)
+    display = StageDisplay.choose(quiet=given.quiet)
+    return finish_stage(run_stage(stage, config, display, given.run_dir), display, as_json=given.json)
+
+
+def _parse_stage(stage: str, words: list[str], base: Any) -> tuple[_Output, Any]:
+    """Flags for every setting of the stage, and of the algorithm chosen."""
+    settings_type = config_class(stage)
+    fields: list[Any] = [
+        ("settings", Annotated[settings_type, tyro.conf.OmitArgPrefixes], field(default=base)),
+        ("output", Annotated[_Output, tyro.conf.OmitArgPrefixes], field(default_factory=_Output)),
+    ]
+    if stage == "align":
+        kind = type(base.algorithm)
+        fields.insert(1, ("learner", Annotated[kind, tyro.conf.OmitArgPrefixes], field(default=base.algorithm)))
+    arguments = _dataclass_of(f"{stage.capitalize()}Arguments", fields)
+    extra = " --algorithm ppo | grpo | dr_grpo | dapo | rloo chooses the algorithm." if stage == "align" else ""
+    given: Any = tyro.cli(arguments, args=words, prog=f"proximo {stage}", description=SUMMARIES[stage] + extra)
+    config = replace(given.settings, algorithm=given.learner) if stage == "align" else given.settings
+    return given.output, config
+
+
+def _dataclass_of(name: str, fields: list[Any]) -> Any:
+    from dataclasses import make_dataclass
+
+    return make_dataclass(name, fields, frozen=True)
+
+
+def resume_command(run: Path, *, allow_import: bool, quiet: bool, as_json: bool) -> int:
+    """`proximo resume RUN` for a language run."""
+    display = StageDisplay.choose(quiet=quiet)
+    return finish_stage(resume_stage(run, display, allow_import=allow_import), display, as_json=as_json)
+
+
+def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> int:
+    """Show the result, and say what may be typed next."""
+    path = str(run.path)
+    if run.interrupted_by is not None:
+        facts = {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
+        display.result(facts, [f"proximo resume {path}"])
+    else:
+        display.result(run.facts, _next(run.stage, path, run.config))
+    if as_json:
+        numbers = {name: value for name, value in run.metrics.items() if isinstance(value, int | float | None)}
+        row = {"run": path, "stage": run.stage, "interrupted": run.interrupted_by is not None} | numbers
+        print(json.dumps(row))
+    if run.interrupted_by is None:
+        return EXIT_DONE
+    return EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by
+
+
+def _next(stage: str, path: str, config: Any) -> list[str]:
+    if stage == "sft":
+        return [
+            f"proximo chat {path}",
+            f"proximo reward --model {path} --data PREFERENCES.jsonl",
+            f"proximo align --model {path} --reward REWARD --prompts PROMPTS.jsonl",
+        ]
+    if stage == "reward":
+        return [f"proximo align --model {config.model} --reward {path} --prompts PROMPTS.jsonl"]
+    rewards = " ".join(getattr(config, "reward", ())) or "REWARD"
+    prompts = getattr(config, "prompts", "") or "PROMPTS.jsonl"
+    return [
+        f"proximo chat {path}",
+        f"proximo evaluate {path} --against {config.model} --reward {rewards} --prompts {prompts}",
+    ]
+
+
+# --- sample, chat, evaluate -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SampleArguments:
+    """Let a model answer prompts; one JSON object per response on standard output."""
+
+    model: tyro.conf.Positional[str]
+    """A model folder, a run, or a hub id."""
+    prompts: Path
+    """A .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
+    n: int = 1
+    """Responses to each prompt."""
+    max_new_tokens: int = 128
+    """Longest response, in tokens."""
+    temperature: float = 1.0
+    """Of sampling; below 1 is more predictable."""
+    stop: tuple[str, ...] = ()
+    """A response also ends where one of these appears."""
+    seed: int = 0
+    """Fixes the responses."""
+    device: str = "cpu"
+    """Where the model is."""
+
+
+def sample_command(words: list[str]) -> int:
+    """`proximo sample MODEL --prompts FILE`."""
+    from proximo.collect.data import read_prompts
+    from proximo.collect.generate import GenerationConfig
+    from proximo.models.folders import context_length, load_tokenizer
+    from proximo.training.compare import NoReward, answers_of, load_for_sampling
+
+    given = tyro.cli(SampleArguments, args=words, prog="proximo sample")
+    generation = GenerationConfig(max_new_tokens=given.max_new_tokens, temperature=given.temperature, stop=given.stop)
+    tokenizer = load_tokenizer(given.model)
+    rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")
+    policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
+    _check_room(context_length(policy.actor), max(len(row.token_ids) for row in rows), given.max_new_tokens)
+    answers = answers_of(policy, tokenizer, rows, NoReward(), generation, n_per_prompt=given.n, seed=given.seed)
+    for prompt, text, n_tokens, ended in zip(
+        answers.prompts, answers.texts, answers.n_tokens, answers.ended, strict=True
+    ):
+        print(
+            json.dumps({"prompt": prompt, "response": text, "n_tokens": n_tokens, "ended": ended}, ensure_ascii=False)
+        )
+    return EXIT_DONE
+
+
+def _check_room(limit: int | None, longest: int, new: int) -> None:
+    if limit is not None and longest + new > limit:
+        raise UserError(
+            f"The model's context is {limit} tokens, but the longest prompt ({longest}) and --max-new-tokens ({new}) "
+            f"come to {longest + new}. Set --max-new-tokens {max(1, limit - longest)}, or shorten the prompts."
+        )
+
+
+@dataclass(frozen=True)
+class ChatArguments:
+    """Talk to a model; an empty line, Ctrl-D or Ctrl-C ends it."""
+
+    model: tyro.conf.Positional[str]
+    """A model folder, a run, or a hub id."""
+    system: str | None = None
+    """A system message to begin with, for models with a chat template."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.7
+    """Of sampling; below 1 is more predictable."""
+    seed: int = 0
+    """Fixes the answers."""
+    device: str = "cpu"
+    """Where the model is."""
+
+
+def chat_command(words: list[str]) -> int:
+    """`proximo chat MODEL`: a conversation; without a chat template each line is continued by itself."""
+    import torch
+
+    from proximo.collect.data import encode_prompt
+    from proximo.collect.generate import GenerationConfig, end_tokens, response_texts, sample
+    from proximo.models.folders import context_length, load_tokenizer
+    from proximo.training.compare import load_for_sampling
+
+    given = tyro.cli(ChatArguments, args=words, prog="proximo chat")
+    tokenizer = load_tokenizer(given.model)
+    policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
+    generator = torch.Generator(given.device).manual_seed(given.seed)
+    limit = context_length(policy.actor)
+    talks = tokenizer.chat_template is not None
+    messages = [{"role": "system", "content": given.system}] if given.system and talks else []
+    if not talks:
+        print("This model has no chat template: it goes on with each line by itself.", file=sys.stderr)
+    while line := _asked():
+        messages.append({"role": "user", "content": line})
+        ids = encode_prompt(tokenizer, messages if talks else line)
+        room = given.max_new_tokens if limit is None else min(given.max_new_tokens, limit - len(ids))
+        if room < 1:
+            print(f"The conversation has filled the model's context of {limit} tokens.", file=sys.stderr)
+            break
+        generation = GenerationConfig(max_new_tokens=room, temperature=given.temperature)
+        responses = sample(policy, tokenizer, [ids], generation, generator)
+        (text,) = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), ())
+        messages.append({"role": "assistant", "content": text})
+        print(text, flush=True)
+    return EXIT_DONE
+
+
+def _asked() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+@dataclass(frozen=True)
+class CompareArguments:
+    """Compare a language model with another one, such as what it began as, by a reward."""
+
+    model: tyro.conf.Positional[str]
+    """A model folder, a run, or a hub id."""
+    against: str
+    """The model to compare with."""
+    reward: tuple[str, ...]
+    """Where scores come from, as for proximo align."""
+    prompts: Path
+    """A .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
+    episodes: int = 256
+    """Prompts to answer, at most."""
+    best_of: int = 4
+    """Show also the best of so many responses of the other model."""
+    max_new_tokens: int | None = None
+    """Longest response; by default what the run was trained with."""
+    temperature: float | None = None
+    """Of sampling; by default what the run was trained with."""
+    seed: int = 0
+    """Fixes the responses."""
+    device: str = "cpu"
+    """Where the models are."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+def compare_command(words: list[str]) -> int:
+    """`proximo evaluate MODEL --against MODEL --reward REWARD --prompts FILE`."""
+    from proximo.collect.data import read_prompts
+    from proximo.collect.generate import GenerationConfig
+    from proximo.models.folders import load_tokenizer
+    from proximo.training.compare import compare
+
+    given = tyro.cli(CompareArguments, args=words, prog="proximo evaluate")
+    generation = GenerationConfig()
+    directory = RunDirectory(Path(given.model))
+    if directory.config_path.is_file():
+        stage, config = read_stage_config(directory)
+        generation = config.generation if stage == "align" else generation
+    for name in ("max_new_tokens", "temperature"):
+        if getattr(given, name) is not None:
+            generation = replace(generation, **{name: getattr(given, name)})
+    tokenizer = load_tokenizer(given.model)
+    rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")[: given.episodes]
+    align = stage_module("align")
+    reward = align.reward_of(config_of("align", {"reward": given.reward, "device": given.device}, where="--reward"))
+    try:
+        result = compare(
+            given.model,
+            given.against,
+            tokenizer,
+            rows,
+            reward,
+            generation,
+            best_of=given.best_of,
+            seed=given.seed,
+            device=given.device,
+        )
+    finally:
+        reward.close()
+    if given.json:
+        print(json.dumps(result))
+        return EXIT_DONE
+    for line in _compared_in_words(given, result):
+        print(line)
+    return EXIT_DONE
+
+
+def _compared_in_words(given: CompareArguments, result: dict[str, Any]) -> list[str]:
+    return [
+        f"{given.model} against {given.against}: {result['n_prompts']} prompts, seed {result['seed']}",
+        f"win rate {100 * result['win_rate']:.1f} % +- {100 * result['win_rate_standard_error']:.1f}",
+        f"reward   {result['reward_mean']:.4g} against {result['reward_mean_against']:.4g}"
+        f" (best of {result['best_of']}: {result['best_of_reward_mean']:.4g})",
+        f"KL       {result['kl_to_against']:.3g} nats per response",
+        f"ended    {100 * result['eos_fraction']:.1f} % against {100 * result['eos_fraction_against']:.1f} %",
+        f"length   {result['response_length_mean']:.1f} tokens against {result['response_length_mean_against']:.1f}",
+    ] + ([f"no score for {result['missing']} prompts"] if result["missing"] else [])
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def _last_value(words: list[str], flag: str) -> str | None:
+    """The value of a flag, `--flag value` or `--flag=value`; the last one where it is given twice."""
+    found = None
+    spellings = (flag, flag.replace("-", "_").replace("__", "--", 1))
+    for index, word in enumerate(words):
+        if word in spellings and index + 1 < len(words):
+            found = words[index + 1]
+        elif word.startswith(tuple(f"{each}=" for each in spellings)):
+            found = word.partition("=")[2]
+    return found
+
+
+def _without(words: list[str], flag: str) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == flag:
+            skip = True
+        elif not word.startswith(f"{flag}="):
+            kept.append(word)
+    return kept
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The config file {path} is no valid TOML: {error}") from error

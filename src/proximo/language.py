@@ -1,0 +1,304 @@
+"""The language stages: `sft`, `reward`, `align`, `dpo` for Python callers, and the one way all four are driven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proximo.api import check_device, noted_signals
+from proximo.errors import UserError, nearest
+from proximo.runs.checkpoint import newest_checkpoint
+from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
+from proximo.runs.lock import locked
+from proximo.runs.metrics import read_metrics, truncate_metrics
+from proximo.stage_display import StageDisplay
+from proximo.training.config import settings_of, with_settings
+
+STAGES = ("sft", "reward", "align", "dpo")
+
+PLACES = ("model", "data", "prompts", "judge_rubric")
+"""Settings that may name a file or folder; they are kept as absolute paths, so that a run can be resumed anywhere."""
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A language run, whole or until it was interrupted. Once it is whole, its folder is an ordinary model folder."""
+
+    path: Path
+    """The run directory, and the `save_pretrained` folder."""
+    stage: str
+    """sft, reward, align or dpo."""
+    config: Any
+    """The settings it was trained with."""
+    metrics: dict[str, Any]
+    """The last iteration's metrics."""
+    facts: dict[str, str]
+    """What came out of it, in words."""
+    interrupted_by: int | None = None
+    """The signal that ended it early; None if it came to its end."""
+
+
+def sft(model: str | Path, data: str | Path, *, run_dir: str | Path | None = None, **settings: Any) -> StageRun:
+    """Fine-tune a causal language model on texts, prompts with completions, or conversations.
+
+    Args:
+        model: a `save_pretrained` folder or a hub id.
+        data: a .jsonl or .parquet file, or a folder that `datasets` saved, with the column `messages`, the columns
+            `prompt` and `completion`, or the column `text`.
+        run_dir: where to write; by default a new folder `runs/sft/<time>-seed<seed>`.
+        settings: any setting of `proximo sft --help` by its name, and `quiet`.
+
+    Raises:
+        UserError: for whatever does not fit, before training where possible.
+    """
+    return _run("sft", {"model": str(model), "data": str(data)}, run_dir, settings)
+
+
+def reward(model: str | Path, data: str | Path, *, run_dir: str | Path | None = None, **settings: Any) -> StageRun:
+    """Train a reward model on preferences: columns `prompt`, `chosen`, `rejected`, and `margin` if there is one.
+
+    Args and errors are those of `sft`.
+    """
+    return _run("reward", {"model": str(model), "data": str(data)}, run_dir, settings)
+
+
+def dpo(model: str | Path, data: str | Path, *, run_dir: str | Path | None = None, **settings: Any) -> StageRun:
+    """Optimize a model on preferences directly (Rafailov et al. 2023); data as for `reward`.
+
+    Args and errors are those of `sft`.
+    """
+    return _run("dpo", {"model": str(model), "data": str(data)}, run_dir, settings)
+
+
+def align(
+    model: str | Path,
+    reward: str | Path | Callable[..., Any] | Sequence[str | Path],
+    prompts: str | Path,
+    *,
+    algorithm: str = "ppo",
+    run_dir: str | Path | None = None,
+    **settings: Any,
+) -> StageRun:
+    """Optimize a language model against rewards, held near where it began by a KL penalty.
+
+    Args:
+        model: a `save_pretrained` folder or a hub id; also the reference.
+        reward: a reward model's folder, `my_file.py:function`, `package.module:function`, "judge", several of
+            these, or a function `score(prompts, responses, **columns)` that returns a list of numbers or None.
+        prompts: a file or folder as for `sft`, with the column `prompt`.
+        algorithm: ppo, grpo, dr_grpo, dapo or rloo.
+        run_dir: where to write; by default a new folder `runs/align/<time>-seed<seed>`.
+        settings: any setting of `proximo align --help` by its name, and `quiet`.
+
+    Raises:
+        UserError: for whatever does not fit, before training where possible.
+    """
+    named: dict[str, Any] = {"model": str(model), "prompts": str(prompts)}
+    function = None
+    if callable(reward):
+        function = reward
+    else:
+        places = [reward] if isinstance(reward, str | Path) else list(reward)
+        named["reward"] = tuple(str(place) for place in places)
+    return _run("align", named, run_dir, settings | {"algorithm": algorithm}, function)
+
+
+def _run(
+    stage: str,
+    named: dict[str, Any],
+    run_dir: str | Path | None,
+    settings: dict[str, Any],
+    function: Callable[..., Any] | None = None,
+) -> StageRun:
+    settings = dict(settings)
+    display = StageDisplay.choose(quiet=bool(settings.pop("quiet", False)))
+    config = config_of(stage, named | settings, where=f"proximo.{stage}()")
+    run = run_stage(stage, config, display, run_dir, function)
+    if run.interrupted_by is not None:
+        raise KeyboardInterrupt(f"{run.path} is saved")
+    return run
+
+
+# --- settings ---------------------------------------------------------------------------------------------------
+
+
+def stage_module(stage: str) -> Any:
+    """The module of a stage, imported when it is needed: it brings in transformers."""
+    return import_module(f"proximo.training.{stage}")
+
+
+def config_class(stage: str) -> Any:
+    """The settings of a stage."""
+    module = stage_module(stage)
+    return next(
+        value for name, value in vars(module).items() if name.lower() == f"{stage}config" and isinstance(value, type)
+    )
+
+
+def config_of(stage: str, settings: dict[str, Any], *, where: str) -> Any:
+    """The config of a stage from flat settings; `algorithm` names the settings to begin with.
+
+    Raises:
+        UserError: for an unknown name or an impossible value.
+    """
+    settings = dict(settings)
+    base = config_class(stage)()
+    if stage == "align":
+        base = replace(base, algorithm=algorithm_named(settings.pop("algorithm", "ppo")))
+    return with_settings(base, settings, where=where)
+
+
+def algorithm_named(name: Any) -> Any:
+    """The settings of PPO or a relative by its name.
+
+    Raises:
+        UserError: if there is none of this name, with the nearest ones.
+    """
+    algorithms = stage_module("align").ALGORITHMS
+    if name not in algorithms:
+        close = nearest(str(name), algorithms, count=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        listed = ", ".join(algorithms)
+        raise UserError(f"There is no algorithm {name!r} for language models.{hint} There are: {listed}.")
+    return algorithms[name]
+
+
+def written_settings(stage: str, config: Any) -> dict[str, Any]:
+    """What config.toml holds: the stage, the algorithm's kind, and every setting by its name."""
+    settings = settings_of(config)
+    kind = {"algorithm": type(config.algorithm).__name__.lower()} if stage == "align" else {}
+    return {"stage": stage} | kind | settings
+
+
+def stage_of(run: RunDirectory) -> str | None:
+    """The stage of a language run; None for a control run."""
+    stage = read_config(run).get("stage")
+    return stage if stage in STAGES else None
+
+
+def read_stage_config(run: RunDirectory) -> tuple[str, Any]:
+    """The stage of a run and its config.
+
+    Raises:
+        UserError: if its config.toml is damaged, or it is no language run.
+    """
+    settings = read_config(run)
+    stage = settings.pop("stage", None)
+    if stage not in STAGES:
+        raise UserError(f"{run.path} is no language run.")
+    return stage, config_of(stage, settings, where=str(run.config_path))
+
+
+def _absolute(config: Any) -> Any:
+    changes: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if entry.name in PLACES and isinstance(value, str) and value and Path(value).expanduser().exists():
+            changes[entry.name] = str(Path(value).expanduser().absolute())
+        elif entry.name == "reward" and isinstance(value, tuple):
+            changes[entry.name] = tuple(_absolute_reward(place) for place in value)
+        elif entry.name == "judge" and value.judge_rubric and Path(value.judge_rubric).exists():
+            changes[entry.name] = replace(value, judge_rubric=str(Path(value.judge_rubric).absolute()))
+    return replace(config, **changes)
+
+
+def _absolute_reward(place: str) -> str:
+    file, colon, function = place.rpartition(":")
+    path = Path(file if colon else place).expanduser()
+    return f"{path.absolute()}{colon}{function if colon else ''}" if path.exists() else place
+
+
+# --- driving ----------------------------------------------------------------------------------------------------
+
+
+def run_stage(
+    stage: str,
+    config: Any,
+    display: StageDisplay,
+    run_dir: str | Path | None,
+    function: Callable[..., Any] | None = None,
+) -> StageRun:
+    """Train a new run of a stage; a run directory that nothing was written to does not stay behind."""
+    module = stage_module(stage)
+    config = _absolute(config)
+    with _threads(config):
+        directory = new_run(stage, config.seed, None if run_dir is None else Path(run_dir))
+        try:
+            state = module.start(config, function) if stage == "align" else module.start(config)
+        except BaseException:
+            with suppress(OSError):
+                directory.path.rmdir()
+            raise
+        with locked(directory):
+            write_config(directory, written_settings(stage, config))
+            module.save(config, directory, state)  # so that it can be resumed from its first moment on
+            display.facts({"stage": stage} | module.plan(config, state) | {"run directory": str(directory.path)})
+            return _to_the_end(stage, module, config, directory, state, display)
+
+
+def resume_stage(
+    run: str | Path, display: StageDisplay, function: Callable[..., Any] | None = None, *, allow_import: bool = False
+) -> StageRun:
+    """Go on exactly where a language run stopped.
+
+    Raises:
+        UserError: if the run names code as its reward and nobody has allowed that, or cannot be read.
+    """
+    directory = open_run(run)
+    stage, config = read_stage_config(directory)
+    places = [place for place in getattr(config, "reward", ()) if ":" in place]
+    if places and not allow_import and function is None:
+        raise UserError(
+            f"This run's reward is {places[0]!r}: resuming it runs that code. If the run is your own, add "
+            "--allow-import."
+        )
+    module = stage_module(stage)
+    with _threads(config), locked(directory):
+        checkpoint = newest_checkpoint(directory.checkpoints)
+        state = module.restore(config, checkpoint, function) if stage == "align" else module.restore(config, checkpoint)
+        truncate_metrics(directory.metrics_path, state.iteration)
+        for reason in checkpoint.skipped:
+            display.say(f"skipped a damaged checkpoint: {reason}")
+        exact = "exact" if config.device == "cpu" else "statistical: a GPU adds numbers up in no fixed order"
+        display.facts(
+            {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": exact}
+        )
+        return _to_the_end(stage, module, config, directory, state, display)
+
+
+def _to_the_end(
+    stage: str, module: Any, config: Any, directory: RunDirectory, state: Any, display: StageDisplay
+) -> StageRun:
+    interrupted_by = None
+    row: dict[str, Any] = {}
+    with noted_signals() as received, display.live(stage, state.iteration) as show:
+        for row in module.iterate(config, directory, state):
+            show(row, getattr(state, "samples", []))
+            if received and not module.finished(config, state):
+                interrupted_by = received[0]
+                module.save(config, directory, state)
+                break
+    if not row:
+        rows = read_metrics(directory.metrics_path)
+        row = dict(rows[-1]) if rows else {}
+    facts = {} if interrupted_by is not None else module.finish(config, directory, state)
+    return StageRun(directory.path, stage, config, row, facts, interrupted_by)
+
+
+@contextmanager
+def _threads(config: Any) -> Iterator[None]:
+    """Give torch the run's number of threads (0: as many as it likes), and back what it had."""
+    check_device(config.device)
+    before = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
