@@ -153,7 +153,13 @@ def sampled_kl(policy: LanguagePolicy, tokenizer: Any, n: int = 4096) -> tuple[f
 
 
 def run(
-    algorithm: str, beta: float, seed: int, *, reward: str = "potentials", n_iterations: int = 200, progress: bool = True
+    algorithm: str,
+    beta: float,
+    seed: int,
+    *,
+    reward: str = "potentials",
+    n_iterations: int = 200,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Train, enumerate, and say how far it went."""
     rewards = Potentials.draw(seed).of(all_responses()) if reward == "potentials" else distinct(all_responses())

@@ -1,0 +1,53 @@
+"""What every benchmark writes beside its numbers, and where its table goes."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def commit() -> str:
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
+    )
+    return said.stdout.strip()
+
+
+def circumstances(*packages: str) -> dict:
+    """Machine, versions of these packages, and commit."""
+    versions = {"python": platform.python_version()}
+    for package in ("proximo", "torch", *packages):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return {"commit": commit(), "machine": f"{os.cpu_count()} x {processor()}", "versions": versions}
+
+
+def in_words(rows: list[dict]) -> list[str]:
+    """The machines, versions and commits of these results."""
+    machines = sorted({row["machine"] for row in rows})
+    versions = sorted({", ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in rows})
+    commits = sorted({row["commit"] for row in rows})
+    return ["", f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}.", f"Commits: {', '.join(commits)}."]
+
+
+def write_between(marker: str, lines: list[str]) -> None:
+    """Put these lines between `<!-- marker -->` and `<!-- end of marker -->` in docs/benchmarks.md."""
+    page = HERE.parent / "docs" / "benchmarks.md"
+    before, rest = page.read_text().split(f"<!-- {marker} -->\n")
+    _, after = rest.split(f"<!-- end of {marker} -->\n")
+    page.write_text(f"{before}<!-- {marker} -->\n" + "\n".join(lines) + f"\n<!-- end of {marker} -->\n{after}")
