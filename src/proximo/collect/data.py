@@ -1,0 +1,515 @@
+"""Data for language models: rows from files, checked whole, and turned into tokens.
+
+A text prompt and its completion are encoded apart and joined: the tokens of a completion follow the prompt's own,
+as they do when a model writes them. Completions end with the EOS token.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from proximo.errors import UserError, nearest, one_of
+from proximo.models.folders import INSTALL_LANGUAGE
+from proximo.runs import files
+
+Prompt = str | list[dict[str, str]]
+"""Text, or chat messages with role and content."""
+
+OVER_LONG = ("error", "drop", "truncate")
+"""What can be done with rows that have too many tokens."""
+
+
+class PromptRow(NamedTuple):
+    """A prompt to be answered."""
+
+    prompt: Prompt
+    token_ids: list[int]
+    columns: dict[str, Any]
+    """The other columns of its row."""
+
+
+class Example(NamedTuple):
+    """A text to be learned: a prompt and its completion."""
+
+    token_ids: list[int]
+    n_prompt: int
+    """How many of the tokens are the prompt's."""
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, each with the prompt before it."""
+
+    chosen: list[int]
+    rejected: list[int]
+    n_prompt: int
+    """How many tokens of each are the prompt's."""
+    margin: float
+    """By how much the chosen one is better, where the data says so; else 0."""
+
+
+Row = TypeVar("Row")
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read every row of a `.jsonl` file, a `.parquet` file, or a folder that `datasets.save_to_disk` wrote.
+
+    Raises:
+        UserError: naming the file and, where there is one, the line that is broken.
+    """
+    if path.is_dir():
+        rows = _rows_of_folder(path)
+    elif not path.exists():
+        alike = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
+        hint = f" Did you mean {' or '.join(str(path.parent / name) for name in alike)}?" if alike else ""
+        raise UserError(f"There is no data file {path}.{hint}")
+    elif path.suffix == ".parquet":
+        rows = _rows_of_parquet(path)
+    elif path.suffix == ".jsonl":
+        rows = _rows_of_jsonl(path)
+    else:
+        raise UserError(
+            f"{path} ends in {path.suffix or 'nothing'!r}; data is read from .jsonl (a JSON object per line), "
+            ".parquet, or a folder written by datasets.save_to_disk. Convert it, or rename it if it is one of these."
+        )
+    if not rows:
+        raise UserError(f"{path} is empty: there is not one row to learn from.")
+    return rows
+
+
+def _rows_of_jsonl(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().rstrip().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {files.reason(error)}.") from error
+    rows = []
+    for number, line in enumerate(lines if lines != [b""] else [], start=1):
+        where = f"{path}, line {number}"
+        try:
+            row = files.parse_json(line)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 (byte {error.start + 1} of the line). Save it as UTF-8.") from error
+        except ValueError as error:
+            said = "the line is empty" if not line.strip() else str(error)
+            raise UserError(f"{where} is no JSON: {said}. Each line must hold one JSON object.") from error
+        if not isinstance(row, dict):
+            raise UserError(f'{where} is a {type(row).__name__}; it must be a JSON object, such as {{"prompt": ...}}.')
+        rows.append(row)
+    return rows
+
+
+def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"Parquet files need the extra 'language' ({error}). {INSTALL_LANGUAGE}") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _rows_of_folder(path: Path) -> list[dict[str, Any]]:
+    if (path / "dataset_dict.json").exists():
+        splits = sorted(each.name for each in path.iterdir() if each.is_dir())
+        raise UserError(
+            f"{path} holds several sets: {', '.join(splits)}. Name one of them, such as {path / splits[0]}."
+            if splits
+            else f"{path} is empty: it holds no set at all."
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"Folders of data need the extra 'language' ({error}). {INSTALL_LANGUAGE}") from error
+    try:
+        return datasets.Dataset.load_from_disk(str(path)).to_list()
+    except Exception as error:  # of many kinds, for a folder that may hold anything
+        raise UserError(
+            f"The folder {path} cannot be read as one that datasets.save_to_disk wrote "
+            f"({type(error).__name__}: {error}). Name a .jsonl or .parquet file inside it, if there is one."
+        ) from error
+
+
+# --- readers ----------------------------------------------------------------------------------------------------
+
+
+def read_prompts(
+    path: Path, tokenizer: Any, *, max_tokens: int | None, over_long: str, setting: str = "max_prompt_tokens"
+) -> list[PromptRow]:
+    """Read the column `prompt`: text, or chat messages; all other columns are passed through.
+
+    Args:
+        path: as for `read_rows`.
+        tokenizer: of the model that will answer.
+        max_tokens: the most tokens that a prompt may have; None for any number.
+        over_long: what to do with longer ones: "error", "drop", or "truncate" (their ends are kept).
+        setting: how the person calls `max_tokens`, for messages.
+
+    Raises:
+        UserError: for anything that is wrong with any row.
+    """
+    rows = read_rows(path)
+    _check_columns(path, rows, ("prompt",))
+
+    def read(place: str, row: dict[str, Any]) -> PromptRow:
+        prompt = _prompt_of(place, row)
+        columns = {name: value for name, value in row.items() if name != "prompt"}
+        return PromptRow(prompt, encode_prompt(tokenizer, prompt), columns)
+
+    def cut(row: PromptRow, most: int) -> PromptRow:
+        return row._replace(token_ids=row.token_ids[-most:])
+
+    found = _each(path, rows, read)
+    return _fitting(path, found, _Limit(max_tokens, over_long, setting), lambda row: len(row.token_ids), cut)
+
+
+def read_examples(
+    path: Path, tokenizer: Any, *, max_tokens: int | None, over_long: str, setting: str = "max_length"
+) -> list[Example]:
+    """Read texts to learn: the column `messages`, or `prompt` and `completion`, or `text`; the first that is there.
+
+    The last of `messages` is the completion of those before it and must be by the assistant; `text` is all
+    completion. Truncating keeps the beginning, without EOS; a row whose prompt alone is too long is dropped then.
+
+    Args:
+        path: as for `read_rows`.
+        tokenizer: of the model that will learn.
+        max_tokens: the most tokens that prompt and completion may have together; None for any number.
+        over_long: what to do with longer ones: "error", "drop", "truncate".
+        setting: how the person calls `max_tokens`, for messages.
+
+    Raises:
+        UserError: for anything that is wrong with any row.
+    """
+    rows = read_rows(path)
+    present = set().union(*rows)
+    if "messages" in present:
+        _check_columns(path, rows, ("messages",))
+        read = _example_of_messages
+    elif "text" in present and not {"prompt", "completion"} <= present:
+        _check_columns(path, rows, ("text",))
+        read = _example_of_text
+    else:
+        _check_columns(path, rows, ("prompt", "completion"), others="; or one of the columns 'messages' and 'text'")
+        read = _example_of_completion
+
+    def cut(example: Example, most: int) -> Example | None:
+        return example._replace(token_ids=example.token_ids[:most]) if example.n_prompt < most else None
+
+    found = _each(path, rows, lambda place, row: read(tokenizer, place, row))
+    return _fitting(path, found, _Limit(max_tokens, over_long, setting), lambda row: len(row.token_ids), cut)
+
+
+def read_preferences(
+    path: Path, tokenizer: Any, *, max_tokens: int | None, over_long: str, setting: str = "max_length"
+) -> list[Pair]:
+    """Read preferences: the columns `prompt`, `chosen` and `rejected`, text or messages, and `margin` if there is one.
+
+    Pairs of equal answers say nothing: they are dropped, with a warning.
+
+    Args:
+        path: as for `read_rows`.
+        tokenizer: of the model that will learn.
+        max_tokens: the most tokens that a prompt and an answer may have together; None for any number.
+        over_long: what to do with longer ones: "error", "drop", "truncate" (their beginnings are kept).
+        setting: how the person calls `max_tokens`, for messages.
+
+    Raises:
+        UserError: for anything that is wrong with any row.
+    """
+    rows = read_rows(path)
+    _check_columns(path, rows, ("prompt", "chosen", "rejected"))
+
+    def read(place: str, row: dict[str, Any]) -> Pair:
+        prompt = _prompt_of(place, row)
+        ids = encode_prompt(tokenizer, prompt)
+        chosen, rejected = (
+            ids + encode_completion(tokenizer, prompt, _completion_of(place, row, name))
+            for name in ("chosen", "rejected")
+        )
+        return Pair(chosen, rejected, len(ids), _margin_of(place, row))
+
+    def cut(pair: Pair, most: int) -> Pair | None:
+        if pair.n_prompt >= most:
+            return None
+        return pair._replace(chosen=pair.chosen[:most], rejected=pair.rejected[:most])
+
+    def longest(pair: Pair) -> int:
+        return max(len(pair.chosen), len(pair.rejected))
+
+    pairs = _fitting(path, _each(path, rows, read), _Limit(max_tokens, over_long, setting), longest, cut)
+    different = [pair for pair in pairs if pair.chosen != pair.rejected]
+    if not different:
+        raise UserError(f"{path}: in all {len(pairs)} rows chosen and rejected are the same. Is a column doubled?")
+    if len(different) < len(pairs):
+        _note(f"{path}: {len(pairs) - len(different)} of {len(pairs)} rows have chosen and rejected alike; dropped.")
+    return different
+
+
+def _each(path: Path, rows: list[dict[str, Any]], read: Callable[[str, dict[str, Any]], Row]) -> list[Row]:
+    """Read every row; errors that do not know their place get it."""
+    found = []
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {number}"
+        try:
+            found.append(read(place, row))
+        except UserError as error:
+            if str(error).startswith(place):
+                raise
+            raise UserError(f"{place}: {error}") from error
+    return found
+
+
+class _Limit(NamedTuple):
+    """How long rows may be, what happens to longer ones, and what the person calls the limit."""
+
+    max_tokens: int | None
+    over_long: str
+    setting: str
+
+
+def _fitting(
+    path: Path,
+    rows: list[Row],
+    limit: _Limit,
+    length: Callable[[Row], int],
+    cut: Callable[[Row, int], Row | None],
+) -> list[Row]:
+    """Return the rows within the limit, and the others as `over_long` says; `cut` gives None where nothing is left."""
+    one_of("over_long", limit.over_long, OVER_LONG)
+    most = limit.max_tokens
+    lengths = [length(row) for row in rows]
+    n_over = sum(most is not None and each > most for each in lengths)
+    if most is None or not n_over:
+        return rows
+    what = f"{path}: {n_over} of {len(rows)} rows have more than {limit.setting} = {most} tokens; the longest has"
+    mend = f"Raise {limit.setting} to {max(lengths)}"
+    if limit.over_long == "error":
+        raise UserError(f"{what} {max(lengths)}. {mend}, or set over_long to drop or truncate.")
+    fit: list[Row] = []
+    for row, each in zip(rows, lengths, strict=True):
+        shorter = row if each <= most else (cut(row, most) if limit.over_long == "truncate" else None)
+        if shorter is not None:
+            fit.append(shorter)
+    if not fit:
+        raise UserError(f"{what} {max(lengths)}, and no row is left. {mend}.")
+    n_dropped = len(rows) - len(fit)
+    _note(f"{what} {max(lengths)}. {n_over - n_dropped} were truncated and {n_dropped} dropped.")
+    return fit
+
+
+def _note(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def _check_columns(path: Path, rows: list[dict[str, Any]], wanted: Iterable[str], others: str = "") -> None:
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    for name in wanted:
+        if name not in present:
+            alike = nearest(name, present, count=1)
+            hint = f" Did you mean {alike[0]!r}? Rename that column." if alike else " Rename the one that it should be."
+            listed = ", ".join(map(repr, present)) or "none at all"
+            raise UserError(f"{path} has no column {name!r}{others}; it has {listed}.{hint}")
+
+
+def _value(place: str, row: dict[str, Any], column: str) -> Any:
+    if row.get(column) is None:
+        raise UserError(f"{place} has nothing in column {column!r}. Fill it in, or delete the row.")
+    return row[column]
+
+
+def _messages(place: str, column: str, value: Any) -> list[dict[str, str]]:
+    """Check chat messages; only their role and content are kept."""
+    if not isinstance(value, list) or not value:
+        said = "an empty list" if value == [] else f"a {type(value).__name__}"
+        raise UserError(f"{place}, column {column!r} is {said}; it must be a list of messages.")
+    for index, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(
+                f"{place}, column {column!r}: message {index} is {str(message)[:80]}; a message is an object with the "
+                'texts role and content, such as {"role": "user", "content": "hello"}.'
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _prompt_of(place: str, row: dict[str, Any]) -> Prompt:
+    value = _value(place, row, "prompt")
+    if not isinstance(value, str):
+        if not isinstance(value, list):
+            kind = type(value).__name__
+            raise UserError(f"{place}, column 'prompt' is a {kind}; it must be text or a list of messages.")
+        return _messages(place, "prompt", value)
+    if not value.strip():
+        raise UserError(f"{place}, column 'prompt' is empty. Fill it in, or delete the row.")
+    return value
+
+
+def _completion_of(place: str, row: dict[str, Any], column: str) -> str | list[dict[str, str]]:
+    value = _value(place, row, column)
+    if isinstance(value, str):
+        content = value
+    elif isinstance(value, list):
+        value = _messages(place, column, value)
+        if value[0]["role"] != "assistant":
+            raise UserError(
+                f"{place}, column {column!r} begins with a message by {value[0]['role']!r}. Leave out the prompt: only "
+                "what the assistant says after it belongs here."
+            )
+        content = value[-1]["content"]
+    else:
+        kind = type(value).__name__
+        raise UserError(f"{place}, column {column!r} is a {kind}; it must be text or a list of messages.")
+    if not content.strip():
+        raise UserError(f"{place}, column {column!r} is empty. Fill it in, or delete the row.")
+    return value
+
+
+def _margin_of(place: str, row: dict[str, Any]) -> float:
+    value = row.get("margin")
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{place}, column 'margin' is {value!r}; it must be a finite number.")
+    return float(value)
+
+
+def _example(tokenizer: Any, prompt: Prompt, completion: str | list[dict[str, str]]) -> Example:
+    ids = encode_prompt(tokenizer, prompt)
+    return Example(ids + encode_completion(tokenizer, prompt, completion), len(ids))
+
+
+def _example_of_messages(tokenizer: Any, place: str, row: dict[str, Any]) -> Example:
+    messages = _messages(place, "messages", _value(place, row, "messages"))
+    if messages[-1]["role"] != "assistant":
+        raise UserError(
+            f"{place}, column 'messages': the last message is by {messages[-1]['role']!r}; it must be by 'assistant', "
+            "since it is what is learned."
+        )
+    if len(messages) < 2:
+        raise UserError(f"{place}, column 'messages' has one message; there must be one before the assistant's.")
+    if not messages[-1]["content"].strip():
+        raise UserError(f"{place}, column 'messages': the last message is empty. Fill it in, or delete the row.")
+    return _example(tokenizer, messages[:-1], messages[-1:])
+
+
+def _example_of_completion(tokenizer: Any, place: str, row: dict[str, Any]) -> Example:
+    return _example(tokenizer, _prompt_of(place, row), _completion_of(place, row, "completion"))
+
+
+def _example_of_text(tokenizer: Any, place: str, row: dict[str, Any]) -> Example:
+    text = _value(place, row, "text")
+    if not isinstance(text, str):
+        raise UserError(f"{place}, column 'text' is a {type(text).__name__}; it must be text.")
+    if not text.strip():
+        raise UserError(f"{place}, column 'text' is empty. Fill it in, or delete the row.")
+    return Example([*encode_prompt(tokenizer, text), _eos(tokenizer)], 0)
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Return the token ids of a prompt: text without an EOS that the tokenizer would add; messages by the template.
+
+    Raises:
+        UserError: if there are no tokens in it, or messages meet a tokenizer without a (fitting) chat template.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt).input_ids)
+        plain = tokenizer(prompt, add_special_tokens=False).input_ids
+        if not plain:
+            raise UserError("the prompt has no tokens")
+        adds_eos = ids[-1] == tokenizer.eos_token_id and plain[-1] != tokenizer.eos_token_id
+        return ids[:-1] if adds_eos else ids
+    return _encode(tokenizer, _templated(tokenizer, prompt, continues=True))
+
+
+def encode_completion(tokenizer: Any, prompt: Prompt, completion: str | list[dict[str, str]]) -> list[int]:
+    """Return the token ids that follow `encode_prompt`'s, with EOS at the end.
+
+    A text after a text stands as it is, so where a tokenizer keeps spaces it brings its own. A text after messages
+    is what the assistant says.
+
+    Raises:
+        UserError: if messages follow a text, if there is no EOS, or if the template changes what it made of the prompt.
+    """
+    eos = _eos(tokenizer)
+    if isinstance(prompt, str):
+        if not isinstance(completion, str):
+            raise UserError("the prompt is a text and its completion a list of messages; both must be of one kind")
+        ids = list(tokenizer(completion, add_special_tokens=False).input_ids)
+    else:
+        said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        ids = _said_after(tokenizer, prompt, said)
+        if eos in ids:  # templates may put a line break after it, where generating has stopped already
+            last = len(ids) - ids[::-1].index(eos)
+            ids = ids if tokenizer.decode(ids[last:]).strip() else ids[:last]
+    return ids if ids and ids[-1] == eos else [*ids, eos]
+
+
+def _said_after(tokenizer: Any, prompt: list[dict[str, str]], said: list[dict[str, str]]) -> list[int]:
+    before = _templated(tokenizer, prompt, continues=True)
+    whole = _templated(tokenizer, prompt + said, continues=False)
+    if not whole.startswith(before):
+        raise UserError(
+            "the chat template writes the prompt otherwise once an answer follows (a template that drops earlier "
+            "thoughts, or adds to the answer, does so), so that the tokens of the answer cannot be told from it. Use "
+            "text prompts, or set tokenizer.chat_template to one that only ever adds at the end"
+        )
+    prefix, ids = _encode(tokenizer, before), _encode(tokenizer, whole)
+    if ids[: len(prefix)] == prefix:
+        return ids[len(prefix) :]
+    return _encode(tokenizer, whole[len(before) :])  # a token reaches over the seam, which generating never does
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of what a template wrote, which has its special tokens already."""
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]], *, continues: bool) -> str:
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the prompt is a list of messages, but the tokenizer has no chat template to write them with. Use text "
+            "prompts, or set tokenizer.chat_template and save the tokenizer (an instruct model's has one)"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=continues)
+    except Exception as error:  # the template may be anyone's, and raises what it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"the chat template refuses the messages (by {roles}): {error}") from error
+
+
+def _eos(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token to end a completion with; set tokenizer.eos_token and save it")
+    return int(tokenizer.eos_token_id)
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Put rows of token ids into one tensor, padded on the left; return it and its attention (bool), both `[B, L]`."""
+    longest = max(map(len, rows), default=0)
+    tokens = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], dtype=torch.long)
+    places = torch.arange(longest).unsqueeze(0)
+    return tokens, places >= torch.tensor([[longest - len(row)] for row in rows])
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
+    """Put rows of token ids into one tensor, padded on the right; return it and its attention (bool), both `[B, L]`."""
+    longest = max(map(len, rows), default=0)
+    tokens = torch.tensor([list(row) + [pad] * (longest - len(row)) for row in rows], dtype=torch.long)
+    return tokens, torch.arange(longest).unsqueeze(0) < torch.tensor([[len(row)] for row in rows])
