@@ -1,0 +1,461 @@
+"""What learning from a fixed set of texts has in common, whether by sft, reward or dpo.
+
+All that decides which rows come next is the seed, the epoch and the iteration, so a resumed run goes on with the
+very rows that an undisturbed one would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.collect.data import OVER_LONG, right_padded
+from proximo.core.batch import minibatch_indices
+from proximo.errors import UserError, in_range, one_of
+from proximo.models.folders import context_length, transformers_module
+from proximo.models.language import LanguagePolicy, LoraConfig
+from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
+from proximo.runs.directory import RunDirectory
+from proximo.runs.metrics import sync_metrics
+
+Metrics = dict[str, Any]
+
+EVALUATION_TOKENS = 16384
+"""Tokens scored at a time without gradient, where `microbatch_tokens` does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """The settings that sft, reward and dpo share."""
+
+    model: str = ""
+    """The model to begin with: a folder or hub id."""
+    data: str = ""
+    """What to learn from: a .jsonl or .parquet file, or a folder that datasets saved."""
+    n_epochs: int = 1
+    """Passes over the data, each in a fresh random order."""
+    batch_size: int = 32
+    """Rows per optimizer step; they differ by at most one between steps, so there is no small remainder."""
+    learning_rate: float = 1e-5
+    """Step size of Adam at its highest."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """After the warmup: `constant`, or down to 0 in a line or half a cosine."""
+    warmup_fraction: float = 0.03
+    """Share of the run over which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """The gradient of all weights together is scaled down to this norm."""
+    microbatch_tokens: int | None = 8192
+    """Cut each step into pieces of at most this many tokens, padding counted, to save memory; the gradient stays the
+    same. None takes the whole step at once."""
+    max_length: int | None = None
+    """Longest row in tokens, prompt and answer together; by default whatever the model can take."""
+    over_long: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of longer rows: refused before training, left out, or cut at the end."""
+    hold_out: float = 0.05
+    """Share of the prompts whose rows are kept out of training, to measure on."""
+    lora: bool = False
+    """Learn adapters on the frozen model in place of all its weights; the result is a whole model all the same."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    lora_alpha: float = 32.0
+    """Adapters are scaled by this over their rank."""
+    seed: int = 0
+    """Seeds what is held out, the order of rows, and new heads and adapters."""
+    checkpoint_every: int | None = None
+    """Iterations between checkpoints; by default a tenth of all."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    device: str = "cpu"
+    """Where the model is: cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one per core."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`bfloat16` computes in it over float32 weights; `auto` is float32 on the CPU and bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        for name in ("n_epochs", "batch_size", "keep_checkpoints", "lora_rank"):
+            in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(SupervisedConfig, name)))
+        for name in ("microbatch_tokens", "checkpoint_every"):
+            in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
+        for name in ("seed", "threads"):
+            in_range(name, getattr(self, name), at_least=0, whole=True, usual="0")
+        for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
+            in_range(name, getattr(self, name), above=0.0, usual=str(getattr(SupervisedConfig, name)))
+        in_range("max_length", self.max_length, optional=True, at_least=2, whole=True, usual="1024")
+        in_range("warmup_fraction", self.warmup_fraction, at_least=0.0, at_most=1.0, usual="0.03")
+        in_range("hold_out", self.hold_out, at_least=0.0, below=1.0, usual="0.05")
+        one_of("learning_rate_schedule", self.learning_rate_schedule, ("constant", "linear", "cosine"))
+        one_of("over_long", self.over_long, OVER_LONG)
+        one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+
+    @property
+    def autocast(self) -> bool:
+        """Whether to compute in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and self.device.startswith("cuda"))
+
+    @property
+    def adapter(self) -> LoraConfig:
+        """The settings of adapters."""
+        return LoraConfig(self.lora_rank, self.lora_alpha)
+
+    @property
+    def precision_context(self) -> Any:
+        """A context that computes in the precision asked for."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16) if self.autocast else nullcontext()
+
+
+# --- before the weights are loaded ------------------------------------------------------------------------------
+
+
+def longest_allowed(config: SupervisedConfig) -> int | None:
+    """Return the most tokens that a row may have: `max_length`, or what the model can take, or None for any number.
+
+    Raises:
+        UserError: if the model cannot take `max_length`.
+    """
+    limit = context_length(SimpleNamespace(config=_model_config(config.model)))
+    if config.max_length is None:
+        return limit
+    if limit is not None and config.max_length > limit:
+        raise UserError(
+            f"max_length is {config.max_length}, but {config.model} takes at most {limit} tokens. Set that."
+        )
+    return config.max_length
+
+
+def check_tokens(config: SupervisedConfig, texts: Iterable[Sequence[int]]) -> None:
+    """Raise UserError if the model does not know a token that the tokenizer has given."""
+    highest = max(max(text) for text in texts)
+    known = int(_model_config(config.model).get_text_config().vocab_size)
+    if highest >= known:
+        raise UserError(
+            f"The tokenizer of {config.model} gives the token id {highest}, but the model knows only {known}: the two "
+            "do not belong together. Use the tokenizer that the model was made with, or resize its embeddings."
+        )
+
+
+def check_named(stage: str, config: SupervisedConfig) -> None:
+    """Raise UserError if model or data is not named at all."""
+    for name in ("model", "data"):
+        if not getattr(config, name):
+            raise UserError(f"{stage} needs {name}: proximo {stage} --model MODEL --data FILE")
+
+
+def _model_config(place: str) -> Any:
+    try:
+        return transformers_module().AutoConfig.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The config of the model {place} could not be loaded: {error}") from error
+
+
+Row = TypeVar("Row")
+
+
+def held_out(rows: Sequence[Row], prompts: Sequence[Hashable], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into those to learn from and those to measure on; rows of one prompt stay together.
+
+    At least one prompt is held out if `share` is above 0 and there are two, and at least one is left.
+    """
+    different = list(dict.fromkeys(prompts))
+    count = 0 if share == 0 else min(max(1, round(share * len(different))), len(different) - 1)
+    order = torch.randperm(len(different), generator=_generator(seed, 0x4E1D)).tolist()
+    kept_out = {different[index] for index in order[:count]}
+    learned = [row for row, prompt in zip(rows, prompts, strict=True) if prompt not in kept_out]
+    return learned, [row for row, prompt in zip(rows, prompts, strict=True) if prompt in kept_out]
+
+
+# --- which rows, and how fast -----------------------------------------------------------------------------------
+
+
+def iterations_per_epoch(config: SupervisedConfig, n_rows: int) -> int:
+    """Optimizer steps in one pass over the data."""
+    return max(1, round(n_rows / config.batch_size))
+
+
+def n_iterations(config: SupervisedConfig, n_rows: int) -> int:
+    """Optimizer steps in all."""
+    return config.n_epochs * iterations_per_epoch(config, n_rows)
+
+
+def rows_of(config: SupervisedConfig, iteration: int, n_rows: int) -> list[int]:
+    """The numbers of the rows that an iteration learns from."""
+    epoch, place = divmod(iteration, iterations_per_epoch(config, n_rows))
+    return _minibatches(config.seed, epoch, n_rows, config.batch_size)[place].tolist()
+
+
+@lru_cache(maxsize=2)
+def _minibatches(seed: int, epoch: int, n_rows: int, batch_size: int) -> tuple[Tensor, ...]:
+    return minibatch_indices(n_rows, batch_size, _generator(seed, 0xDA7A, epoch))
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
+
+
+def learning_rate_at(config: SupervisedConfig, iteration: int, total: int) -> float:
+    """The learning rate of an iteration, which is never 0, of `total`."""
+    warmup = round(config.warmup_fraction * total)
+    if iteration < warmup:
+        return config.learning_rate * (iteration + 1) / (warmup + 1)
+    remaining = (total - iteration) / (total - warmup)
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate
+    if config.learning_rate_schedule == "linear":
+        return config.learning_rate * remaining
+    return config.learning_rate * 0.5 * (1.0 - math.cos(math.pi * remaining))
+
+
+def due(config: SupervisedConfig, iteration: int, saved_at: int, total: int) -> bool:
+    """Whether a checkpoint is due after `iteration` iterations."""
+    interval = config.checkpoint_every or max(1, math.ceil(total / 10))
+    return iteration >= total or iteration - saved_at >= interval
+
+
+# --- texts in rows ----------------------------------------------------------------------------------------------
+
+
+class Text(NamedTuple):
+    """Token ids, and from which one on they are scored (the first is never: nothing stands before it)."""
+
+    token_ids: Sequence[int]
+    scored_from: int
+
+    @property
+    def n_scored(self) -> int:
+        """How many tokens are scored."""
+        return max(0, len(self.token_ids) - max(1, self.scored_from))
+
+
+class Rows(NamedTuple):
+    """Texts in rows of tokens `[R, L]`, padded on the right; a row may hold several texts, one after the other."""
+
+    tokens: Tensor
+    text: Tensor
+    """The number of the text that each token belongs to; -1 at padding."""
+    positions: Tensor
+    """The place of each token in its text."""
+    scored: Tensor
+    """True at tokens that are scored."""
+    packed: bool
+    """Whether any row holds several texts."""
+
+
+def in_rows(texts: Sequence[Text], rows: Sequence[Sequence[int]], device: str) -> Rows:
+    """Lay texts out in rows: each of `rows` has the numbers of its texts."""
+    ids, owners, positions, scored = [], [], [], []
+    for numbers in rows:
+        chosen = [(number, texts[number], len(texts[number].token_ids)) for number in numbers]
+        ids.append([token for _, text, _ in chosen for token in text.token_ids])
+        owners.append([number for number, _, length in chosen for _ in range(length)])
+        positions.append([place for _, _, length in chosen for place in range(length)])
+        scored.append([place >= max(1, text.scored_from) for _, text, length in chosen for place in range(length)])
+    tokens, attention = right_padded(ids)
+    return Rows(
+        tokens.to(device),
+        right_padded(owners, pad=-1)[0].to(device),
+        # Padding counts on, or transformers would take it for another text in the row.
+        torch.where(attention, right_padded(positions)[0], torch.arange(tokens.shape[1])).to(device),
+        right_padded(scored)[0].bool().to(device),
+        any(len(numbers) > 1 for numbers in rows),
+    )
+
+
+def packed_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Put texts of these lengths into rows of at most `room` tokens: longest first, each where it first fits."""
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        place = next((place for place, free in enumerate(left) if free >= lengths[number]), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[place].append(number)
+        left[place] -= lengths[number]
+    return rows
+
+
+def pieces_within(lengths: Sequence[int], budget: int | None) -> list[list[int]]:
+    """Group rows, longest first, so that rows times the longest of them is within `budget` (one row at least)."""
+    pieces: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not pieces or len(pieces[-1]) >= room:
+            pieces.append([])
+            room = len(lengths) if budget is None else max(1, budget // max(lengths[number], 1))
+        pieces[-1].append(number)
+    return pieces
+
+
+def token_log_probs(policy: LanguagePolicy, rows: Rows) -> Tensor:
+    """Log-probability `[R, L]` of each scored token given those before it in its text; 0 elsewhere."""
+    policy_model = policy.actor
+    inputs = dict(input_ids=rows.tokens, attention_mask=_mask(policy_model, rows), position_ids=rows.positions)
+    with policy._adapter("policy"), policy._precision():
+        if policy._plain_head:
+            hidden = policy_model.base_model(**inputs, use_cache=False).last_hidden_state
+        else:
+            hidden = policy_model(**inputs, use_cache=False).logits
+    scores, _ = policy._token_scores(hidden[:, :-1][rows.scored[:, 1:]], rows.tokens[rows.scored])
+    return torch.zeros(rows.tokens.shape, device=scores.device).masked_scatter(rows.scored, scores)
+
+
+def sums_of_texts(log_probs: Tensor, rows: Rows, n_texts: int) -> Tensor:
+    """Log-probability of each text `[n_texts]`: the sum over its scored tokens."""
+    own = torch.zeros(n_texts, device=log_probs.device)
+    return own.index_add(0, rows.text[rows.scored], log_probs[rows.scored])
+
+
+def _mask(model: Any, rows: Rows) -> Tensor | None:
+    """Which token may look at which `[R, 1, L, L]`; None where being causal is enough: padding comes last."""
+    if not rows.packed:
+        return None
+    length = rows.tokens.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=rows.tokens.device).tril()
+    mask = ((rows.text.unsqueeze(2) == rows.text.unsqueeze(1)) & causal).unsqueeze(1)
+    if model.config._attn_implementation == "sdpa":
+        return mask
+    smallest = torch.finfo(torch.float32).min  # other implementations add the mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, smallest)
+
+
+# --- a step -----------------------------------------------------------------------------------------------------
+
+Piece = TypeVar("Piece")
+
+
+def take_step(
+    config: SupervisedConfig,
+    optimizer: FlatAdam,
+    pieces: Iterable[Piece],
+    shares_of: Callable[[Piece], dict[str, Tensor]],
+    iteration: int,
+    total: int,
+) -> dict[str, float]:
+    """Take the optimizer step of a minibatch that is cut into pieces; return its metrics.
+
+    `shares_of` gives a piece's shares of the whole minibatch's metrics, among them `loss`, to be minimized: they
+    add up, however the minibatch is cut.
+
+    Raises:
+        UserError: if the gradient is not finite; the weights are as they were.
+    """
+    sums = accumulate_gradients(optimizer, pieces, shares_of)
+    optimizer.learning_rate = learning_rate_at(config, iteration, total)
+    try:
+        norm = optimizer.clipped_step(config.max_grad_norm)
+    except NonFiniteUpdateError as error:
+        raise UserError(
+            f"Learning broke down in iteration {iteration + 1}: {error}. The step was not taken; the weights are "
+            "finite, and the last checkpoint is sound.\n"
+            f"Usual mends, in a new run: a lower learning_rate (it is {config.learning_rate:g}), a higher "
+            f"warmup_fraction (it is {config.warmup_fraction:g}), precision float32."
+        ) from error
+    return sums | {"grad_norm": norm, "learning_rate": optimizer.learning_rate}
+
+
+def accumulate_gradients(
+    optimizer: FlatAdam, pieces: Iterable[Piece], shares_of: Callable[[Piece], dict[str, Tensor]]
+) -> dict[str, float]:
+    """Backward through each piece; the gradients add up to the whole minibatch's, as the returned metrics do."""
+    optimizer.zero_grad()
+    sums: dict[str, Tensor] = {}
+    for piece in pieces:
+        shares = shares_of(piece)
+        shares["loss"].backward()
+        for name, value in shares.items():
+            sums[name] = value.detach() + sums[name] if name in sums else value.detach()
+    return {name: float(value) for name, value in sums.items()}
+
+
+# --- saving and restoring ---------------------------------------------------------------------------------------
+
+_COUNTERS = ("iteration", "seconds", "saved_at")
+
+
+def learning_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights that learn, by their names."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def fingerprint(module: nn.Module, texts: Iterable[Sequence[int]]) -> str:
+    """What a run stands on and does not save: its frozen weights and its data, in a short text."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(np.array([len(text), *text], dtype=np.int64).tobytes())
+    frozen = [float(p.double().sum()) for p in module.parameters() if not p.requires_grad]
+    digest.update(np.array(frozen, dtype=np.float64).tobytes())
+    return digest.hexdigest()
+
+
+def save_progress(
+    config: SupervisedConfig,
+    run: RunDirectory,
+    state: Any,
+    module: nn.Module,
+    stands_on: str,
+    more: dict[str, dict[str, Tensor]] | None = None,
+) -> None:
+    """Write a checkpoint of a stage's state: what learns, the optimizer, the counters, and `more` tensors."""
+    state.saved_at = state.iteration
+    tensors = {"weights": learning_weights(module), "optimizer": state.optimizer.state_dict(), **(more or {})}
+    described = {name: getattr(state, name) for name in _COUNTERS} | {"stands_on": stands_on}
+    sync_metrics(run.metrics_path)
+    save_checkpoint(run.checkpoints, state.iteration, tensors, described)
+    prune_checkpoints(run.checkpoints, config.keep_checkpoints)
+
+
+def load_progress(config: SupervisedConfig, checkpoint: Checkpoint, state: Any, module: nn.Module, on: str) -> None:
+    """Take over what `save_progress` wrote into a state as it was at the start.
+
+    Raises:
+        UserError: if data, frozen weights or shapes are not those that the run had.
+    """
+    if checkpoint.state.get("stands_on") != on:
+        raise UserError(
+            f"{checkpoint.path} was made with other data or another base model: {config.data} or {config.model} has "
+            "been changed, or a setting that selects rows. Bring them back to what they were, or begin a new run."
+        )
+    weights, saved = learning_weights(module), checkpoint.tensors.get("weights", {})
+    if weights.keys() != saved.keys() or any(saved[name].shape != weights[name].shape for name in weights):
+        raise UserError(
+            f"{checkpoint.path} does not fit this run's config.toml: its weights are of other names or shapes. Bring "
+            "model, lora and lora_rank back to what they were, or begin a new run."
+        )
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
+    state.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+    for name in _COUNTERS:
+        setattr(state, name, checkpoint.state[name])
+
+
+# --- words ------------------------------------------------------------------------------------------------------
+
+
+def plan_in_words(config: SupervisedConfig, module: nn.Module, n_learned: int, n_held_out: int) -> dict[str, str]:
+    """Model, data, and what learning will take."""
+    numbers = [parameter.numel() for parameter in module.parameters()]
+    learning = sum(weight.numel() for weight in learning_weights(module).values())
+    share = f", of which {learning:,} in adapters learn" if config.lora else ""
+    mib = 4 / 2**20  # all weights are float32, and so are gradients and Adam's two moments
+    return {
+        "model": f"{config.model}   ({sum(numbers):,} parameters{share})",
+        "data": f"{n_learned:,} rows to learn from and {n_held_out:,} held out, from {config.data}",
+        "steps": f"{n_iterations(config, n_learned):,} of {config.batch_size} rows, {config.n_epochs} epochs, "
+        f"learning rate {config.learning_rate:g} ({config.learning_rate_schedule}), seed {config.seed}",
+        "memory": f"weights {sum(numbers) * mib:,.1f} MiB, gradients and Adam {3 * learning * mib:,.1f} MiB, "
+        "activations not counted",
+    }
