@@ -333,6 +333,21 @@ def generate_stories(n: int, seed: int, names: Sequence[str] = TRAIN_NAMES) -> l
     return stories
 
 
+def generate_pairs(n: int, seed: int) -> list[tuple[str, str, str]]:
+    """Write `n` openings with two independent ways to go on, of the quality that the stories have.
+
+    Raises:
+        UserError: if `n` is negative.
+    """
+    in_range("n", n, at_least=0, whole=True, usual="5000")
+    rng = random.Random(f"pairs {seed}")
+    pairs = []
+    for _ in range(n):
+        cast = _draw_cast(rng, [rng.choice(TRAIN_NAMES)], held_out=False)
+        pairs.append((_opening(cast, rng), _response(cast, rng), _response(cast, rng)))
+    return pairs
+
+
 def prompts(n: int, seed: int, *, held_out: bool) -> list[str]:
     """Write `n` openings: in combinations that occur in training, or in held-out ones only.
 

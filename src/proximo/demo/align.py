@@ -1,0 +1,208 @@
+"""`proximo demo align`: SFT, a reward model from noisy preferences, PPO, and a gold judge, from nothing on a CPU.
+
+Every stage is the one that `proximo sft`, `reward` and `align` run; only the world is made up (`stories.py`). The
+gold judge is never shown to the policy: it labels preferences, with Bradley-Terry noise, and has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proximo.collect.data import read_prompts
+from proximo.collect.generate import GenerationConfig
+from proximo.collect.rewards import Scores
+from proximo.demo.stories import (
+    build_tokenizer,
+    generate_pairs,
+    gold_score,
+    label_preferences,
+    noise_ceiling,
+    write_corpus,
+)
+from proximo.language import StageRun, config_of, run_stage
+from proximo.models.folders import load_tokenizer, save_model, transformers_module
+from proximo.stage_display import StageDisplay
+from proximo.training.compare import compare
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How large the demonstration is."""
+
+    n_stories: int = 6400
+    """Stories to learn to write from."""
+    n_pairs: int = 5000
+    """Preference pairs for the reward model."""
+    noise: float = 0.5
+    """Bradley-Terry temperature of the labels, in standard deviations of the gold score."""
+    beta: float = 0.05
+    """Weight of the KL to the SFT model."""
+    n_iterations: int = 30
+    """Rollouts of PPO."""
+    n_prompts: int = 1000
+    """Prompts for PPO, and as many unseen ones."""
+    n_judged: int = 256
+    """Unseen prompts that the gold judge compares the models on."""
+    seed: int = 0
+    """Seeds everything."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one per core."""
+
+
+GENERATION = GenerationConfig(max_new_tokens=56)
+
+Label = Callable[[list[tuple[str, str, str]], int, float], list[dict[str, str]]]
+
+
+class GoldJudge:
+    """The programmatic score as a reward."""
+
+    name = "gold"
+
+    def __call__(self, prompts: list[Any], responses: list[str], columns: dict[str, list[Any]]) -> Scores:
+        """Score each response."""
+        del columns
+        return Scores([gold_score(prompt, text) for prompt, text in zip(prompts, responses, strict=True)], [])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[str, Any]:
+    """Go through all stages in `folder`; return what was measured."""
+    began = time.monotonic()
+    data = write_corpus(folder / "data", n_stories=config.n_stories, n_prompts=config.n_prompts, seed=config.seed)
+    display.say(f"1 of 4  {config.n_stories:,} stories learned by a transformer from scratch (proximo sft)")
+    sft = train_sft(folder, data["stories"], config, display)
+    display.say(f"2 of 4  a reward model from {config.n_pairs:,} noisy preferences (proximo reward)")
+    reward, ceiling = train_reward(folder, config, display, sft.path)
+    display.say("3 of 4  PPO against the reward model (proximo align)")
+    aligned = train_ppo(folder / "ppo", data["prompts"], config, display, sft.path, str(reward.path))
+    display.say(f"4 of 4  the gold judge reads {config.n_judged} unseen prompts (proximo evaluate)")
+    judged = judge(aligned.path, sft.path, data["held_out"], config)
+    result = {
+        **asdict(config),
+        "reward_accuracy": reward.metrics.get("held_out_accuracy"),
+        "reward_accuracy_ceiling": ceiling,
+        **judged,
+        "seconds": time.monotonic() - began,
+        "folder": str(folder),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def train_sft(folder: Path, stories: Path, config: DemoConfig, display: StageDisplay) -> StageRun:
+    """A two-layer Llama of 1.1 M parameters, from scratch."""
+    write_untrained(folder / "untrained", config.seed)
+    settings = dict(
+        model=str(folder / "untrained"),
+        data=str(stories),
+        batch_size=16,
+        learning_rate=3e-3,
+        warmup_fraction=0.1,
+        seed=config.seed,
+        threads=config.threads,
+        hold_out=0.02,
+        completion_only=True,
+    )
+    return run_stage("sft", config_of("sft", settings, where="demo"), display, folder / "sft")
+
+
+def write_untrained(folder: Path, seed: int) -> None:
+    """The model before it has read anything. Wide initial weights let copying come early (docs/log.md)."""
+    transformers = transformers_module()
+    tokenizer = build_tokenizer()
+    shape = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=640,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(shape)
+    save_model(folder, model, tokenizer)
+
+
+def train_reward(
+    folder: Path,
+    config: DemoConfig,
+    display: StageDisplay,
+    sft: Path,
+    *,
+    label: Label = label_preferences,
+    name: str = "reward",
+) -> tuple[StageRun, float]:
+    """A reward model from pairs of stories that begin alike, and the accuracy that label noise allows at most."""
+    pairs = generate_pairs(config.n_pairs, config.seed)
+    path = folder / "data" / f"preferences-{name}.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in label(pairs, config.seed, config.noise)))
+    settings = dict(
+        model=str(sft),
+        data=str(path),
+        batch_size=32,
+        learning_rate=1e-3,
+        hold_out=0.1,
+        seed=config.seed,
+        threads=config.threads,
+    )
+    run = run_stage("reward", config_of("reward", settings, where="demo"), display, folder / name)
+    return run, noise_ceiling(pairs, config.noise)
+
+
+def train_ppo(
+    path: Path,
+    prompts: Path,
+    config: DemoConfig,
+    display: StageDisplay,
+    sft: Path,
+    reward: str,
+    **changes: Any,
+) -> StageRun:
+    """PPO with a value head on the policy's trunk."""
+    settings = dict(
+        model=str(sft),
+        reward=(reward,),
+        prompts=str(prompts),
+        sharing="trunk",
+        beta=config.beta,
+        n_iterations=config.n_iterations,
+        prompts_per_iteration=128,
+        batch_size=64,
+        n_epochs=2,
+        learning_rate=3e-4,
+        max_new_tokens=GENERATION.max_new_tokens,
+        missing_eos_penalty=1.0,
+        samples_every=10,
+        seed=config.seed,
+        threads=config.threads,
+    )
+    return run_stage("align", config_of("align", settings | changes, where="demo"), display, path)
+
+
+def judge(model: Path, against: Path, prompts: Path, config: DemoConfig) -> dict[str, Any]:
+    """What the gold judge says of two models on unseen prompts."""
+    tokenizer = load_tokenizer(model)
+    rows = read_prompts(prompts, tokenizer, max_tokens=None, over_long="error")[: config.n_judged]
+    return compare(str(model), str(against), tokenizer, rows, GoldJudge(), GENERATION, best_of=4, seed=config.seed)
+
+
+def smaller(config: DemoConfig) -> DemoConfig:
+    """A demonstration that shows nothing but that everything runs: for tests."""
+    return replace(config, n_stories=64, n_pairs=40, n_iterations=2, n_prompts=130, n_judged=8)
