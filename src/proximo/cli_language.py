@@ -323,6 +323,64 @@ def _compared_in_words(given: CompareArguments, result: dict[str, Any]) -> list[
     ] + ([f"no score for {result['missing']} prompts"] if result["missing"] else [])
 
 
+@dataclass(frozen=True)
+class DemoArguments:
+    """The whole language pipeline from nothing: SFT, a reward model from preferences, PPO, and a gold judge."""
+
+    run_dir: Path | None = None
+    """Where to write; by default a new folder runs/demo-align/TIME-seedSEED."""
+    seed: int = 0
+    """Seeds everything."""
+    long: bool = False
+    """The longer setting that the numbers of docs/benchmarks.md come from: about four times the work."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one per core."""
+    quiet: bool = False
+    """Show no progress."""
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+
+def demo_command(words: list[str]) -> int:
+    """`proximo demo align`: minutes on a CPU, no download."""
+    if not words or words[0] in ("-h", "--help"):
+        print("proximo demo align    the whole language pipeline from nothing, in minutes on a CPU, no download")
+        return EXIT_DONE
+    if words[0] != "align":
+        raise UserError(f"There is no demo {words[0]!r}. There is one: proximo demo align")
+    from proximo.demo.align import LONG, DemoConfig, run_demo
+    from proximo.runs.directory import new_run
+
+    given = tyro.cli(DemoArguments, args=words[1:], prog="proximo demo align")
+    size = LONG if given.long else DemoConfig()
+    config = replace(size, seed=given.seed, threads=given.threads)
+    display = StageDisplay.choose(quiet=given.quiet)
+    directory = new_run("demo-align", given.seed, given.run_dir)
+    result = run_demo(directory.path, config, display)
+    display.result(_demo_in_words(result), _demo_next(directory.path))
+    if given.json:
+        print(json.dumps(result))
+    return EXIT_DONE
+
+
+def _demo_in_words(result: dict[str, Any]) -> dict[str, str]:
+    accuracy, ceiling = result["reward_accuracy"], result["reward_accuracy_ceiling"]
+    return {
+        "reward model": f"right on {100 * accuracy:.1f} % of held-out pairs; label noise allows {100 * ceiling:.1f} %",
+        "gold score": f"{result['reward_mean']:+.2f} after PPO, {result['reward_mean_against']:+.2f} after SFT, "
+        f"{result['best_of_reward_mean']:+.2f} best of {result['best_of']} of SFT (0 is the corpus, 1 its spread)",
+        "win rate": f"{100 * result['win_rate']:.1f} % over SFT on {result['n_prompts']} unseen prompts",
+        "KL to SFT": f"{result['kl_to_against']:.2f} nats per response",
+        "ended": f"{100 * result['eos_fraction']:.1f} % of responses, {result['response_length_mean']:.0f} tokens long",
+        "took": f"{result['seconds']:.0f} s",
+        "everything": result["folder"],
+    }
+
+
+def _demo_next(folder: Path) -> list[str]:
+    return [f"proximo sample {folder}/ppo --prompts {folder}/data/held_out.jsonl", f"proximo chat {folder}/ppo"]
+
+
 # --- words ------------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,9 @@ class DemoConfig:
     """CPU threads for torch; 0 is one per core."""
 
 
+LONG = DemoConfig(n_stories=24_000, n_pairs=16_000, n_iterations=100, n_judged=512)
+"""What the numbers of docs/benchmarks.md come from."""
+
 GENERATION = GenerationConfig(max_new_tokens=56)
 
 Label = Callable[[list[tuple[str, str, str]], int, float], list[dict[str, str]]]
