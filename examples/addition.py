@@ -3,13 +3,13 @@
     python examples/addition.py --algorithm ppo --sharing trunk --seed 0
 
 The numbers have two or three digits, and a quarter of all pairs of numbers is never trained on. Supervised
-fine-tuning imitates traces of which only about 40 % are right, so the model is right about as often. PPO (or GRPO,
+fine-tuning imitates traces of which only 30 % are right, so the model is right in about 40 % of its samples. PPO (or GRPO,
 or PPO on LoRA adapters) then sees only whether a sum is right. The last line of the output is one JSON object:
 
     {"algorithm", "sharing", "seed", "sft_accuracy", "accuracy", "sft_greedy", "greedy", ...}
 
-Accuracies are on unseen pairs, of sampled answers; `greedy` takes the most likely token. Answers are written with
-their last digit first (24+19= is answered 34), as carries go that way.
+Accuracies are on unseen pairs, of sampled answers; `greedy` takes the most likely token. Numbers are written with
+their last digit first (124 + 19 is asked as 421+910= and answered 341), as carries go that way.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from proximo.stage_display import StageDisplay
 from proximo.training.compare import answers_of, load_for_sampling
 
 GENERATION = GenerationConfig(max_new_tokens=6)
-RIGHT_SHARE = 0.4
+RIGHT_SHARE = 0.3
 
 
 def is_held_out(a: int, b: int) -> bool:
@@ -50,8 +50,8 @@ def draw_pair(rng: random.Random, *, held_out: bool) -> tuple[int, int]:
 
 
 def question(a: int, b: int) -> str:
-    """Both numbers with three digits."""
-    return f"{a:03d}+{b:03d}="
+    """Both numbers with three digits, the last one first."""
+    return f"{a:03d}"[::-1] + "+" + f"{b:03d}"[::-1] + "="
 
 
 def answer(a: int, b: int) -> str:
@@ -147,8 +147,8 @@ def fine_tune(folder: Path, seed: int, n_traces: int, threads: int, *, quiet: bo
     settings = dict(
         model=str(folder / "untrained"),
         data=str(folder / "traces.jsonl"),
-        batch_size=128,
-        learning_rate=2e-3,
+        batch_size=64,
+        learning_rate=3e-3,
         warmup_fraction=0.05,
         hold_out=0.005,
         checkpoint_every=10_000,

@@ -123,7 +123,8 @@ def settings(folder: Path, algorithm: str, beta: float, seed: int, n_iterations:
     shared = dict(learning_rate=1e-3, learning_rate_schedule="linear", batch_size=128, max_grad_norm=1.0, n_epochs=4)
     chosen = replace(chosen, **shared)
     if isinstance(chosen, PPO):
-        chosen = replace(chosen, value_coef=0.5, value_clip_epsilon=None)
+        # Near the optimum advantages are noise: scaled up to 1 they would keep the policy from settling.
+        chosen = replace(chosen, value_coef=0.5, value_clip_epsilon=None, normalize_advantages=False)
     return AlignConfig(
         model=str(folder / "model"),
         prompts=str(folder / "prompts.jsonl"),
