@@ -199,8 +199,8 @@ class Faulty(gym.Env):
         reward: Any = float(observation.sum())
         if self.faulty and self.episode == self.bad_episode and self.t == self.at:
             match self.fault:
-                case "step raises":
-                    raise ZeroDivisionError("the arm is stuck")
+                case "step raises" | "leaves":
+                    raise ZeroDivisionError("the arm is stuck") if self.fault == "step raises" else SystemExit(3)
                 case "step gives four":
                     return observation, reward, False, {}
                 case "NaN reward":
@@ -220,6 +220,23 @@ class Faulty(gym.Env):
                 case "out of bounds":
                     observation[1] = 2.5
         return observation, reward, False, self.t == 6, {}
+
+
+class Returning(gym.Env):
+    """Always returns the same from `step`: what it is given, in the place of what is usual."""
+
+    def __init__(self, space: spaces.Space | None = None, **given: Any) -> None:
+        self.observation_space = space or spaces.Box(-np.inf, np.inf, (2,), np.float32)
+        self.action_space = spaces.Discrete(2)
+        usual = dict(observation=np.zeros(2, self.observation_space.dtype), reward=0.0, terminated=False)
+        self.returned = tuple((usual | dict(truncated=False, info={}) | given).values())
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        return np.zeros(2, self.observation_space.dtype), {}
+
+    def step(self, action):
+        return self.returned
 
 
 class Identity(gym.Env):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -147,3 +148,98 @@ def test_a_time_limit_of_the_config_reaches_the_environment(tmp_path: Path) -> N
     run = proximo.train(Corridor, run_dir=tmp_path / "run", max_episode_steps=3, **SMALL)
     assert proximo.evaluate(run, Corridor, episodes=4)["length_mean"] == 3
     assert make_env(Corridor, "Corridor", {}, max_episode_steps=3).spec is None
+
+
+def test_settings_in_a_dict_are_told_to_be_keywords(tmp_path: Path) -> None:
+    with pytest.raises(proximo.UserError, match="as keywords"):
+        proximo.train("CartPole-v1", {"seed": 1}, run_dir=tmp_path / "run")  # type: ignore[arg-type]
+
+
+def test_a_run_can_be_given_wherever_its_directory_can(tmp_path: Path) -> None:
+    run = proximo.train(Corridor, run_dir=tmp_path / "run", **SMALL)
+    assert proximo.load(run).state_dict().keys() == run.policy.state_dict().keys()
+    assert proximo.resume(run, Corridor, total_steps=1024, quiet=True).env_steps == 1024
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    run = proximo.train(Corridor, run_dir=tmp_path / "run", checkpoint_every=256, **SMALL)
+    (sorted((run.path / "checkpoints").glob("step_*"))[-1] / "state.json").write_text("{}")
+    with pytest.warns(UserWarning, match="Step 448 is used|Step 256 is used"):
+        proximo.load(run)
+    with pytest.warns(UserWarning, match=r"instead of what was damaged: step_0+512"):
+        assert proximo.evaluate(run, Corridor, episodes=1)["step"] < 512
+
+
+def test_an_environment_that_fails_to_close_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Clings(Corridor):
+        def close(self):
+            raise RuntimeError("the door is stuck")
+
+    assert proximo.train(Clings, run_dir=tmp_path / "run", **SMALL).env_steps == 512
+    assert "the door is stuck" in capsys.readouterr().err
+
+
+def test_of_two_runs_in_one_folder_one_is_trained(tmp_path: Path) -> None:
+    def attempt(seed: int) -> object:
+        try:
+            return proximo.train(Corridor, run_dir=tmp_path / "run", seed=seed, **SMALL)
+        except proximo.UserError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [each for each in pool.map(attempt, (1, 2)) if isinstance(each, proximo.Run)]
+    assert len(runs) == 1
+    assert f"seed = {runs[0].config.seed}\n" in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_folder_that_another_process_took_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = proximo.train(Corridor, run_dir=tmp_path / "run", **SMALL)
+    before = (run.path / "config.toml").read_bytes()
+    monkeypatch.setattr(proximo.api, "new_run", lambda *_: proximo.api.RunDirectory(run.path))
+    with pytest.raises(proximo.UserError, match="another process"):
+        proximo.train(Corridor, run_dir=run.path, seed=9, **SMALL)
+    assert (run.path / "config.toml").read_bytes() == before
+
+
+def test_a_run_that_is_being_trained_is_locked_before_its_checkpoint_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = proximo.train(Corridor, run_dir=tmp_path / "run", **SMALL)
+
+    def never(*_: object) -> None:
+        raise AssertionError("read without the lock")
+
+    monkeypatch.setattr(proximo.api, "newest_checkpoint", never)
+    with (
+        proximo.api.locked(proximo.api.RunDirectory(run.path)),
+        pytest.raises(proximo.UserError, match="being trained"),
+    ):
+        proximo.resume(run, Corridor, quiet=True)
+
+
+def test_no_second_set_of_a_persons_environments_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Counted(Corridor):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    proximo.train(Counted, run_dir=tmp_path / "run", **(SMALL | dict(quiet=False)))
+    assert len(made) == 2 + 1  # one to see its spaces
+
+
+def test_no_name_is_advised_that_leads_nowhere(tmp_path: Path) -> None:
+    run = proximo.train(lambda: Corridor(4), run_dir=tmp_path / "run", **SMALL)
+    with pytest.raises(proximo.UserError, match=r"proximo\.resume\(run, env\)") as caught:
+        proximo.resume(run)
+    assert "--allow-import" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["\ud800", {"deep": ["\ud800"]}])
+def test_arguments_that_no_file_can_hold_leave_no_folder(value: object, tmp_path: Path) -> None:
+    with pytest.raises(proximo.UserError, match="toml cannot hold"):
+        proximo.train(lambda **_: Corridor(4), env_kwargs={"name": value}, run_dir=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()

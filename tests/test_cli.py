@@ -154,7 +154,9 @@ def test_train_evaluate_report_from_one_run(tmp_path: Path, capsys: pytest.Captu
         "length_mean",
         "deterministic",
         "seed",
+        "step",
     ]
+    assert json.loads(out)["step"] == 1024
     code, out, _ = said_by(capsys, "report", str(run), "--json")
     assert code == 0
     assert json.loads(out)["runs"][0]["env_steps"] == 1024
@@ -162,7 +164,7 @@ def test_train_evaluate_report_from_one_run(tmp_path: Path, capsys: pytest.Captu
 
 def test_settings_come_from_the_file_and_flags_go_over_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, run = tmp_path / "mine.toml", tmp_path / "run"
-    file.write_text('env_id = "CartPole-v1"\ntotal_steps = 512\ngamma = 0.9\nn_epochs = 1\n')
+    file.write_bytes('\ufeff# für\r\nenv_id = "CartPole-v1"\ntotal_steps = 512\ngamma = 0.9\nn_epochs = 1\n'.encode())
     code, _, error = said_by(capsys, "train", "--config", str(file), "--gamma", "0.8", "--run-dir", str(run), "--quiet")
     assert code == 0, error
     written = (run / "config.toml").read_text()
@@ -189,6 +191,21 @@ BAD_INPUT = {
     "unknown kwargs": (["train", "CartPole-v1", "--env-kwargs", '{"hardcore": true}'], ["hardcore"]),
     "no such device": (["train", "CartPole-v1", "--device", "toaster"], ["toaster", "cpu"]),
     "missing file": (["train", "my_missing_file.py:MyEnv"], ["my_missing_file.py"]),
+    "kwargs with an underscore": (["train", "CartPole-v1", "--env_kwargs", '{"hardcore": true}'], ["hardcore"]),
+    "the last kwargs": (["train", "CartPole-v1", "--env-kwargs", "{}", "--env_kwargs={hardcore}"], ["JSON"]),
+    "the last file": (["train", "CartPole-v1", "--config", "GOOD_TOML", "--config=odd.toml"], ["learning_rte"]),
+    "kwargs that no file can hold": (["train", "CartPole-v1", "--env-kwargs", '{"a": "\\ud800"}'], ["env_kwargs"]),
+    "threads without end": (["train", "CartPole-v1", "--threads", "99999999999"], ["threads", "1024"]),
+    "networks without end": (
+        ["train", "CartPole-v1", "--hidden-sizes", "1000000", "1000000"],
+        ["not enough memory", "hidden_sizes (now 1000000 1000000)"],
+    ),
+    "rollouts without end": (
+        ["train", "CartPole-v1", "--rollout-length", "1000000000", "--total-steps", "9000000000", "--n-envs", "1000"],
+        ["rollout_length"],
+    ),
+    "steps that are done": (["resume", "RUN", "--total-steps", "300"], ["512", "already done", "300"]),
+    "presets of something": (["presets", "CartPole-v1"], ["CartPole-v1"]),
 }
 
 
@@ -207,9 +224,10 @@ def test_bad_input_gets_one_readable_message_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.toml").write_text("gamma == 0.9")
     (tmp_path / "odd.toml").write_text("learning_rte = 0.1")
+    (tmp_path / "good.toml").write_text("learning_rate = 0.1")
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     words, expected = BAD_INPUT[name]
-    places = {"RUN": str(finished_run), "BAD_TOML": "bad.toml", "ODD_TOML": "odd.toml"}
+    places = {"RUN": str(finished_run), "BAD_TOML": "bad.toml", "ODD_TOML": "odd.toml", "GOOD_TOML": "good.toml"}
     code, out, error = said_by(capsys, *(places.get(word, word) for word in words))
     assert code == 2, (out, error)
     assert "Traceback" not in error

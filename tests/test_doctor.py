@@ -168,6 +168,14 @@ def test_a_full_disk_and_a_folder_that_is_not_ours(monkeypatch: pytest.MonkeyPat
     assert doctor._disk()[0].status == "problem"
 
 
+def test_a_deleted_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "has been deleted" in doctor._disk()[0].detail
+    assert install_command().startswith(("cd", "pip"))
+
+
 def test_the_limits_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from proximo.api import resume as resume
     from proximo.api import train as train
     from proximo.errors import UserError as UserError
+    from proximo.language import StageRun as StageRun
+    from proximo.language import align as align
+    from proximo.language import dpo as dpo
+    from proximo.language import reward as reward
+    from proximo.language import sft as sft
     from proximo.models.control import ActorCritic as ActorCritic
     from proximo.training.config import ControlConfig as ControlConfig
 
@@ -23,12 +28,31 @@ _HOMES = {
     "load": "proximo.api",
     "evaluate": "proximo.api",
     "Run": "proximo.api",
+    "align": "proximo.language",
+    "dpo": "proximo.language",
+    "reward": "proximo.language",
+    "sft": "proximo.language",
+    "StageRun": "proximo.language",
     "UserError": "proximo.errors",
     "ActorCritic": "proximo.models.control",
     "ControlConfig": "proximo.training.config",
 }
 
-__all__ = ["ActorCritic", "ControlConfig", "Run", "UserError", "evaluate", "load", "resume", "train"]
+__all__ = [
+    "ActorCritic",
+    "ControlConfig",
+    "Run",
+    "StageRun",
+    "UserError",
+    "align",
+    "dpo",
+    "evaluate",
+    "load",
+    "resume",
+    "reward",
+    "sft",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ import torch
 
 from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import EnvFactory, find_factory, make_env, names_code
-from proximo.errors import UserError
+from proximo.errors import UserError, tell
 from proximo.models.control import ActorCritic
 from proximo.presets import resolve_settings
+from proximo.runs import names
 from proximo.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
 from proximo.runs.lock import locked
@@ -29,6 +33,9 @@ from proximo.training import control
 from proximo.training.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
 from proximo.training.estimate import estimated_seconds
 from proximo.training.evaluate import evaluate_policy
+
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
+"""What torch's RuntimeErrors say where memory ran out."""
 
 Env = str | type[gym.Env] | Callable[..., Any]
 """A Gymnasium id, `my_file.py:MyEnv`, `package.module:MyEnv`, an environment class, or a factory."""
@@ -45,11 +52,13 @@ class Run:
     env_steps: int
     """Environment steps taken."""
     return_mean: float | None
-    """Mean return of the last 100 episodes of training."""
+    """Mean return of the last 100 episodes of training, of fewer where fewer have ended."""
     seconds: float
     """Time spent collecting and learning, over all sessions of the run."""
     interrupted_by: int | None = None
     """The signal that ended it early; None if it came to its end."""
+    return_episodes: int = 0
+    """How many episodes `return_mean` is over."""
 
     @property
     def policy(self) -> ActorCritic:
@@ -80,6 +89,11 @@ def train(
         UserError: for an unknown environment or setting, an impossible value, an existing `run_dir`, or an
             environment that breaks the rules of its own spaces.
     """
+    if config is not None and not isinstance(config, ControlConfig):
+        raise UserError(
+            f"proximo.train() takes settings as keywords, or a ControlConfig, not a {type(config).__name__}. "
+            'Write proximo.train("CartPole-v1", seed=1), or with a dict: proximo.train("CartPole-v1", **settings).'
+        )
     env_id, factory = environment_source(env if env is not None else config.environment.env_id if config else None)
     where = "proximo.train()"
     base, source = config, "given as a config"
@@ -91,7 +105,7 @@ def train(
 
 
 def resume(
-    run: str | Path,
+    run: str | Path | Run,
     env: Env | None = None,
     *,
     allow_import: bool = False,
@@ -101,7 +115,7 @@ def resume(
     """Go on exactly where a run stopped.
 
     Args:
-        run: the run directory.
+        run: the run, or its directory.
         env: the environment, where the run's own name for it is not a registered Gymnasium id.
         allow_import: import the file or module that the run names; only for runs of your own.
         total_steps: train up to this many steps instead of the number the run was begun with.
@@ -115,35 +129,72 @@ def resume(
 
 
 def resume_with(
-    run: str | Path, env: Env | None, display: Display, *, allow_import: bool, total_steps: int | None
+    run: str | Path | Run, env: Env | None, display: Display, *, allow_import: bool, total_steps: int | None
 ) -> Run:
     """`resume` on a display of the caller's."""
-    directory = open_run(run)
-    config = read_run_config(directory)
-    if total_steps is not None:
-        config = replace(config, total_steps=total_steps)
-    _, factory = run_environment(config, env, allow_import=allow_import)
-    checkpoint = newest_checkpoint(directory.checkpoints)
-    with locked(directory), _training_threads(config), _open_envs(config, factory) as envs:
-        state, fresh = control.restore(config, checkpoint, envs)
+    directory = _directory(run)
+    _, factory = run_environment(read_run_config(directory), env, allow_import=allow_import)
+    with locked(directory):  # before anything is read that another process may be writing
+        config = read_run_config(directory)
+        checkpoint = newest_checkpoint(directory.checkpoints)
         if total_steps is not None:
-            write_config(directory, settings_of(config))
-        truncate_metrics(directory.metrics_path, state.iteration)
-        display.resumed(directory, checkpoint, fresh, envs.n_envs)
-        return _train_to_the_end(config, directory, state, envs, display)
+            config = _with_total_steps(config, total_steps, checkpoint.step, directory)
+        with _enough_memory(config), _training_threads(config), _open_envs(config, factory) as envs:
+            state, fresh = control.restore(config, checkpoint, envs)
+            if total_steps is not None:
+                write_config(directory, settings_of(config))
+            truncate_metrics(directory.metrics_path, state.iteration)
+            display.resumed(directory, checkpoint, fresh, envs.n_envs)
+            if control.finished(config, state):
+                display.say(_already_finished(config, state, directory))
+            return _train_to_the_end(config, directory, state, envs, display)
 
 
-def load(run: str | Path, *, checkpoint: str = "latest") -> ActorCritic:
+def _with_total_steps(config: ControlConfig, total_steps: int, done: int, directory: RunDirectory) -> ControlConfig:
+    """Refuse to end a run before where it already is."""
+    if total_steps < done:
+        raise UserError(
+            f"total_steps is {total_steps:,}, but {directory.path} has already done {done:,} steps of "
+            f"{config.total_steps:,}. Give a larger number to go on."
+        )
+    return replace(config, total_steps=total_steps)
+
+
+def _already_finished(config: ControlConfig, state: control.ControlState, directory: RunDirectory) -> str:
+    done = f"This run is finished: {state.env_steps:,} of {config.total_steps:,} steps are done"
+    if state.env_steps + config.steps_per_iteration <= config.total_steps:
+        return f"{done}, and its mean return has reached stop_at_return ({config.stop_at_return:g})."
+    more = max(2 * config.total_steps, state.env_steps + config.steps_per_iteration)
+    return (
+        f"{done}, and an iteration takes {config.steps_per_iteration:,}. "
+        f"To go on: {resume_command(config, directory, total_steps=more)}"
+    )
+
+
+def resume_command(config: ControlConfig, directory: RunDirectory, *, total_steps: int | None = None) -> str:
+    """What to type to go on with a run; Python where no name leads to its environment."""
+    if not config.environment.can_be_named:
+        steps = "" if total_steps is None else f", total_steps={total_steps}"
+        return f"proximo.resume({str(directory.path)!r}, env{steps})"
+    trust = ["--allow-import"] if needs_trust(config) else []
+    steps = [] if total_steps is None else ["--total-steps", str(total_steps)]
+    return shlex.join(["proximo", "resume", str(directory.path), *trust, *steps])
+
+
+def load(run: str | Path | Run, *, checkpoint: str = "latest") -> ActorCritic:
     """Load the policy of a run, for acting. Safe for runs from anyone: nothing of theirs is executed.
 
     Args:
-        run: the run directory.
+        run: the run, or its directory.
         checkpoint: `latest`, `best`, or the step of one.
 
     Raises:
-        UserError: if there is no such run or checkpoint, or it is damaged.
+        UserError: if there is no such run or checkpoint, or it is damaged. A damaged latest one is passed over
+            with a warning.
     """
-    return control.load_policy(_checkpoint(open_run(run), checkpoint))
+    found = _checkpoint(_directory(run), checkpoint)
+    _warn_of_skipped(found)
+    return control.load_policy(found)
 
 
 def evaluate(
@@ -160,12 +211,37 @@ def evaluate(
 
     Returns:
         `env_id`, `episodes`, `return_mean`, `return_std` (population), `return_min`, `return_max`,
-        `length_mean`, `deterministic`, `seed`.
+        `length_mean`, `deterministic`, `seed`, and `step`, that of the checkpoint.
 
     Raises:
         UserError: if the run, the checkpoint or the environment is not to be had, or `episodes` is below 1.
     """
-    _, config, policy, _ = open_policy(run.path if isinstance(run, Run) else run, checkpoint)
+    _, config, policy, found = open_policy(run, checkpoint)
+    _warn_of_skipped(found)
+    return evaluate_opened(
+        config,
+        policy,
+        found.step,
+        env,
+        episodes=episodes,
+        seed=seed,
+        deterministic=deterministic,
+        allow_import=allow_import,
+    )
+
+
+def evaluate_opened(
+    config: ControlConfig,
+    policy: ActorCritic,
+    step: int,
+    env: Env | None,
+    *,
+    episodes: int,
+    seed: int,
+    deterministic: bool,
+    allow_import: bool,
+) -> dict[str, Any]:
+    """`evaluate` with what `open_policy` returned."""
     env_id, factory = run_environment(config, env, allow_import=allow_import)
     scores = evaluate_policy(
         policy,
@@ -185,35 +261,68 @@ def evaluate(
         "length_mean": float(np.mean(scores.lengths)),
         "deterministic": deterministic,
         "seed": seed,
+        "step": step,
     }
 
 
-def open_policy(run: str | Path, checkpoint: str) -> tuple[RunDirectory, ControlConfig, ActorCritic, int]:
-    """A run with its settings, the policy of one of its checkpoints, and that checkpoint's step."""
-    directory = open_run(run)
+def open_policy(run: str | Path | Run, checkpoint: str) -> tuple[RunDirectory, ControlConfig, ActorCritic, Checkpoint]:
+    """A run with its settings, the policy of one of its checkpoints, and that checkpoint.
+
+    The caller must show the checkpoint's `skipped` to the person.
+    """
+    directory = _directory(run)
     found = _checkpoint(directory, checkpoint)
-    return directory, read_run_config(directory), control.load_policy(found), found.step
+    return directory, read_run_config(directory), control.load_policy(found), found
+
+
+def skipped_in_words(checkpoint: Checkpoint) -> str:
+    """Say that a damaged checkpoint was passed over; empty if none was."""
+    if not checkpoint.skipped:
+        return ""
+    return f"Step {checkpoint.step:,} is used instead of what was damaged: {'; '.join(checkpoint.skipped)}."
+
+
+def _warn_of_skipped(checkpoint: Checkpoint) -> None:
+    if checkpoint.skipped:
+        warnings.warn(skipped_in_words(checkpoint), stacklevel=3)
+
+
+def _directory(run: str | Path | Run) -> RunDirectory:
+    return open_run(run.path if isinstance(run, Run) else run)
 
 
 def read_run_config(directory: RunDirectory) -> ControlConfig:
     """The settings that a run was begun with.
 
     Raises:
-        UserError: if its config.toml is damaged.
+        UserError: if its config.toml is damaged, emptied or cut short.
     """
-    return with_settings(ControlConfig(), read_config(directory), where=str(directory.config_path))
+    settings = read_config(directory)
+    # The first and the last that are written: defaults must not stand in silently for what was lost between.
+    lost = [name for name in ("env_id", "env_kwargs") if name not in settings]
+    if lost:
+        raise UserError(
+            f"{directory.config_path} was emptied or damaged: it lacks {' and '.join(lost)}. Restore it from a copy, "
+            'or write all settings of the run into it again: env_id = "CartPole-v1", ..., and at the end [env_kwargs]'
+        )
+    return with_settings(ControlConfig(), settings, where=str(directory.config_path))
 
 
 def run_environment(config: ControlConfig, env: Env | None, *, allow_import: bool) -> tuple[str, EnvFactory]:
     """The environment of a run: `env` if given, else the one its config names, if that runs no code of its own.
 
     Raises:
-        UserError: if the name points to code and nobody has allowed that.
+        UserError: if the name points to code and nobody has allowed that, or leads nowhere.
     """
     if env is not None:
         return environment_source(env)
     env_id, kwargs = config.environment.env_id, config.environment.env_kwargs
-    if not allow_import and not names_code(env_id) and (env_id.startswith("Gym") or _names_a_place(kwargs)):
+    if not config.environment.can_be_named:
+        raise UserError(
+            f"This run's environment is {env_id!r}, which only the program that trained it can make. Use the run "
+            "from there: proximo.resume(run, env), proximo.evaluate(run, env); or name a file: --env FILE.py:NAME."
+        )
+    if not allow_import and not names_code(env_id) and needs_trust(config):
         raise UserError(
             f"This run's environment is {env_id!r} with the arguments {kwargs!r}, which may open files or import code. "
             "If the run is your own, add --allow-import (Python: allow_import=True)."
@@ -221,10 +330,16 @@ def run_environment(config: ControlConfig, env: Env | None, *, allow_import: boo
     if names_code(env_id) and not allow_import:
         raise UserError(
             f"This run's environment is {env_id!r}: using it runs that code. If the run is your own, add "
-            f"--allow-import (Python: allow_import=True), or name the environment yourself: --env {env_id} "
-            "(Python: env=...)."
+            "--allow-import (Python: allow_import=True), or name the environment yourself: "
+            f"--env {shlex.quote(env_id)} (Python: env=...)."
         )
     return environment_source(env_id)
+
+
+def needs_trust(config: ControlConfig) -> bool:
+    """Whether making the environment that a run names may run code or open files of the run's choice."""
+    env_id = config.environment.env_id
+    return names_code(env_id) or env_id.startswith("Gym") or _names_a_place(config.environment.env_kwargs)
 
 
 def _names_a_place(value: Any) -> bool:
@@ -255,12 +370,16 @@ def train_with(
 
     The environments are made first, so that what is wrong with them leaves no run directory behind.
     """
-    _check_kwargs(config.environment.env_kwargs)
-    with _training_threads(config), _open_envs(config, factory) as envs:
+    _check_environment(config.environment)
+    with _enough_memory(config), _training_threads(config), _open_envs(config, factory) as envs:
         state = control.start(config, envs)
-        directory = new_run(config.environment.env_id, config.seed, None if run_dir is None else Path(run_dir))
-        write_config(directory, settings_of(config))
+        seen = state.carry.observations
+        np.zeros((seen.shape[0], config.rollout_length, *seen.shape[1:]), seen.dtype)  # if not, let it fail here
+        directory = new_run(config.environment.env_id, config.seed, run_dir)
         with locked(directory):
+            if directory.config_path.exists():  # two began at once, and the other one was faster
+                raise UserError(f"{directory.path} holds the run of another process. Choose another --run-dir.")
+            write_config(directory, settings_of(config))
             control.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
             seconds = _estimate(config, factory, state, display)
             display.plan(config, directory, _spaces_in_words(envs), source, seconds)
@@ -270,8 +389,12 @@ def train_with(
 def _estimate(
     config: ControlConfig, factory: EnvFactory, state: control.ControlState, display: Display
 ) -> float | None:
-    """Seconds the run should take; not measured where nobody reads it, or making environments is costly."""
-    if display.console.quiet or config.environment.vectorization == "workers":
+    """Seconds the run should take; not measured where nobody reads it, or making environments is costly.
+
+    Nor for a person's own environments: a second set may open their files or ports a second time.
+    """
+    task = config.environment
+    if display.console.quiet or task.vectorization == "workers" or names_code(task.env_id):
         return None
     try:
         return estimated_seconds(config, state.policy, lambda: control.make_envs(config, factory))
@@ -294,16 +417,30 @@ def _train_to_the_end(
 ) -> Run:
     """Run the loop, showing each iteration; a signal saves a checkpoint at the next safe point and ends it."""
     interrupted_by = None
-    with _signals() as received, display.live(config, state.env_steps) as show:
-        for row in control.iterate(config, directory, state, envs):
-            show(row, envs)
-            if received and not control.finished(config, state):
-                interrupted_by = received[0]
-                if state.saved_at_step != state.env_steps:
-                    control.save(config, directory, state, envs)
-                break
-    return_mean = float(np.mean(state.recent_returns)) if state.recent_returns else None
-    return Run(directory.path, config, state.env_steps, return_mean, state.seconds, interrupted_by)
+    try:
+        with noted_signals() as received, display.live(config, state.env_steps) as show:
+            for row in control.iterate(config, directory, state, envs):
+                show(row, envs)
+                if received and not control.finished(config, state):
+                    interrupted_by = received[0]
+                    if state.saved_at_step != state.env_steps:
+                        control.save(config, directory, state, envs)
+                    break
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(config, directory)) from None
+    mean, count = (float(np.mean(state.recent_returns)) if state.recent_returns else None), len(state.recent_returns)
+    return Run(directory.path, config, state.env_steps, mean, state.seconds, interrupted_by, count)
+
+
+def _how_to_go_on(config: ControlConfig, directory: RunDirectory) -> str:
+    """What is left after a stop at once, as it lies on the disk."""
+    saved = names.all_in(directory.checkpoints)
+    if not saved:
+        return "stopped at once, before the first checkpoint"
+    return (
+        f"stopped at once; the last checkpoint is of step {names.step_of(saved[0]):,}. "
+        f"Go on from there: {resume_command(config, directory)}"
+    )
 
 
 def _unless_interrupted(run: Run) -> Run:
@@ -319,19 +456,23 @@ def _only(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return {name: settings[name]} if name in settings else {}
 
 
-def _check_kwargs(kwargs: dict[str, Any]) -> None:
+def _check_environment(task: EnvironmentConfig) -> None:
     """Refuse what config.toml cannot hold, before anything is written."""
     try:
-        tomli_w.dumps({"env_kwargs": kwargs})
+        tomli_w.dumps({"env_id": task.env_id}).encode()
+    except ValueError as error:  # surrogates: bytes of a file's name that are no UTF-8
+        raise UserError(f"env_id is {task.env_id!r}, which is no text that a file can hold. Rename it.") from error
+    try:
+        tomli_w.dumps({"env_kwargs": task.env_kwargs}).encode()
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"env_kwargs is {kwargs!r}, which config.toml cannot hold ({error}). Leave None out; for objects, pass a "
-            "factory instead: proximo.train(lambda: MyEnv(...))."
+            f"env_kwargs is {task.env_kwargs!r}, which config.toml cannot hold ({error}). Leave None out; for objects, "
+            "pass a factory instead: proximo.train(lambda: MyEnv(...))."
         ) from error
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying; a second SIGINT interrupts at once."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -343,6 +484,9 @@ def _signals() -> Iterator[list[int]]:
         if number == signal.SIGINT and signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(number)
+        if number == signal.SIGINT:
+            with suppress(OSError):  # not print: the loop may be in the middle of one
+                os.write(2, b"\nproximo: finishing this iteration, then saving; Ctrl-C again stops at once\n")
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, note) for number in numbers}
@@ -356,7 +500,7 @@ def _signals() -> Iterator[list[int]]:
 @contextmanager
 def _training_threads(config: ControlConfig) -> Iterator[None]:
     """Give torch the run's number of threads, and back what it had."""
-    _check_device(config.device)
+    check_device(config.device)
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -371,10 +515,34 @@ def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[VectorEnv
     try:
         yield envs
     finally:
-        envs.close()
+        try:
+            envs.close()
+        except (Exception, SystemExit) as error:  # what was learned is saved, and worth more
+            tell(f"proximo: closing the environments failed: {type(error).__name__}: {error}")
 
 
-def _check_device(name: str) -> None:
+@contextmanager
+def _enough_memory(config: ControlConfig) -> Iterator[None]:
+    """Say which settings to lower where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _OUT_OF_MEMORY):
+            raise
+        raise UserError(
+            f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'it ran out'}). Lower one of "
+            f"hidden_sizes (now {' '.join(map(str, config.network.hidden_sizes))}), n_envs (now "
+            f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
+            f"{config.algorithm.batch_size})."
+        ) from error
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        UserError: with the reason.
+    """
     try:
         torch.zeros(1, dtype=torch.float64, device=name).item()
     except Exception as error:

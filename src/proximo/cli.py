@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from proximo.errors import UserError, nearest
+from proximo.errors import UserError, nearest, tell
 
 USAGE = """\
 proximo trains policies with proximal policy optimization.
@@ -27,6 +29,14 @@ proximo trains policies with proximal policy optimization.
   proximo check-env ENV     what is wrong with my environment, before training on it
   proximo doctor            versions, cores, GPU, disk, extras, and how to mend what is missing
   proximo presets           environments with tuned settings, their sources and measured scores
+
+  proximo demo align        a language model aligned from nothing, on a CPU, in minutes
+  proximo sft               fine-tune a language model on texts or conversations
+  proximo reward            a reward model from preferences
+  proximo align             PPO, GRPO or RLOO against a reward model, a function or an AI judge
+  proximo dpo               direct preference optimization
+  proximo sample | chat     let a language model answer prompts; talk to it
+  proximo evaluate MODEL --against MODEL   win rate, KL and best-of-n by a reward
 
 proximo COMMAND --help tells more. Start with: proximo train CartPole-v1
 """
@@ -138,33 +148,78 @@ class DoctorArguments:
     """Print one JSON object on standard output, and nothing else there."""
 
 
+@dataclass(frozen=True)
+class PresetsArguments:
+    """List the environments with tuned settings, their sources and measured scores."""
+
+
+Outcome = tuple[int, str]
+"""Exit code, and what a command has to say on standard output."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0 done, 2 bad input, 130 interrupted with a checkpoint saved."""
     words = sys.argv[1:] if arguments is None else arguments
+    _prepare_streams()
     try:
-        code = _dispatch(words)
-        sys.stdout.flush()
+        # What environments print must not come between the braces of the JSON.
+        with _output_to_errors() if "--json" in words else contextlib.nullcontext():
+            code, text = _dispatch(words)
+        _say(text)
     except UserError as error:
-        print(f"proximo: {error}", file=sys.stderr)
+        tell(f"proximo: {error}")
         code = EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("proximo: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        tell(f"proximo: {error if error.args else 'interrupted'}")
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_DONE
     sys.exit(code)
 
 
-def _dispatch(words: list[str]) -> int:
+def _prepare_streams() -> None:
+    """Let text of any alphabet through, and let no file that is opened take the number of a closed stream."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Standard output goes to standard error, also that of libraries and of processes that are started."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
+
+
+def _say(text: str) -> None:
+    """Print what a command has said; a reader that has gone (`| head`) is no fault, a full disk is one."""
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
+        if not isinstance(error, BrokenPipeError):
+            raise UserError(f"Standard output could not be written: {error.strerror}.") from error
+
+
+def _dispatch(words: list[str]) -> Outcome:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return EXIT_DONE if words else EXIT_BAD_INPUT
+        return (EXIT_DONE if words else EXIT_BAD_INPUT), USAGE.rstrip()
     if words[0] in ("-V", "--version", "version"):
         import proximo
 
-        print(f"proximo {proximo.__version__}")
-        return EXIT_DONE
+        return EXIT_DONE, f"proximo {proximo.__version__}"
     command = COMMANDS.get(words[0])
     if command is None:
         closest = nearest(words[0], COMMANDS, count=1)
@@ -176,7 +231,7 @@ def _dispatch(words: list[str]) -> int:
 # --- train ------------------------------------------------------------------------------------------------
 
 
-def _train(words: list[str]) -> int:
+def _train(words: list[str]) -> Outcome:
     """`proximo train ENV [--config FILE.toml] [flags]`: flags go over the file, the file over tuned settings."""
     from proximo.api import environment_source, train_with
     from proximo.collect.make import make_env
@@ -209,24 +264,29 @@ def _train(words: list[str]) -> int:
     assert factory is not None
     display = Display.choose(quiet=given.quiet)
     about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed")
-    flags = [word for word in rest if word.startswith("--") and not word.startswith(about_output)]
+    flags = [_flag_name(word) for word in rest if word.startswith("--")]
+    flags = [flag for flag in flags if flag not in about_output]
     source += f"; changed by {', '.join(flags)}" if flags else ""
     return _finish(train_with(given.settings, factory, display, given.run_dir, source), display, as_json=given.json)
 
 
-def _resume(words: list[str]) -> int:
+def _resume(words: list[str]) -> Outcome:
     from proximo.api import resume_with
     from proximo.terminal import Display
 
     given = _parse(ResumeArguments, words, "resume")
+    if _is_language_run(given.run):
+        from proximo.cli_language import resume_command
+
+        return resume_command(given.run, allow_import=given.allow_import, quiet=given.quiet, as_json=given.json)
     display = Display.choose(quiet=given.quiet)
     run = resume_with(given.run, given.env, display, allow_import=given.allow_import, total_steps=given.total_steps)
-    return _finish(run, display, as_json=given.json)
+    return _finish(run, display, as_json=given.json, env=given.env)
 
 
-def _finish(run: Any, display: Any, *, as_json: bool) -> int:
+def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) -> Outcome:
     """Draw the pictures, show the result, and say what may be typed next."""
-    from proximo.collect.make import names_code
+    from proximo.api import needs_trust
     from proximo.report.report import write_report
     from proximo.runs.checkpoint import newest_checkpoint
     from proximo.runs.directory import RunDirectory
@@ -235,8 +295,8 @@ def _finish(run: Any, display: Any, *, as_json: bool) -> int:
     facts = _result_facts(run)
     pictures, findings = [], []
     if run.env_steps:
-        facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
         try:
+            facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
             report = write_report([directory], None)
             pictures = list(report.pictures)
             findings = [
@@ -244,28 +304,27 @@ def _finish(run: Any, display: Any, *, as_json: bool) -> int:
                 f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
                 for finding in report.runs[0].findings
             ]
-        except UserError as error:  # the run itself is done and saved
-            findings = [f"! No pictures: {error}"]
-    trusted = " --allow-import" if names_code(run.config.environment.env_id) else ""
-    resume = f"proximo resume {run.path}{trusted}"
-    rest = [f"proximo {word} {run.path}{trusted}" for word in ("evaluate", "watch")] + [f"proximo report {run.path}"]
-    display.result(facts, pictures, findings, [resume, *rest[:2]] if run.interrupted_by else rest)
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "run": str(run.path),
-                    "env_id": run.config.environment.env_id,
-                    "env_steps": run.env_steps,
-                    "return_mean": run.return_mean,
-                    "seconds": run.seconds,
-                    "interrupted": run.interrupted_by is not None,
-                }
-            )
-        )
+        except Exception as error:  # whatever it is: the run itself is done and saved
+            findings = [f"! No pictures: {error if isinstance(error, UserError) else repr(error)}"]
+    path = shlex.quote(str(run.path))
+    named = f" --env {shlex.quote(env)}" if env else " --allow-import" if needs_trust(run.config) else ""
+    words = ("evaluate", "watch") if run.interrupted_by is None else ("resume", "evaluate", "watch")
+    commands = [f"proximo {word} {path}{named}" for word in words]
     if run.interrupted_by is None:
-        return EXIT_DONE
-    return EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by
+        commands.append(f"proximo report {path}")
+    display.result(facts, pictures, findings, commands)
+    told = {
+        "run": str(run.path),
+        "env_id": run.config.environment.env_id,
+        "env_steps": run.env_steps,
+        "return_mean": run.return_mean,
+        "seconds": run.seconds,
+        "interrupted": run.interrupted_by is not None,
+    }
+    code = EXIT_DONE
+    if run.interrupted_by is not None:
+        code = EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by
+    return code, json.dumps(told) if as_json else ""
 
 
 def _result_facts(run: Any) -> dict[str, str]:
@@ -276,11 +335,13 @@ def _result_facts(run: Any) -> dict[str, str]:
     ended = {} if run.interrupted_by is None else {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
     if run.return_mean is None:
         return ended | {"result": "no episode has ended yet", "took": speed}
-    result = f"mean return {run.return_mean:.4g} over the last 100 training episodes"
+    count = run.return_episodes
+    result = f"mean return {run.return_mean:.4g} over the last {count} training episode{'s' * (count != 1)}"
     spec = gymnasium.registry.get(run.config.environment.env_id)
     threshold = spec.reward_threshold if spec else None
     if threshold is not None:
-        verdict = "solved" if run.return_mean >= threshold else "not solved yet"
+        reached = run.return_mean >= threshold
+        verdict = "not solved yet" if not reached else "solved" if count >= 100 else "too few to call it solved"
         result += f": {verdict} ({run.config.environment.env_id} counts as solved at {threshold:g})"
     return ended | {"result": result, "took": speed}
 
@@ -288,37 +349,53 @@ def _result_facts(run: Any) -> dict[str, str]:
 # --- the other commands -----------------------------------------------------------------------------------
 
 
-def _evaluate(words: list[str]) -> int:
-    from proximo.api import evaluate
+def _evaluate(words: list[str]) -> Outcome:
+    if any(word.partition("=")[0] == "--against" for word in words):
+        from proximo.cli_language import compare_command
+
+        return compare_command(words)
+    from proximo.api import evaluate_opened, open_policy, skipped_in_words
 
     given = _parse(EvaluateArguments, words, "evaluate")
-    result = evaluate(
-        given.run,
+    if _is_language_run(given.run):
+        raise UserError(
+            f"{given.run} is a language run, and is compared with another model: proximo evaluate {given.run} "
+            "--against MODEL --reward REWARD --prompts FILE"
+        )
+    _, config, policy, checkpoint = open_policy(given.run, given.checkpoint)
+    if checkpoint.skipped:
+        tell(f"proximo: {skipped_in_words(checkpoint)}")
+    result = evaluate_opened(
+        config,
+        policy,
+        checkpoint.step,
         given.env,
         episodes=given.episodes,
         seed=given.seed,
         deterministic=not given.stochastic,
-        checkpoint=given.checkpoint,
         allow_import=given.allow_import,
     )
     if given.json:
-        print(json.dumps(result))
-        return EXIT_DONE
+        return EXIT_DONE, json.dumps(result)
     how = "most likely actions" if result["deterministic"] else "sampled actions"
-    print(f"{result['env_id']}: {result['episodes']} episodes, {how}, seed {result['seed']}")
-    print(f"return  {result['return_mean']:.2f} +- {result['return_std']:.2f}", end="")
-    print(f"  (from {result['return_min']:.2f} to {result['return_max']:.2f})")
-    print(f"length  {result['length_mean']:.1f} steps")
-    return EXIT_DONE
+    return EXIT_DONE, (
+        f"{result['env_id']}, policy of step {result['step']:,}: "
+        f"{result['episodes']} episodes, {how}, seed {result['seed']}\n"
+        f"return  {result['return_mean']:.2f} +- {result['return_std']:.2f}"
+        f"  (from {result['return_min']:.2f} to {result['return_max']:.2f})\n"
+        f"length  {result['length_mean']:.1f} steps"
+    )
 
 
-def _watch(words: list[str]) -> int:
-    from proximo.api import make_for, open_policy, run_environment
+def _watch(words: list[str]) -> Outcome:
+    from proximo.api import make_for, open_policy, run_environment, skipped_in_words
     from proximo.report.video import record_video
     from proximo.training.evaluate import check_same_spaces
 
     given = _parse(WatchArguments, words, "watch")
-    directory, config, policy, step = open_policy(given.run, given.checkpoint)
+    directory, config, policy, checkpoint = open_policy(given.run, given.checkpoint)
+    if checkpoint.skipped:
+        tell(f"proximo: {skipped_in_words(checkpoint)}")
     env_id, factory = run_environment(config, given.env, allow_import=given.allow_import)
 
     def make_filmed() -> Any:
@@ -329,16 +406,15 @@ def _watch(words: list[str]) -> int:
     path = record_video(
         policy,
         make_filmed,
-        directory.videos / f"step_{step}-seed{given.seed}",
+        directory.videos / f"step_{checkpoint.step}-seed{given.seed}",
         n_episodes=given.episodes,
         seed=given.seed,
         deterministic=not given.stochastic,
     )
-    print(json.dumps({"video": str(path)}) if given.json else path)
-    return EXIT_DONE
+    return EXIT_DONE, json.dumps({"video": str(path)}) if given.json else str(path)
 
 
-def _report(words: list[str]) -> int:
+def _report(words: list[str]) -> Outcome:
     from proximo.report.report import report_json, write_report
     from proximo.runs.directory import open_run
 
@@ -346,11 +422,10 @@ def _report(words: list[str]) -> int:
     if not given.runs:
         raise UserError("proximo report needs one or more run directories.")
     report = write_report([open_run(path) for path in given.runs], given.out)
-    print(json.dumps(report_json(report)) if given.json else report.text)
-    return EXIT_DONE
+    return EXIT_DONE, json.dumps(report_json(report)) if given.json else report.text
 
 
-def _check_env(words: list[str]) -> int:
+def _check_env(words: list[str]) -> Outcome:
     from dataclasses import asdict
 
     from proximo.collect.check import check_environment, format_report
@@ -366,51 +441,62 @@ def _check_env(words: list[str]) -> int:
         kwargs = record.get("env_kwargs", {}) | kwargs
         limit = given.max_episode_steps or record.get("max_episode_steps")
         said = replay_record(lambda: make_env(factory, given.env, kwargs, max_episode_steps=limit), record)
-        print(json.dumps({"replay": said}) if given.json else said)
-        return EXIT_DONE
+        return EXIT_DONE, json.dumps({"replay": said}) if given.json else said
     report = check_environment(
         lambda: make_env(factory, given.env, kwargs, max_episode_steps=given.max_episode_steps),
         given.env,
         n_steps=given.steps,
         seed=given.seed,
     )
-    if given.json:
-        print(json.dumps({"env_id": given.env, "ok": report.ok, **asdict(report)}))
-    else:
-        print(format_report(report))
-    return EXIT_DONE if report.ok else EXIT_BAD_INPUT
+    told = {"env_id": given.env, "ok": report.ok, **asdict(report)}
+    return EXIT_DONE if report.ok else EXIT_BAD_INPUT, json.dumps(told) if given.json else format_report(report)
 
 
-def _doctor(words: list[str]) -> int:
+def _doctor(words: list[str]) -> Outcome:
     from dataclasses import asdict
 
     from proximo.doctor import diagnose_machine, main_text
 
     given = _parse(DoctorArguments, words, "doctor")
     if given.json:
-        print(json.dumps({"entries": [asdict(entry) for entry in diagnose_machine(speed=given.speed)]}))
-        return EXIT_DONE
-    text, _ = main_text(speed=given.speed)
-    print(text)
-    return EXIT_DONE
+        return EXIT_DONE, json.dumps({"entries": [asdict(entry) for entry in diagnose_machine(speed=given.speed)]})
+    return EXIT_DONE, main_text(speed=given.speed)[0]
 
 
-def _presets(words: list[str]) -> int:
+def _presets(words: list[str]) -> Outcome:
     from rich.console import Console
     from rich.table import Table
 
     from proximo.presets import PRESETS
 
-    if words:
-        raise UserError(f"proximo presets takes no arguments, but got {' '.join(words)}")
+    _parse(PresetsArguments, words, "presets")
     table = Table("environment", "steps", "source", "measured score")
     for env_id, preset in PRESETS.items():
         table.add_row(env_id, f"{preset.settings['total_steps']:,}", preset.source, preset.score)
-    Console().print(table)
-    return EXIT_DONE
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+    return EXIT_DONE, captured.get().rstrip("\n")
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {
+def _is_language_run(path: Path) -> bool:
+    from proximo.runs.directory import open_run, read_config
+
+    return "stage" in read_config(open_run(path))
+
+
+def _language(name: str, *first: str) -> Callable[[list[str]], Outcome]:
+    """A command of cli_language, which is imported when it is called: it brings in transformers."""
+
+    def command(words: list[str]) -> Outcome:
+        from proximo import cli_language
+
+        return getattr(cli_language, name)(*first, words)
+
+    return command
+
+
+COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "train": _train,
     "resume": _resume,
     "evaluate": _evaluate,
@@ -419,6 +505,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "check-env": _check_env,
     "doctor": _doctor,
     "presets": _presets,
+    "sft": _language("stage_command", "sft"),
+    "reward": _language("stage_command", "reward"),
+    "align": _language("stage_command", "align"),
+    "dpo": _language("stage_command", "dpo"),
+    "sample": _language("sample_command"),
+    "chat": _language("chat_command"),
+    "demo": _language("demo_command"),
 }
 
 
@@ -432,21 +525,26 @@ def _config_file(words: list[str]) -> Path | None:
 
 
 def _flag_value(words: list[str], flag: str) -> str | None:
-    """The value of a flag that is needed before the others can be understood."""
+    """The value of a flag that is needed before the others can be understood; the last one counts, as in tyro."""
+    value = None
     for index, word in enumerate(words):
-        if word == flag and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
+        if word.startswith("--") and _flag_name(word) == flag:
+            _, equals, joined = word.partition("=")
+            value = joined if equals else next(iter(words[index + 1 :]), None)
+    return value
+
+
+def _flag_name(word: str) -> str:
+    """`--run_dir=x` as `--run-dir`: a flag may be written either way."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"The config file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or a number of thousands of digits
         raise UserError(f"{path} is not a TOML file: {error}. A line looks like: learning_rate = 0.001") from error
 
 

@@ -27,6 +27,9 @@ from proximo.stage_display import StageDisplay
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
 
+Outcome = tuple[int, str]
+"""The exit code, and what goes to standard output."""
+
 SUMMARIES = {
     "sft": "Fine-tune a causal language model on texts, completions or conversations.",
     "reward": "Train a reward model on preferences.",
@@ -47,7 +50,7 @@ class _Output:
     """Print one JSON object on standard output, and nothing else there."""
 
 
-def stage_command(stage: str, words: list[str]) -> int:
+def stage_command(stage: str, words: list[str]) -> Outcome:
     """`proximo sft | reward | align | dpo [--config FILE.toml] [flags]`: flags go over the file."""
     file = _last_value(words, "--config")
     from_file = _read_toml(Path(file)) if file else {}
@@ -87,13 +90,13 @@ def _dataclass_of(name: str, fields: list[Any]) -> Any:
     return make_dataclass(name, fields, frozen=True)
 
 
-def resume_command(run: Path, *, allow_import: bool, quiet: bool, as_json: bool) -> int:
+def resume_command(run: Path, *, allow_import: bool, quiet: bool, as_json: bool) -> Outcome:
     """`proximo resume RUN` for a language run."""
     display = StageDisplay.choose(quiet=quiet)
     return finish_stage(resume_stage(run, display, allow_import=allow_import), display, as_json=as_json)
 
 
-def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> int:
+def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outcome:
     """Show the result, and say what may be typed next."""
     path = str(run.path)
     if run.interrupted_by is not None:
@@ -101,13 +104,12 @@ def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> int:
         display.result(facts, [f"proximo resume {path}"])
     else:
         display.result(run.facts, _next(run.stage, path, run.config))
-    if as_json:
-        numbers = {name: value for name, value in run.metrics.items() if isinstance(value, int | float | None)}
-        row = {"run": path, "stage": run.stage, "interrupted": run.interrupted_by is not None} | numbers
-        print(json.dumps(row))
+    numbers = {name: value for name, value in run.metrics.items() if isinstance(value, int | float | None)}
+    row = {"run": path, "stage": run.stage, "interrupted": run.interrupted_by is not None} | numbers
+    text = json.dumps(row) if as_json else ""
     if run.interrupted_by is None:
-        return EXIT_DONE
-    return EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by
+        return EXIT_DONE, text
+    return (EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by), text
 
 
 def _next(stage: str, path: str, config: Any) -> list[str]:
@@ -152,7 +154,7 @@ class SampleArguments:
     """Where the model is."""
 
 
-def sample_command(words: list[str]) -> int:
+def sample_command(words: list[str]) -> Outcome:
     """`proximo sample MODEL --prompts FILE`."""
     from proximo.collect.data import read_prompts
     from proximo.collect.generate import GenerationConfig
@@ -166,13 +168,10 @@ def sample_command(words: list[str]) -> int:
     policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
     _check_room(context_length(policy.actor), max(len(row.token_ids) for row in rows), given.max_new_tokens)
     answers = answers_of(policy, tokenizer, rows, NoReward(), generation, n_per_prompt=given.n, seed=given.seed)
-    for prompt, text, n_tokens, ended in zip(
-        answers.prompts, answers.texts, answers.n_tokens, answers.ended, strict=True
-    ):
-        print(
-            json.dumps({"prompt": prompt, "response": text, "n_tokens": n_tokens, "ended": ended}, ensure_ascii=False)
-        )
-    return EXIT_DONE
+    names = ("prompt", "response", "n_tokens", "ended")
+    columns = (answers.prompts, answers.texts, answers.n_tokens, answers.ended)
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in zip(*columns, strict=True)]
+    return EXIT_DONE, "\n".join(lines)
 
 
 def _check_room(limit: int | None, longest: int, new: int) -> None:
@@ -201,7 +200,7 @@ class ChatArguments:
     """Where the model is."""
 
 
-def chat_command(words: list[str]) -> int:
+def chat_command(words: list[str]) -> Outcome:
     """`proximo chat MODEL`: a conversation; without a chat template each line is continued by itself."""
     import torch
 
@@ -231,7 +230,7 @@ def chat_command(words: list[str]) -> int:
         (text,) = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), ())
         messages.append({"role": "assistant", "content": text})
         print(text, flush=True)
-    return EXIT_DONE
+    return EXIT_DONE, ""
 
 
 def _asked() -> str:
@@ -269,7 +268,7 @@ class CompareArguments:
     """Print one JSON object on standard output, and nothing else there."""
 
 
-def compare_command(words: list[str]) -> int:
+def compare_command(words: list[str]) -> Outcome:
     """`proximo evaluate MODEL --against MODEL --reward REWARD --prompts FILE`."""
     from proximo.collect.data import read_prompts
     from proximo.collect.generate import GenerationConfig
@@ -303,12 +302,7 @@ def compare_command(words: list[str]) -> int:
         )
     finally:
         reward.close()
-    if given.json:
-        print(json.dumps(result))
-        return EXIT_DONE
-    for line in _compared_in_words(given, result):
-        print(line)
-    return EXIT_DONE
+    return EXIT_DONE, json.dumps(result) if given.json else "\n".join(_compared_in_words(given, result))
 
 
 def _compared_in_words(given: CompareArguments, result: dict[str, Any]) -> list[str]:
@@ -341,11 +335,13 @@ class DemoArguments:
     """Print one JSON object on standard output, and nothing else there."""
 
 
-def demo_command(words: list[str]) -> int:
+def demo_command(words: list[str]) -> Outcome:
     """`proximo demo align`: minutes on a CPU, no download."""
     if not words or words[0] in ("-h", "--help"):
-        print("proximo demo align    the whole language pipeline from nothing, in minutes on a CPU, no download")
-        return EXIT_DONE
+        return (
+            EXIT_DONE,
+            "proximo demo align    the whole language pipeline from nothing, in minutes on a CPU",
+        )
     if words[0] != "align":
         raise UserError(f"There is no demo {words[0]!r}. There is one: proximo demo align")
     from proximo.demo.align import LONG, DemoConfig, run_demo
@@ -358,9 +354,7 @@ def demo_command(words: list[str]) -> int:
     directory = new_run("demo-align", given.seed, given.run_dir)
     result = run_demo(directory.path, config, display)
     display.result(_demo_in_words(result), _demo_next(directory.path))
-    if given.json:
-        print(json.dumps(result))
-    return EXIT_DONE
+    return EXIT_DONE, json.dumps(result) if given.json else ""
 
 
 def _demo_in_words(result: dict[str, Any]) -> dict[str, str]:

@@ -198,7 +198,15 @@ def install_command(extra: str | None = None) -> str:
         return f'pip install "proximo[{extra}]"' if extra else "pip install --upgrade proximo"
     place = f'".[{extra}]"' if extra else "."
     command = f"pip install -c constraints.txt -e {place}"
-    return command if Path.cwd() == checkout else f'cd "{checkout}" && {command}'
+    return command if _current_folder() == checkout else f'cd "{checkout}" && {command}'
+
+
+def _current_folder() -> Path | None:
+    """The current folder; None if it has been deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
 
 
 def _has_module(name: str) -> bool:
@@ -256,7 +264,10 @@ def _gpu() -> list[Entry]:
 
 def _disk() -> list[Entry]:
     """Runs are written to ./runs, which is made at the first run."""
-    place = Path.cwd() / "runs" if Path("runs").exists() else Path.cwd()
+    here = _current_folder()
+    if here is None:
+        return [Entry("disk", "problem", "the current folder has been deleted", "Go to another one (cd).")]
+    place = here / "runs" if Path("runs").exists() else here
     mend = "Choose another place with --run-dir, or "
     try:
         free = shutil.disk_usage(place).free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable
 
 
@@ -13,6 +14,15 @@ class UserError(Exception):
     The command line prints the message and exits with code 2; Python callers see an ordinary
     exception. Mistakes in Proximo itself are never raised as `UserError`.
     """
+
+
+def tell(text: str) -> None:
+    """Print one line on standard error; that nobody may read it there is no reason to stop."""
+    try:
+        if sys.stderr is not None:  # closed from the beginning: print would take standard output instead
+            print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
 
 
 def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
@@ -46,11 +56,12 @@ def in_range(
     bounds = [(at_least, ">="), (above, ">"), (at_most, "<="), (below, "<")]
     kind = "a whole number" if whole else "a number"
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)  # of any size: some fit into no float
+    is_number = is_whole or (isinstance(value, float) and math.isfinite(value))
+    number: float = value if is_number else math.nan  # type: ignore[assignment]
     fits = (
         is_number
-        and not (whole and not isinstance(value, int))
+        and not (whole and not is_whole)
         and not (
             (at_least is not None and number < at_least)
             or (above is not None and number <= above)

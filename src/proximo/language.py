@@ -22,7 +22,7 @@ from proximo.training.config import settings_of, with_settings
 
 STAGES = ("sft", "reward", "align", "dpo")
 
-PLACES = ("model", "data", "prompts", "judge_rubric")
+PLACES = ("model", "data", "prompts")
 """Settings that may name a file or folder; they are kept as absolute paths, so that a run can be resumed anywhere."""
 
 
@@ -198,13 +198,14 @@ def read_stage_config(run: RunDirectory) -> tuple[str, Any]:
 def _absolute(config: Any) -> Any:
     changes: dict[str, Any] = {}
     for entry in fields(config):
-        value = getattr(config, entry.name)
+        value: Any = getattr(config, entry.name)
         if entry.name in PLACES and isinstance(value, str) and value and Path(value).expanduser().exists():
             changes[entry.name] = str(Path(value).expanduser().absolute())
         elif entry.name == "reward" and isinstance(value, tuple):
             changes[entry.name] = tuple(_absolute_reward(place) for place in value)
-        elif entry.name == "judge" and value.judge_rubric and Path(value.judge_rubric).exists():
-            changes[entry.name] = replace(value, judge_rubric=str(Path(value.judge_rubric).absolute()))
+    judge = getattr(config, "judge", None)
+    if judge is not None and judge.judge_rubric and Path(judge.judge_rubric).exists():
+        changes["judge"] = replace(judge, judge_rubric=str(Path(judge.judge_rubric).absolute()))
     return replace(config, **changes)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium import spaces
 
+from proximo.errors import tell
 from proximo.training.config import ControlConfig, with_settings
 
 ZOO = "RL Baselines3 Zoo, hyperparams/ppo.yml"
@@ -221,7 +222,10 @@ def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlC
         return config, f"tuned for {env_id} ({preset.source}); measured: {preset.score}"
     env = make()
     settings = default_settings(env.action_space)
-    env.close()
+    try:
+        env.close()
+    except (Exception, SystemExit) as error:  # its spaces are known, and that is all it was made for
+        tell(f"proximo: closing {env_id} failed: {type(error).__name__}: {error}")
     config = with_settings(ControlConfig(), {"env_id": env_id, **settings}, where="defaults")
     kind = "continuous" if isinstance(env.action_space, spaces.Box) else "discrete"
     return config, f"defaults for {kind} actions: nobody has tuned {env_id}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proximo.collect.envs import VectorEnvs
+from proximo.errors import tell
 from proximo.report.sparkline import sparkline
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
@@ -51,20 +53,21 @@ class Display:
     @staticmethod
     def choose(*, quiet: bool) -> Display:
         """A display on standard error; a quiet one shows nothing."""
-        console = Console(stderr=True, quiet=quiet, highlight=False)
+        file = cast(TextIO, _Forgiving(sys.stderr))
+        console = Console(file=file, quiet=quiet, highlight=False)
         if not console.is_terminal:
-            console = Console(stderr=True, quiet=quiet, highlight=False, width=200)  # no path is cut in two
+            console = Console(file=file, quiet=quiet, highlight=False, width=200)  # no path is cut in two
         return Display(console)
 
     def plan(self, config: ControlConfig, run: RunDirectory, spaces: str, source: str, seconds: float | None) -> None:
         """Say what will be done, with which settings and whence, how long it should take, and where it goes."""
         settings = settings_of(config)
-        chosen = "  ".join(f"{name} {_short(settings[name])}" for name in SHOWN_IN_PLAN)
+        chosen = "  ".join(f"{name} {short(settings[name])}" for name in SHOWN_IN_PLAN)
         schedules = [name for name in ("learning_rate_schedule", "clip_schedule") if settings[name] == "linear"]
         switched_on = [name for name in ("normalize_observations", "normalize_rewards") if settings[name]]
         extra = "  ".join([*switched_on, *(f"{name} linear" for name in schedules)])
         algorithm = "PPO-Clip" if config.algorithm.objective == "clip" else "PPO-Penalty"
-        expected = "unknown" if seconds is None else f"about {_duration(seconds)}"
+        expected = "unknown" if seconds is None else f"about {duration(seconds)}"
         rows = {
             "environment": f"{config.environment.env_id}   {spaces}",
             "algorithm": f"{algorithm}, {config.total_steps:,} steps, seed {config.seed}",
@@ -78,7 +81,7 @@ class Display:
     def resumed(self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], n_envs: int) -> None:
         """Say where a run goes on, and how exactly."""
         for reason in checkpoint.skipped:
-            self.console.print(f"[yellow]skipped a damaged checkpoint:[/] {escape(reason)}")
+            tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         level = "exact: every open episode was played again and came back to the same observation"
         if fresh:
             level = (
@@ -156,6 +159,35 @@ class Display:
         self.console.print(table)
 
 
+class _Forgiving:
+    """Standard error that nobody may be reading any more, or that is full: the display goes quiet, no more."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> None:
+        self._try(lambda stream: stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def fileno(self) -> int:
+        if self.stream is None:
+            raise OSError("standard error is closed")
+        return self.stream.fileno()
+
+    def _try(self, act: Callable[[TextIO], object]) -> None:
+        if self.stream is not None:
+            try:
+                act(self.stream)
+            except (OSError, ValueError):  # a closed pipe, a full disk, a closed file
+                self.stream = None
+
+
 class _Clock:
     """Time since the beginning of this session, and what is left at its mean speed."""
 
@@ -182,17 +214,17 @@ def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig
     for _ in range(4):
         table.add_column(justify="left", no_wrap=True)
     cells = [
-        ("return", _short(row["return_mean"])),
-        ("length", _short(row["length_mean"])),
+        ("return", short(row["return_mean"])),
+        ("length", short(row["length_mean"])),
         ("episodes", f"{row['n_episodes']:,}"),
-        ("entropy", _short(row["entropy"])),
-        ("approx KL", _short(row["approx_kl"])),
-        ("clip fraction", _short(row["clip_fraction"])),
-        ("explained var.", _short(row["explained_variance"])),
-        ("value loss", _short(row["value_loss"])),
-        ("learning rate", _short(row["learning_rate"])),
+        ("entropy", short(row["entropy"])),
+        ("approx KL", short(row["approx_kl"])),
+        ("clip fraction", short(row["clip_fraction"])),
+        ("explained var.", short(row["explained_variance"])),
+        ("value loss", short(row["value_loss"])),
+        ("learning rate", short(row["learning_rate"])),
         ("steps/s", f"{clock.speed:,.0f}"),
-        ("time left", _duration(clock.seconds_left)),
+        ("time left", duration(clock.seconds_left)),
         ("iteration", f"{row['iteration']:,}"),
     ]
     for index in range(0, len(cells), 2):
@@ -208,14 +240,15 @@ def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig
 
 def _line(row: dict[str, Any], config: ControlConfig, clock: _Clock) -> str:
     return (
-        f"{row['env_steps']:>9,}/{config.total_steps:,} steps  return {_short(row['return_mean'])}  "
-        f"length {_short(row['length_mean'])}  entropy {_short(row['entropy'])}  KL {_short(row['approx_kl'])}  "
-        f"clip {_short(row['clip_fraction'])}  explained {_short(row['explained_variance'])}  "
-        f"{clock.speed:,.0f} steps/s  {_duration(clock.seconds_left)} left"
+        f"{row['env_steps']:>9,}/{config.total_steps:,} steps  return {short(row['return_mean'])}  "
+        f"length {short(row['length_mean'])}  entropy {short(row['entropy'])}  KL {short(row['approx_kl'])}  "
+        f"clip {short(row['clip_fraction'])}  explained {short(row['explained_variance'])}  "
+        f"{clock.speed:,.0f} steps/s  {duration(clock.seconds_left)} left"
     )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A number in few characters; - for none."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -223,7 +256,8 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

@@ -242,7 +242,13 @@ class SmallRewards(Drift):
 class DoneIsText(Drift):
     def step(self, action: Any) -> Any:
         observation, reward, terminated, truncated, info = super().step(action)
-        return observation, reward, "yes" if terminated else "", truncated, info
+        return observation, reward, terminated, "yes" if truncated else "", info
+
+
+class DoneIsInteger(Drift):
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, int(terminated), truncated, info
 
 
 class EndsTwice(Drift):
@@ -343,7 +349,8 @@ BROKEN = {
     NeverRewarded: "reward-constant",
     LargeRewards: "reward-scale",
     SmallRewards: "reward-scale",
-    DoneIsText: "end-type",
+    DoneIsText: "end-value",
+    DoneIsInteger: "end-type",
     EndsTwice: "end-both",
     TimeLimitAsEnd: "end-like-time-limit",
     NeverEnds: "endless",
@@ -457,3 +464,32 @@ def test_the_same_check_twice_says_the_same() -> None:
     one, two = (check_environment(OutOfBounds, "env", n_steps=120, seed=4) for _ in range(2))
     assert one.problems == two.problems
     assert one.facts["return"] == two.facts["return"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"), [({"seed": -1}, "seed"), ({"n_steps": -5}, "steps"), ({"n_steps": 0}, "steps")]
+)
+def test_impossible_numbers_are_refused(settings: dict[str, int], word: str) -> None:
+    with pytest.raises(UserError, match=f"^{word} is .* it must be a whole number"):
+        check_environment(Drift, "env", **settings)
+
+
+def test_a_value_too_large_for_float32_is_told_as_it_is() -> None:
+    class Huge(Drift):
+        def observe(self) -> Any:
+            return np.array([0, 0, 1e39]) if self.t == 5 else self.state.astype(np.float64)
+
+    report = check_environment(Huge, "env", n_steps=100)
+    [problem] = [problem for problem in report.problems if problem.kind == "not-finite"]
+    assert "observation[2] is 1e+39, too large for float32" in problem.what
+
+
+def test_an_empty_space_is_an_error() -> None:
+    class Blind(Drift):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = spaces.Box(-1, 1, (0,), np.float32)
+
+    problem = only(check_environment(Blind, "env", n_steps=100))
+    assert problem.kind == "space-unsupported"
+    assert "holds no numbers" in problem.what

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from proximo.collect import envs as envs_module
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpaceCheck, episode_seed
-from tests.environments import Counting, Faulty, Noisy, Recording, Scripted
+from tests.environments import Counting, Faulty, Forever, Noisy, Recording, Scripted
 
 
 def counting(n_envs: int, dtype: type = np.float32) -> SerialEnvs:
@@ -111,10 +112,25 @@ class TestSteps:
         SerialEnvs(Closing, 3, seed=0).close()
         assert len(closed) == 3
 
+    def test_close_goes_on_after_one_that_raises_and_says_so_once(self, capsys):
+        closed = []
+
+        class Stuck(Noisy):
+            def close(self):
+                closed.append(self)
+                raise (SystemExit, RuntimeError)[len(closed) % 2]("the door is stuck")
+
+        SerialEnvs(Stuck, 3, seed=0, name="Arm-v0").close()
+        assert len(closed) == 3
+        said = capsys.readouterr().err
+        assert said.count("the door is stuck") == 1
+        assert "closing Arm-v0 failed: RuntimeError" in said
+
 
 FAULTS = {
     "step raises": "step() raised ZeroDivisionError: the arm is stuck",
-    "step gives four": "not enough values to unpack",
+    "step gives four": "step() must return (observation, reward, terminated, truncated, info), and returned 4 values",
+    "leaves": "step() raised SystemExit: 3",
     "NaN reward": "the reward is nan",
     "infinite reward": "the reward is -inf",
     "two rewards": "the reward must be one number, not array([1., 2.])",
@@ -126,7 +142,7 @@ FAULTS = {
 }
 RESET_FAULTS = {
     "reset raises": "reset() raised RuntimeError: the arm is stuck",
-    "reset gives no pair": "reset() must return (observation, info)",
+    "reset gives no pair": "reset() must return (observation, info), and returned a ndarray",
     "reset gives another shape": "that reset() returned has shape (3,), not (2,)",
     "reset gives NaN": "after reset(), observation[0] is nan",
 }
@@ -318,6 +334,36 @@ class TestRestore:
         others = SerialEnvs(lambda: Noisy(length=700), 2, seed=4)
         assert others.restore(through_a_file(envs.snapshot()))[1] == []
         assert same(walk(others, 800, np.random.default_rng(2)), walk(envs, 800, np.random.default_rng(2)))
+
+    def test_an_episode_without_an_end_is_forgotten_and_begun_afresh(self, monkeypatch):
+        monkeypatch.setattr(envs_module, "LONGEST_REPLAY", 5000)
+        numbers = count()
+
+        def make() -> gym.Env:
+            return gym.wrappers.TimeLimit(Forever(), 700) if next(numbers) == 0 else Forever()
+
+        envs = SerialEnvs(make, 2, seed=4, name="Arm-v0")
+        envs.reset()
+        for _ in range(4999):
+            envs.step(np.zeros(2, np.int64))
+        assert envs.snapshot().arrays["lengths"].tolist() == [99, 4999]
+        for _ in range(5):
+            envs.step(np.zeros(2, np.int64))
+        assert len(envs._history) < 200
+        snapshot = through_a_file(envs.snapshot())
+        assert snapshot.arrays["lengths"].tolist() == [104, -1]
+        assert len(snapshot.arrays["open_actions"]) == 104
+        numbers = count()
+        others = SerialEnvs(make, 2, seed=4, first_index=6)
+        assert others.restore(snapshot)[1] == [7]
+        again = others.snapshot()
+        assert again.arrays["lengths"].tolist() == [104, 0]
+        assert again.arrays["episodes"].tolist() == [7, 1]
+        assert again.arrays["reward_sums"].tolist() == [104, 0]
+        envs._envs[1].step = lambda action: None
+        with pytest.raises(EnvironmentFault, match=r"environment 1, episode 0, step 5005 .*(.|\n)*not kept") as caught:
+            envs.step(np.zeros(2, np.int64))
+        assert (caught.value.record["step"], caught.value.record["seed"]) == (5005, None)
 
     def test_a_real_environment(self):
         envs, others = (SerialEnvs(lambda: gym.make("CartPole-v1"), 3, seed=4) for _ in range(2))

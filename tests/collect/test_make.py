@@ -214,6 +214,10 @@ class TestFiles:
         message = refusal("my_robots.py:WalkingRobot")
         assert f"There is no file {folder}/my_robots.py. Did you mean my_robot.py" in message
 
+    @pytest.mark.parametrize("place", ["~nosuchuser/x.py", "x" * 300 + ".py", "x\0.py"])
+    def test_a_name_that_no_file_can_have(self, folder, place):
+        assert "There is no file" in refusal(f"{place}:WalkingRobot")
+
     def test_a_folder_that_is_not_there(self, folder):
         assert "There is no file" in refusal("nowhere/my_robot.py:WalkingRobot")
 
@@ -227,6 +231,7 @@ class TestFiles:
             ("def f(:\n", "SyntaxError"),
             ("raise RuntimeError('no robot today')", "RuntimeError: no robot today"),
             ("import a_package_nobody_has", "a_package_nobody_has"),
+            ("import sys; sys.exit(4)", "SystemExit: 4"),
         ],
     )
     def test_a_file_that_cannot_be_imported_says_why(self, folder, text, said):
@@ -273,6 +278,10 @@ class TestModules:
     def test_a_module_that_raises_says_so(self, folder):
         assert "no robot today" in refusal("garden_of_robots.broken:Robot")
 
+    def test_a_module_that_leaves_says_so(self, folder):
+        (folder / "garden_of_robots" / "leaving.py").write_text("raise SystemExit('no robot today')")
+        assert "SystemExit: no robot today" in refusal("garden_of_robots.leaving:Robot")
+
 
 class TestCallables:
     def test_a_class_or_function_makes_environments(self):
@@ -285,6 +294,10 @@ class TestCallables:
 
         with pytest.raises(UserError, match="mine could not be made with no arguments: ValueError: the arm is stuck"):
             make_env(broken, "mine", {})
+
+    def test_that_it_leaves_is_told(self):
+        with pytest.raises(UserError, match="mine could not be made with no arguments: SystemExit: 0"):
+            make_env(lambda: sys.exit(0), "mine", {})
 
     def test_its_own_words_are_kept(self):
         def particular() -> gym.Env:

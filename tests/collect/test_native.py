@@ -156,7 +156,29 @@ class TestFaults:
         assert "Arm-v0, environment 0" in told
         assert "outside its space" in told
 
-    @pytest.mark.parametrize("fault", ["step raises", "two rewards"])
+    @pytest.mark.parametrize("end", ["False", np.nan, None, 2])
+    def test_an_end_that_is_neither_true_nor_false(self, end):
+        vector = SyncVectorEnv([lambda: Faulty("none")] * 2)
+        step = vector.step
+        vector.step = lambda actions: (*step(actions)[:2], np.array([end] * 2), np.zeros(2, bool), {})
+        with pytest.raises(EnvironmentFault, match="terminated must be 2 of True or False"):
+            run(NativeEnvs(vector, 1), 1)
+        vector.step = lambda actions: (*step(actions)[:3], np.array([1, 0]), {})
+        envs = NativeEnvs(vector, 1)
+        envs.reset()
+        assert envs.step(zeros(envs)).truncated.tolist() == [True, False]
+
+    def test_close_says_what_went_wrong(self, capsys):
+        vector = SyncVectorEnv([lambda: Faulty("none")])
+
+        def close() -> None:
+            raise RuntimeError("the door is stuck")
+
+        vector.close = close
+        NativeEnvs(vector, 1, name="Arm-v0").close()
+        assert "closing Arm-v0 failed: RuntimeError: the door is stuck" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("fault", ["step raises", "two rewards", "leaves"])
     def test_an_environment_that_raises(self, fault):
         envs = native(lambda: Faulty(fault), AutoresetMode.SAME_STEP)
         with pytest.raises(EnvironmentFault):

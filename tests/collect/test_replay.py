@@ -116,3 +116,9 @@ def test_a_missing_file_gets_the_nearest_name(tmp_path: Path) -> None:
 def test_a_record_of_another_environment_is_refused(actions: list[Any]) -> None:
     with pytest.raises(UserError, match="do not fit those of the environment"):
         replay_record(lambda: Faulty(""), {**RECORD, "actions": actions})
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/x.json", "a\0b.json", "x" * 300, "x" * 300 + "/y.json"])
+def test_paths_that_no_system_has_are_readable_errors(path):
+    with pytest.raises(UserError):
+        load_record(path)

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from proximo.collect import workers
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs, episode_seed
 from proximo.collect.make import find_factory, make_env
 from proximo.collect.workers import WorkerEnvs
 from proximo.errors import UserError
+from tests.environments import Forever
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not import pytest then
 
@@ -58,6 +60,8 @@ class Walk(gym.Env):
     def misbehave(self):
         if self.fault == "raise":
             raise ZeroDivisionError("the wheel came off")
+        if self.fault == "exit":
+            sys.exit("the wheel came off")
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.fault == "hang":
@@ -201,6 +205,37 @@ def test_an_environment_that_cannot_be_replayed_begins_afresh_in_both_kinds():
     parallel.close()
 
 
+def test_an_episode_without_an_end_is_forgotten_and_begun_afresh(monkeypatch):
+    monkeypatch.setattr(workers, "LONGEST_REPLAY", 3)
+    envs = WorkerEnvs(Forever, 3, 7, n_workers=1)
+    envs.reset()
+    play(envs, 2, np.random.default_rng(0))
+    assert envs.restore(envs.snapshot())[1] == []
+    for _ in range(3):
+        play(envs, 1, np.random.default_rng(0))
+    moment = envs.snapshot()
+    assert moment.arrays["lengths"].tolist() == [-1, -1, -1]
+    assert "open_actions" not in moment.arrays
+    moment.arrays["lengths"][1] = 1  # as if it had begun later
+    moment.arrays["reward_sums"][1] = 1.0
+    moment.arrays["open_actions"] = np.zeros(1, np.int64)
+    assert envs.restore(moment)[1] == [0, 2]
+    assert envs.snapshot().arrays["lengths"].tolist() == [0, 1, 0]
+    assert envs.snapshot().arrays["episodes"].tolist() == [1, 0, 1]
+    envs.close()
+
+
+def test_environments_that_fail_to_close_are_told_of(capfd):
+    class Stuck(Walk):
+        def close(self):
+            raise RuntimeError("the door is stuck")
+
+    WorkerEnvs(Stuck, 3, 7, n_workers=1, name="Walk").close()
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert "closing Walk failed: RuntimeError: the door is stuck (and 2 more)" in said
+
+
 def fault_of(envs: VectorEnvs, n_steps: int = 100) -> EnvironmentFault:
     envs.reset()
     with pytest.raises(EnvironmentFault) as raised:
@@ -208,7 +243,7 @@ def fault_of(envs: VectorEnvs, n_steps: int = 100) -> EnvironmentFault:
     return raised.value
 
 
-@pytest.mark.parametrize(("kind", "n_workers"), [("raise", 2), ("nan", 1)])
+@pytest.mark.parametrize(("kind", "n_workers"), [("raise", 2), ("nan", 1), ("exit", 1)])
 def test_what_an_environment_does_wrong_is_told_as_serial_environments_tell_it(kind, n_workers):
     def make() -> gym.Env:
         return Walk(kind, seed_of(2, 2))
@@ -219,8 +254,8 @@ def test_what_an_environment_does_wrong_is_told_as_serial_environments_tell_it(k
         assert fault.record[key] == expected.record[key]
     assert (fault.record["env_index"], fault.record["episode"]) == (2, 2)
     assert f"The action was {fault.record['actions'][-1]}." in str(fault)
-    if kind == "raise":
-        assert "ZeroDivisionError: the wheel came off" in str(fault)
+    if kind != "nan":
+        assert ("SystemExit" if kind == "exit" else "ZeroDivisionError") + ": the wheel came off" in str(fault)
         assert "in misbehave" in str(fault), "the worker's own traceback"
         assert fault.record["step"] == 3
     else:
@@ -331,8 +366,10 @@ def test_what_cannot_be_made_or_sent_is_a_user_error():
         WorkerEnvs(lambda: Walk(str(held)), 2, 7, n_workers=2)
     with pytest.raises(UserError, match="n_workers"):
         WorkerEnvs(Walk, 2, 7, n_workers=0)
-    with pytest.raises(UserError, match=r"worker 0 .* ended with exit code 3 while it made"):
+    with pytest.raises(UserError, match=r"could not be made in a worker process: SystemExit: 3"):
         WorkerEnvs(lambda: sys.exit(3), 1, 7)  # pyright: ignore
+    with pytest.raises(UserError, match=r"worker 0 .* ended with exit code 3 while it made"):
+        WorkerEnvs(lambda: os._exit(3), 1, 7)  # pyright: ignore
 
 
 def test_environments_from_a_file_and_from_our_registry_are_found_in_workers_without_torch(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,49 @@ class TestActing:
             with pytest.raises(ValueError, match="observation has shape"):
                 method(np.zeros(shape, np.float32))
 
+    def test_the_shapes_that_would_do_are_told(self):
+        for shape, expected in (((3,), "(3,) or (N, 3)"), ((2, 3), "(2, 3) or (N, 2, 3)"), ((), "() or (N,)")):
+            policy = model(observations=spaces.Box(-1, 1, shape, np.float32))
+            with pytest.raises(ValueError, match=re.escape(f"has shape (5, 5); expected {expected}")):
+                policy(np.zeros((5, 5), np.float32))
+
+    @pytest.mark.parametrize("space", SPACES, ids=str)
+    def test_a_batch_of_none_has_no_actions(self, space):
+        policy = model(space)
+        none = np.zeros((0, 3), np.float32)
+        for deterministic in (True, False):
+            actions = policy(none, deterministic=deterministic)
+            assert actions.shape == (0, *space.shape)
+            assert actions.dtype == policy(some_observations()).dtype
+        assert policy.value(none).shape == policy.log_prob(none, actions).shape == (0,)
+
+    @pytest.mark.parametrize("observation", [None, "text", {"x": 1}, [[1.0], 2.0]])
+    def test_what_is_no_observation_is_refused(self, observation):
+        for method in (model(), model().value, lambda o: model().log_prob(o, np.zeros(2, np.float32))):
+            with pytest.raises(ValueError, match=r"observation is a .*, not an array of numbers"):
+                method(observation)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_what_is_not_finite_is_refused_with_its_place(self, value):
+        observations = some_observations()
+        observations[4, 1] = value
+        with pytest.raises(ValueError, match=rf"observation\[4, 1\] is {value}; every number must be finite"):
+            model()(observations)
+        with pytest.raises(ValueError, match=rf"observation\[1\] is {value}"):
+            model().value(observations[4])
+
+    @pytest.mark.parametrize(("action", "said"), [(7, "7"), (1, "1"), (-1, "-1"), (2.5, "2.5")])
+    def test_a_discrete_action_that_there_is_not_is_refused(self, action, said):
+        policy = model(spaces.Discrete(2, start=2))
+        with pytest.raises(ValueError, match=f"action is {said}; it must be a whole number from 2 to 3"):
+            policy.log_prob(some_observations(2), np.array([2, action]))
+        assert np.isfinite(policy.log_prob(some_observations(2), np.array([2.0, 3.0]))).all()
+
+    @pytest.mark.parametrize("action", [None, np.zeros(3), np.array([0.0, np.nan]), "left"])
+    def test_a_continuous_action_that_there_is_not_is_refused(self, action):
+        with pytest.raises(ValueError, match=r"^action"):
+            model().log_prob(some_observations(1)[0], action)
+
     @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint8])
     def test_observations_of_any_number_type(self, dtype):
         policy = stirred(model())
@@ -390,6 +434,13 @@ class TestRefusals:
     def test_observation_spaces(self, space):
         with pytest.raises(UserError, match="FlattenObservation"):
             model(observations=space)
+
+    def test_spaces_without_a_number(self):
+        with pytest.raises(UserError, match=r"observation space is Box.*holds no numbers.*observation_space"):
+            model(observations=spaces.Box(-1, 1, (0,), np.float32))
+        with pytest.raises(UserError, match=r"action space is Box.*holds no numbers.*action_space"):
+            model(spaces.Box(-1, 1, (2, 0), np.float32))
+        assert model(spaces.Discrete(1))(some_observations()).tolist() == [0] * 7
 
     @pytest.mark.parametrize(
         "space", [spaces.MultiDiscrete([2, 3]), spaces.Box(0, 5, (2,), np.int64), spaces.MultiBinary(3)], ids=str

@@ -40,6 +40,19 @@ def test_the_text_says_what_happened_in_words(tmp_path):
         assert words in text
 
 
+def test_fewer_than_a_hundred_episodes_are_not_called_a_hundred(tmp_path):
+    text = write_report([make_run(tmp_path / "run", rows(5))]).text
+    assert "Only 60 episodes ended, with a mean return of" in text
+    assert "last 100" not in text
+
+
+def test_the_text_is_ascii(tmp_path):
+    runs = [make_run(tmp_path / name, rows(30, return_mean=-181.4)) for name in ("a", "b")]
+    text = write_report([*runs, make_run(tmp_path / "c", [])], tmp_path / "out").text
+    assert "-181.4" in text
+    assert text.isascii()
+
+
 def test_the_file_shows_the_pictures_and_replaces_only_our_own(tmp_path):
     run = make_run(tmp_path / "run", rows(20))
     report = write_report([run])

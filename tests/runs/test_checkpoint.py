@@ -255,7 +255,21 @@ def test_a_missing_file_is_named(victim, name):
         load_checkpoint(victim)
 
 
-@pytest.mark.parametrize("name", ["policy.pkl", ".hidden", "other.safetensors", "state.json.bak"])
+def test_what_a_file_manager_leaves_is_passed_over(victim):
+    (victim / ".DS_Store").write_bytes(b"x")
+    assert load_checkpoint(victim).step == 128
+    assert newest_checkpoint(victim.parent).skipped == ()
+    (victim / ".link").symlink_to(victim / "state.json")
+    with pytest.raises(UserError, match=r"\.link' is a link"):
+        load_checkpoint(victim)
+
+
+def test_a_run_without_a_checkpoint_says_how_to_begin_again(tmp_path):
+    with pytest.raises(UserError, match=r"Begin a new run.*proximo train --config '.*my run/config\.toml'"):
+        newest_checkpoint(tmp_path / "my run" / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["policy.pkl", "other.safetensors", "state.json.bak"])
 def test_a_file_that_does_not_belong_is_named(victim, name):
     (victim / name).write_bytes(b"x")
     with pytest.raises(UserError, match=f"{name}' does not belong"):

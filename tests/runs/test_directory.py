@@ -112,6 +112,44 @@ def test_a_parent_that_cannot_be_written_to_is_a_readable_error(tmp_path, monkey
         new_run("CartPole-v1", 1, "empty")
 
 
+def test_a_folder_with_nothing_but_a_lock_is_empty(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    assert new_run("CartPole-v1", 1, "run").path == Path("run")
+
+
+BAD_PATHS = {"~nosuchuser/x": "user who does not exist", "a\0b": "NUL", "x" * 300: "name too long|There is no"}
+
+
+@pytest.mark.parametrize("path", BAD_PATHS, ids=["home", "nul", "long"])
+@pytest.mark.parametrize("use", [lambda path: new_run("CartPole-v1", 1, path), open_run], ids=["new", "open"])
+def test_paths_that_no_system_has_are_readable_errors(use, path):
+    with pytest.raises(UserError, match=f"(?i){BAD_PATHS[path]}"):
+        use(path)
+
+
+def test_a_folder_that_may_not_be_read_is_a_readable_error(monkeypatch):
+    a_run("mine")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "mine")
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # the tests may run as root, who may read anything
+    with pytest.raises(UserError, match=r"mine cannot be read: Permission denied"):
+        open_run("mine")
+
+
+def test_a_deleted_current_folder_is_said(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(UserError, match="current folder has been deleted"):
+        new_run("CartPole-v1", 1)
+    with pytest.raises(UserError):
+        open_run("runs")
+
+
 # ------------------------------------------------------------------------------------ finding runs
 
 
@@ -218,6 +256,12 @@ def test_a_damaged_config_is_a_readable_error(data):
     run.config_path.write_bytes(data)
     with pytest.raises(UserError, match=r"mine/config\.toml is no valid TOML"):
         read_config(run)
+
+
+def test_a_mark_of_an_editor_in_front_is_passed_over():
+    run = a_run("mine")
+    run.config_path.write_bytes("\ufeffname = 'für'\r\n".encode())
+    assert read_config(run) == {"name": "für"}
 
 
 def test_a_missing_config_is_a_readable_error(tmp_path):

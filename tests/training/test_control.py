@@ -133,6 +133,7 @@ class TestLoop:
         message = str(caught.value)
         assert "Learning broke down in iteration 2 (after 32 steps)" in message
         assert "learning_rate (it is 0.003)" in message
+        assert "proximo train ... --learning-rate 0.001" in message  # resume takes no settings
         assert all(torch.isfinite(tensor).all() for tensor in run.state.policy.parameters())
         assert newest_checkpoint(run.run.checkpoints).step == 32
 
@@ -416,6 +417,26 @@ class TestFaults:
         record = json.loads(next(tmp_path.glob("replay-*.json")).read_text())
         assert (record["episode"], record["actions"]) == (1, [])
         assert "reset() raised RuntimeError: only once" in str(fault)
+
+    def test_a_file_that_cannot_be_written_does_not_hide_the_fault(self, tmp_path, monkeypatch):
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", refuse)
+        message = str(self.fault(tmp_path))
+        assert "the reward is nan" in message
+        assert "could not be written" in message
+        assert "No space left" in message
+
+    @pytest.mark.parametrize("env_id", ["test:f.<locals>.<lambda>", "__main__:MyEnv"])
+    def test_no_command_is_advised_where_no_name_leads_to_the_environment(self, tmp_path, env_id):
+        message = str(self.fault(tmp_path, env_id=env_id))
+        assert "replay_record(make, load_record(" in message
+        assert "proximo check-env" not in message
+
+    def test_commands_can_be_pasted(self, tmp_path):
+        message = str(self.fault(tmp_path / "my run", env_id="my file.py:Env"))
+        assert f"proximo check-env 'my file.py:Env' --replay '{tmp_path}/my run/replay-" in message
 
     def test_arguments_that_json_cannot_hold_do_not_hide_the_fault(self, tmp_path):
         fault = self.fault(tmp_path, env_kwargs={"strength": np.float32(0.5)})

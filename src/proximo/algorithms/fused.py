@@ -65,6 +65,8 @@ def run_fused_epochs(
 ) -> dict[str, float]:
     """Do what `update.run_epochs` does with the loss of PPO-Clip; see there for metrics, KL stop and errors."""
     batch = everything.batch
+    assert everything.returns is not None
+    assert batch.values is not None
     columns = _Steps(
         plain.inputs,
         batch.actions.flatten(0, 1),

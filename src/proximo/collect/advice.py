@@ -71,7 +71,7 @@ ADVICE: dict[str, Advice] = {
     ),
     "observation-cut": Advice(
         "error",
-        "Everything behind the decimal point is lost before the policy sees it.",
+        "The policy would see none of what is behind the decimal point; training stops at it.",
         "Declare self.observation_space with dtype=np.float32 in __init__.",
     ),
     "not-finite": Advice(
@@ -118,7 +118,12 @@ ADVICE: dict[str, Advice] = {
     # --- ends ---
     "end-type": Advice(
         "warning",
-        "Proximo asks whether it is true (any text and any number but 0 is); other tools refuse it.",
+        "Proximo takes the integers 0 and 1 for False and True; other tools refuse them.",
+        "Return bool(terminated), bool(truncated) in step().",
+    ),
+    "end-value": Advice(
+        "error",
+        "Whether an episode has ended must not be a guess; training stops at it.",
         "Return bool(terminated), bool(truncated) in step().",
     ),
     "end-both": Advice(

@@ -20,8 +20,8 @@ import numpy as np
 from gymnasium import spaces
 
 from proximo.collect.advice import ADVICE, Severity
-from proximo.collect.envs import SpaceCheck, episode_seed
-from proximo.errors import UserError
+from proximo.collect.envs import SpaceCheck, end_of, episode_seed, reward_of, shown
+from proximo.errors import UserError, in_range
 from proximo.models.control import ActorCritic, NetworkConfig
 
 KEPT_CALLS = 300
@@ -75,7 +75,13 @@ def check_environment(
         n_steps: steps of random play.
         seed: seeds the random actions and the episodes.
         max_seconds: no call is begun after so much wall time; random play gets its first 60 percent.
+
+    Raises:
+        UserError: if a number is out of range.
     """
+    in_range("steps", n_steps, at_least=1, whole=True, usual="2000")
+    in_range("seed", seed, at_least=0, whole=True, usual="0")
+    in_range("max_seconds", max_seconds, above=0, usual="20")
     began = time.monotonic()
     findings = _Findings()
     env = _made(make, findings, "make-raised")
@@ -93,7 +99,7 @@ def check_environment(
                 if np.median(play.seconds) > 1e-3:
                     findings.add("slow", f"one step takes {1000 * np.median(play.seconds):.3g} ms.")
             _state_facts(findings, play, seed)
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             env.close()
     findings.facts["this check took"] = f"{time.monotonic() - began:.1f} s"
     return findings.report(name)
@@ -208,16 +214,17 @@ class _Player:
         if not (isinstance(result, tuple) and len(result) == 5):
             values = f"{len(result)} values" if isinstance(result, tuple) else shown(result)
             self._fail("step-values", f"step() returned {values}, not 5 values")
-        observation, reward = self._observation(result[0]), _numbers(result[1])
-        if reward is None or reward.size != 1:
+        observation, reward = self._observation(result[0]), reward_of(result[1])
+        if reward is None:
             self._fail("reward-not-a-number", f"the reward is {shown(result[1])}")
-        if not np.isfinite(reward).all():
+        if not np.isfinite(reward):
             self._note("not-finite", f"the reward is {reward}")
         for word, value in zip(("terminated", "truncated"), result[2:4], strict=True):
             if not isinstance(value, (bool, np.bool_)):
-                self._note("end-type", f"{word} is {shown(value)}, not True or False")
-        terminated, truncated = (bool(np.size(value) == 1 and value) for value in result[2:4])
-        return _Outcome(observation, float(reward.reshape(())), terminated, truncated or self._length == self.limit)
+                kind = "end-value" if end_of(value) is None else "end-type"
+                self._note(kind, f"{word} is {shown(value)}, not True or False")
+        terminated, truncated = (bool(end_of(value)) for value in result[2:4])
+        return _Outcome(observation, reward, terminated, truncated or self._length == self.limit)
 
     @property
     def where(self) -> str:
@@ -259,7 +266,7 @@ class _Player:
         wanted = np.dtype(space.dtype)
         with np.errstate(all="ignore"):  # what is too large for float32 is infinite to training
             fractions = array[np.isfinite(array) & (array % 1 != 0)]
-            found = self._check.first_problem(array.astype(np.float32) if array.dtype == np.float64 else array)
+            found = self._check.first_problem(array.astype(np.float32) if array.dtype == np.float64 else array, array)
         if fractions.size and wanted.kind in "iub":
             self._note("observation-cut", f"the observation holds {fractions[0]:.6g}, but its space is {wanted}")
         elif not is_array or not np.can_cast(array.dtype, wanted):
@@ -366,7 +373,7 @@ def _check_again(make: Callable[[], gym.Env], player: _Player, play: _Play) -> N
     except _Stopped as stopped:
         facts["playing again stopped"] = str(stopped)
     finally:
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             made.close()
 
 
@@ -478,12 +485,6 @@ def _kept_values(play: _Play) -> np.ndarray:
     """The finite ones of the kept observations, one in a row."""
     rows = np.stack(play.observations).reshape(len(play.observations), -1).astype(np.float64)
     return rows[np.isfinite(rows).all(axis=1)]
-
-
-def shown(value: Any) -> str:
-    """A value, short enough for a sentence."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _range(values: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -95,6 +97,9 @@ def episode_seed(run_seed: int, env_index: int, episode: int) -> int:
 EVALUATION_STREAM = 2**31
 """Mixed into the seeds so that evaluation never sees the episodes of training with the same seed."""
 
+LONGEST_REPLAY = 200_000
+"""Steps of one episode whose actions are kept; a longer one cannot be played again, and would fill the memory."""
+
 EVALUATION_ENVS = 10
 """Environments side by side in an evaluation of ten episodes or more."""
 
@@ -132,10 +137,16 @@ class SpaceCheck:
             return True
         return bool(((observations >= self.slack_low) & (observations <= self.slack_high)).all())
 
-    def first_problem(self, observation: np.ndarray) -> tuple[str, bool] | None:
-        """What is wrong with one observation, in words, and whether it is a value out of bounds (not NaN)."""
+    def first_problem(self, observation: np.ndarray, given: np.ndarray | None = None) -> tuple[str, bool] | None:
+        """What is wrong with one observation, in words, and whether it is a value out of bounds (not NaN).
+
+        `given` is the same observation before it was converted: it may have been too large for float32.
+        """
         for place in np.argwhere(~np.isfinite(observation)):
-            return f"{_element(place)} is {observation[tuple(place)]}", False
+            where = tuple(place)
+            if given is not None and np.isfinite(given[where]):
+                return f"{_element(place)} is {given[where]:.6g}, too large for {observation.dtype}", False
+            return f"{_element(place)} is {observation[where]}", False
         if self.bounded:
             for place in np.argwhere((observation < self.slack_low) | (observation > self.slack_high)):
                 where = tuple(place)
@@ -151,12 +162,59 @@ def _element(place: np.ndarray) -> str:
     return f"observation[{', '.join(map(str, place))}]" if len(place) else "observation"
 
 
+def shown(value: Any) -> str:
+    """A value, short enough for a sentence."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def reward_of(value: Any) -> float | None:
+    """A reward as the float that is learned from; None if it is not one number."""
+    try:
+        if isinstance(value, int):  # NumPy takes only those of 64 bits for numbers
+            return float(value)
+        array = np.asarray(value)
+        return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiub" else None
+    except OverflowError:
+        return math.inf
+    except Exception:  # what a value of any class raises while it is converted
+        return None
+
+
+def end_of(value: Any) -> bool | None:
+    """`terminated` or `truncated` as a bool: one of Python or NumPy, or an integer 0 or 1; None if it is neither."""
+    if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
+        return bool(value)
+    return None
+
+
+def close_quietly(name: str, envs: Sequence[Any]) -> None:
+    """Close each environment, also where one before it fails to; say so once, on standard error."""
+    failures = []
+    for env in envs:
+        try:
+            env.close()
+        except (Exception, SystemExit) as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    if failures:
+        others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        print(f"proximo: closing {name} failed: {failures[0]}{others}", file=sys.stderr)
+
+
+_STEP_RETURNS = "step() must return (observation, reward, terminated, truncated, info)"
+_RESET_RETURNS = "reset() must return (observation, info)"
+
+
+def _amount(result: Any) -> str:
+    return f"{len(result)} values" if isinstance(result, (tuple, list)) else f"a {type(result).__name__}"
+
+
 class SerialEnvs:
     """N environments in this process, stepped one after the other; no copies, nothing allocated per step.
 
     Episode e of environment i is seeded by `episode_seed(seed, i, e)`, and the actions since each reset are
-    kept, so an open episode can be rebuilt by playing it again. Resets happen within the step that ended
-    the episode, so every row is experience.
+    kept, so an open episode can be rebuilt by playing it again (unless it is longer than `LONGEST_REPLAY`).
+    Resets happen within the step that ended the episode, so every row is experience.
     """
 
     def __init__(
@@ -195,6 +253,8 @@ class SerialEnvs:
         self._episodes = np.zeros(n_envs, np.int64)
         self._history: list[np.ndarray] = []
         self._starts = np.zeros(n_envs, np.int64)
+        self._forgotten = np.zeros(n_envs, np.int64)
+        self._given: list[Any] = [None] * n_envs
         self._reward_sums = np.zeros(n_envs)
 
     def reset(self) -> np.ndarray:
@@ -215,13 +275,19 @@ class SerialEnvs:
         self._history.append(actions)
         for index, env in enumerate(self._envs):
             try:
-                observation, reward, terminated, truncated, _ = env.step(actions[index])
-            except Exception as error:
+                result = env.step(actions[index])
+            except (Exception, SystemExit) as error:
                 raise self._raised(index, "step", error) from error
+            try:
+                observation, reward, terminated, truncated, _ = result
+            except (TypeError, ValueError) as error:
+                raise self._fault(index, f"{_STEP_RETURNS}, and returned {_amount(result)}") from error
             self._store(index, observation, self._final, "the observation")
-            self._rewards[index] = self._number(index, reward)
-            self._terminated[index] = terminated
-            self._truncated[index] = truncated
+            self._rewards[index] = reward if type(reward) is float else self._number(index, reward)
+            self._terminated[index] = (
+                terminated if type(terminated) is bool else self._end(index, "terminated", terminated)
+            )
+            self._truncated[index] = truncated if type(truncated) is bool else self._end(index, "truncated", truncated)
         self._check_values()
         np.copyto(self._observations, self._final)
         self._reward_sums += self._rewards
@@ -234,14 +300,23 @@ class SerialEnvs:
         return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
 
     def snapshot(self) -> Snapshot:
-        """Episode numbers, the open episodes' actions, and the observations and rewards they have led to."""
-        opened = [np.stack(self._actions_of(i)) for i in range(self.n_envs) if self._length_of(i) > 0]
+        """Episode numbers, the open episodes' actions, and the observations and rewards they have led to.
+
+        `lengths` is how many actions each open episode has, or -1 where they have been forgotten: such an
+        episode cannot be come back to.
+        """
+        opened = [
+            np.stack(self._actions_of(i))
+            for i in range(self.n_envs)
+            if self._length_of(i) > 0 and not self._forgotten[i]
+        ]
         arrays = {
             "observations": self._observations.copy(),
             "episodes": self._episodes.copy(),
             "reward_sums": self._reward_sums.copy(),
             "lengths": np.array([self._length_of(i) for i in range(self.n_envs)]),
         }
+        arrays["lengths"][self._forgotten > 0] = -1
         if opened:
             arrays["open_actions"] = np.concatenate(opened)
         return Snapshot(arrays, {})
@@ -250,11 +325,12 @@ class SerialEnvs:
         """Play the open episodes again and compare where they lead, bit for bit.
 
         An environment that does not come back to the same observation and sum of rewards (it draws on
-        something that its seed does not fix) begins its next episode instead; those are listed.
+        something that its seed does not fix), or whose actions were forgotten, begins its next episode
+        instead; those are listed.
         """
         arrays = snapshot.arrays
         self._episodes[:] = arrays["episodes"]
-        lengths = arrays["lengths"].tolist()
+        lengths = np.maximum(arrays["lengths"], 0).tolist()
         longest = max(lengths)
         ends = np.cumsum(lengths)
         self._history = []
@@ -272,7 +348,7 @@ class SerialEnvs:
             ):
                 self._history[longest - length + offset][index] = action
             self._reward_sums[index] = arrays["reward_sums"][index]
-            if not self._replay(index, arrays["observations"][index]):
+            if arrays["lengths"][index] < 0 or not self._replay(index, arrays["observations"][index]):
                 self._reward_sums[index] = 0.0
                 self._episodes[index] += 1
                 self._starts[index] = longest
@@ -281,9 +357,8 @@ class SerialEnvs:
         return self._observations, fresh
 
     def close(self) -> None:
-        """Close each environment."""
-        for env in self._envs:
-            env.close()
+        """Close each environment; one that fails to is told of on standard error."""
+        close_quietly(self._name, self._envs)
 
     def _replay(self, index: int, expected: np.ndarray) -> bool:
         """Step one environment through its open episode; whether it ends where it did, with the same rewards."""
@@ -291,24 +366,25 @@ class SerialEnvs:
         for action in self._actions_of(index):
             try:
                 observation, reward, terminated, truncated, _ = self._envs[index].step(action)
-            except Exception:  # an environment that cannot be replayed is reported by the caller
+                if self._end(index, "terminated", terminated) or self._end(index, "truncated", truncated):
+                    return False
+                self._store(index, observation, self._observations, "the observation")
+                rewards += self._number(index, reward)
+            except (Exception, SystemExit):  # an environment that cannot be replayed is reported by the caller
                 return False
-            if terminated or truncated or np.shape(observation) != self._shape:
-                return False
-            self._observations[index] = observation
-            rewards += self._number(index, reward)
         return self._observations[index].tobytes() == expected.tobytes() and rewards == self._reward_sums[index]
 
     def _begin_episode(self, index: int) -> None:
+        self._forgotten[index] = 0
         seed = episode_seed(self._seed, self._first + index, int(self._episodes[index]))
         try:
             result = self._envs[index].reset(seed=seed)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self._raised(index, "reset", error) from error
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise self._fault(index, "reset() must return (observation, info), the pair that Gymnasium asks for")
+            raise self._fault(index, f"{_RESET_RETURNS}, and returned {_amount(result)}")
         self._store(index, result[0], self._observations, "the observation that reset() returned")
-        problem = self._check.first_problem(self._observations[index])
+        problem = self._check.first_problem(self._observations[index], np.asarray(result[0]))
         if problem:
             self._report(index, f"after reset(), {problem[0]}", problem[1])
 
@@ -316,17 +392,35 @@ class SerialEnvs:
         """Write an observation into its row, if it is one."""
         try:
             array = np.asarray(observation)
-        except ValueError as error:
-            raise self._fault(index, f"{what} is no array: {error}") from error
+        except Exception as error:  # what a value of any class raises while it is converted
+            kind = type(observation).__name__
+            raise self._fault(index, f"{what} is a {kind} that cannot be made an array: {error}") from error
+        if array.dtype.kind not in "fiub":
+            kind = f"{type(observation).__name__}{f' of {array.dtype}' if array.ndim else ''}"
+            raise self._fault(index, f"{what} is a {kind}, not an array of numbers of shape {self._shape}")
         if array.shape != self._shape:
             raise self._fault(index, f"{what} has shape {array.shape}, not {self._shape}")
-        if array.dtype.kind not in "fiub":
-            raise self._fault(index, f"{what} is not made of numbers but of {array.dtype}")
-        if self._observations.dtype.kind != "f" and array.dtype != self._observations.dtype:
-            problem = self._check.first_problem(array)  # before it wraps around in a narrower integer type
-            if problem:
-                self._report(index, *problem)
+        if array.dtype != rows.dtype and rows.dtype.kind != "f":
+            array = self._as_integers(index, array, rows.dtype)
+        self._given[index] = observation
         rows[index] = array
+
+    def _as_integers(self, index: int, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """An observation for a space of integers, so that none wraps around and nothing is cut off."""
+        problem, is_bound = self._check.first_problem(array) or ("", True)
+        if not is_bound:
+            raise self._fault(index, problem)
+        for place in np.argwhere(array % 1 != 0):
+            what = f"{_element(place)} is {array[tuple(place)]}, but its space holds whole numbers ({dtype})"
+            raise self._fault(index, f"{what}: declare observation_space with dtype=np.float32")
+        if problem:
+            low, high = (False, True) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+            clipped = np.clip(array, dtype.type(low), dtype.type(high))
+            if self._on_violation == "warn" and (clipped != array).any():
+                problem += f"; it is clipped to what {dtype} holds, {low} to {high}"
+            self._report(index, problem, is_bound=True)
+            return clipped
+        return array
 
     def _check_values(self) -> None:
         if not np.isfinite(self._rewards).all():
@@ -334,7 +428,7 @@ class SerialEnvs:
             raise self._fault(index, f"the reward is {self._rewards[index]}")
         if not self._check.fits(self._final):
             for index in range(self.n_envs):
-                problem = self._check.first_problem(self._final[index])
+                problem = self._check.first_problem(self._final[index], np.asarray(self._given[index]))
                 if problem:
                     self._report(index, *problem)
 
@@ -347,12 +441,16 @@ class SerialEnvs:
             self.warnings.append(f"{self._where(index)}: {problem} (said once; training goes on)")
 
     def _number(self, index: int, reward: Any) -> float:
-        if type(reward) is float:
-            return reward
-        array = np.asarray(reward)
-        if array.size != 1 or array.dtype.kind not in "fiub":
-            raise self._fault(index, f"the reward must be one number, not {reward!r}")
-        return float(array.reshape(()))
+        number = reward_of(reward)
+        if number is None:
+            raise self._fault(index, f"the reward must be one number, not {shown(reward)}")
+        return number
+
+    def _end(self, index: int, word: str, value: Any) -> bool:
+        end = end_of(value)
+        if end is None:
+            raise self._fault(index, f"{word} must be True or False, not {shown(value)} ({type(value).__name__})")
+        return end
 
     def _length_of(self, index: int) -> int:
         return len(self._history) - int(self._starts[index])
@@ -362,18 +460,28 @@ class SerialEnvs:
 
     def _forget_closed_episodes(self) -> None:
         """Drop actions that no open episode holds, now and then, so that memory does not grow."""
+        if len(self._history) < 4096:
+            return
+        if len(self._history) >= LONGEST_REPLAY:
+            lengths = len(self._history) - self._starts
+            too_long = lengths >= LONGEST_REPLAY
+            self._forgotten[too_long] += lengths[too_long]
+            self._starts[too_long] = len(self._history)
         oldest = int(self._starts.min())
         if oldest >= 4096:
             del self._history[:oldest]
             self._starts -= oldest
 
     def _where(self, index: int) -> str:
-        episode, step = int(self._episodes[index]), self._length_of(index)
+        episode, step = int(self._episodes[index]), int(self._forgotten[index]) + self._length_of(index)
         return f"{self._name}, environment {self._first + index}, episode {episode}, step {step}"
 
-    def _raised(self, index: int, method: str, error: Exception) -> EnvironmentFault:
-        lines = traceback.format_exception(error)
-        own = "".join(lines[-4:]).rstrip()
+    def _raised(self, index: int, method: str, error: BaseException) -> EnvironmentFault:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        module = str(frames[-1][0].f_globals.get("__name__")) if frames else ""
+        if module.startswith("gymnasium.") and "unpack" in str(error):  # a wrapper has failed to
+            return self._fault(index, f"{_STEP_RETURNS if method == 'step' else _RESET_RETURNS} ({error})")
+        own = "".join(traceback.format_exception(error)[-4:]).rstrip()
         return self._fault(index, f"{method}() raised {type(error).__name__}: {error}\n{own}")
 
     def _fault(self, index: int, problem: str) -> EnvironmentFault:
@@ -387,11 +495,13 @@ class SerialEnvs:
                 "\nWiden the bounds of observation_space, or clip the observation, in the environment; "
                 "--on-space-violation warn lets training go on."
             )
+        if self._forgotten[index]:
+            hint += f"\nThe first {self._forgotten[index]:,} actions are not kept: this episode cannot be replayed."
         record = {
             "env_index": self._first + index,
             "episode": int(self._episodes[index]),
-            "step": len(actions),
-            "seed": seed,
+            "step": int(self._forgotten[index]) + len(actions),
+            "seed": None if self._forgotten[index] else seed,  # None: it cannot be played again
             "actions": [action.tolist() for action in actions],
             "problem": problem,
         }

@@ -199,7 +199,8 @@ def _joined(passes: list[Responses]) -> Responses:
         torch.cat([widened(each[index], start) for each, start in zip(passes, starts, strict=True)])
         for index in range(4)
     ]
-    return Responses(*columns, torch.cat([each.ended for each in passes]))
+    tokens, attention, response, log_probs = columns
+    return Responses(tokens, attention, response, log_probs, torch.cat([each.ended for each in passes]))
 
 
 # --- the batch --------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def make_env(
         raise UserError(_missing_package(env_id, error)) from error
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"{env_id} could not be made with {kwargs or 'no arguments'}: {type(error).__name__}: {error}"
         ) from error
@@ -117,8 +117,12 @@ def _check_registered(env_id: str) -> None:
 
 def _import_file(path: Path) -> Any:
     """Import a Python file under a name of its own; the same file is imported once."""
-    path = path.expanduser().resolve()
-    if not path.is_file():
+    try:
+        path = path.expanduser().resolve()
+        is_file = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, too long a name, a NUL in it
+        raise UserError(f"There is no file {path} ({error}). Write where it is: my_file.py:MyEnv.") from error
+    if not is_file:
         siblings = [p.name for p in path.parent.glob("*.py")] if path.parent.is_dir() else []
         raise UserError(f"There is no file {path}." + _did_you_mean(nearest(path.name, siblings)))
     name = f"_proximo_env_{path.stem}_{abs(hash(str(path))):x}"
@@ -134,7 +138,7 @@ def _import_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if not isinstance(error, Exception):
+        if not isinstance(error, (Exception, SystemExit)):
             raise
         raise UserError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
     return module
@@ -153,7 +157,7 @@ def _import_module(name: str) -> Any:
             f"The module {name!r} could not be imported: {error}. "
             "It must be installed, or lie in the folder where the command is run."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"The module {name!r} could not be imported: {type(error).__name__}: {error}") from error
     finally:
         if added:

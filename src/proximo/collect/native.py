@@ -9,7 +9,16 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from proximo.collect.envs import EnvironmentFault, Snapshot, SpaceCheck, SpacePolicy, Step, episode_seed
+from proximo.collect.envs import (
+    EnvironmentFault,
+    Snapshot,
+    SpaceCheck,
+    SpacePolicy,
+    Step,
+    close_quietly,
+    episode_seed,
+    shown,
+)
 from proximo.errors import UserError
 
 
@@ -27,7 +36,7 @@ def make_native(
     limit: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     try:
         return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs, **limit)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"The vector version of {env_id} could not be made: {error}") from error
 
 
@@ -76,11 +85,13 @@ class NativeEnvs:
         self._n_steps += 1
         try:
             raw, rewards, terminated, truncated, info = self._envs.step(actions)
-        except Exception as error:
+            observations, rewards = self._typed(raw), np.asarray(rewards, np.float64)
+        except (Exception, SystemExit) as error:
             raise self._raised("step", actions, error) from error
-        observations = self._typed(raw)
-        rewards = np.asarray(rewards, np.float64)
-        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        terminated, truncated = (
+            self._ends("terminated", terminated, actions),
+            self._ends("truncated", truncated, actions),
+        )
         valid = ~self._reset_due
         done = (terminated | truncated) & valid
         final = observations
@@ -94,9 +105,9 @@ class NativeEnvs:
             final = observations.copy()
             try:
                 after, _ = self._envs.reset(options={"reset_mask": done})
-            except Exception as error:
+                observations = self._typed(after)
+            except (Exception, SystemExit) as error:
                 raise self._raised("reset", actions, error) from error
-            observations = self._typed(after)
         self._refuse_bad_values(final, rewards, valid, actions)
         self._refuse_bad_values(observations, rewards, valid, actions)
         return Step(observations, rewards, terminated, truncated, final, valid)
@@ -111,16 +122,16 @@ class NativeEnvs:
         return self._reset_all(fresh_start=self._n_steps), list(range(self.n_envs))
 
     def close(self) -> None:
-        """Close the vector environment."""
-        self._envs.close()
+        """Close the vector environment; if it fails to, that is told on standard error."""
+        close_quietly(self._name, [self._envs])
 
     def _reset_all(self, fresh_start: int) -> np.ndarray:
         self._reset_due[:] = False
         try:
             raw, _ = self._envs.reset(seed=episode_seed(self._seed, 0, fresh_start))
-        except Exception as error:
+            observations = self._typed(raw)
+        except (Exception, SystemExit) as error:
             raise self._raised("reset", None, error) from error
-        observations = self._typed(raw)
         self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
         return observations
 
@@ -129,7 +140,15 @@ class NativeEnvs:
         array = np.array(observations)
         return array.astype(np.float32) if array.dtype == np.float64 else array
 
-    def _raised(self, method: str, actions: np.ndarray | None, error: Exception) -> EnvironmentFault:
+    def _ends(self, word: str, given: Any, actions: np.ndarray) -> np.ndarray:
+        """A copy of `terminated` or `truncated`, which must be `[N]` bools, or integers 0 and 1."""
+        ends = np.array(given)
+        is_bool = ends.dtype == bool or (ends.dtype.kind in "iu" and bool(np.isin(ends, (0, 1)).all()))
+        if ends.shape != (self.n_envs,) or not is_bool:
+            raise self._fault(0, f"{word} must be {self.n_envs} of True or False, not {shown(given)}", actions)
+        return ends.astype(bool)
+
+    def _raised(self, method: str, actions: np.ndarray | None, error: BaseException) -> EnvironmentFault:
         own = "".join(traceback.format_exception(error)[-4:]).rstrip()
         return self._fault(0, f"{method}() raised {type(error).__name__}: {error}\n{own}", actions)
 

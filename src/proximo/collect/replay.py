@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from gymnasium import spaces
 from proximo.collect.check import shown
 from proximo.collect.envs import EnvironmentFault, SerialEnvs
 from proximo.errors import UserError, nearest
+from proximo.runs.files import expanded
 
 
 def load_record(path: str | Path) -> dict[str, Any]:
@@ -22,11 +24,12 @@ def load_record(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if it cannot be read, is no such file, or holds an episode that cannot be played again.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        close = nearest(path.name, [sibling.name for sibling in path.parent.glob("*.json")])
+        siblings = [sibling.name for sibling in path.parent.glob("*.json")] if os.access(path.parent, os.R_OK) else []
+        close = nearest(path.name, siblings)
         hint = f" Did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
         raise UserError(f"{path} could not be read: {error.strerror or error}.{hint}") from error
     except ValueError as error:  # not JSON, or not UTF-8

@@ -224,7 +224,7 @@ class _Service:
             )
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             own = "".join(traceback.format_exception(error)[-4:]).rstrip()
             what = f"{name} could not be made in a worker process: {type(error).__name__}: {error}"
             raise UserError(f"{what}\n{own}") from error

@@ -26,7 +26,7 @@ import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker pro
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.envs import EnvironmentFault, Snapshot, SpacePolicy, Step, episode_seed
+from proximo.collect.envs import LONGEST_REPLAY, EnvironmentFault, Snapshot, SpacePolicy, Step, episode_seed
 from proximo.collect.worker_process import Layout, Made, Memory, Parcel, Reply, pack, work
 from proximo.errors import UserError, in_range
 
@@ -93,6 +93,7 @@ class WorkerEnvs:
         self._episodes = np.zeros(n_envs, np.int64)
         self._reward_sums = np.zeros(n_envs)
         self._actions: list[list[np.ndarray]] = [[] for _ in range(n_envs)]
+        self._forgotten = np.zeros(n_envs, np.int64)
         self._valid = np.ones(n_envs, bool)
         self._awaiting = False
         _OPEN.add(self)
@@ -111,6 +112,7 @@ class WorkerEnvs:
         memory = self._opened()
         self._episodes[:] = 0
         self._reward_sums[:] = 0.0
+        self._forgotten[:] = 0
         self._actions = [[] for _ in range(self.n_envs)]
         self._ask("reset")
         return memory.observations
@@ -131,7 +133,12 @@ class WorkerEnvs:
         for index in np.flatnonzero(memory.terminated | memory.truncated):
             self._episodes[index] += 1
             self._reward_sums[index] = 0.0
+            self._forgotten[index] = 0
             self._actions[index] = []
+        for index, taken in enumerate(self._actions):
+            if len(taken) >= LONGEST_REPLAY:
+                self._forgotten[index] += len(taken)
+                taken.clear()
         return Step(
             memory.observations,
             memory.rewards,
@@ -143,14 +150,15 @@ class WorkerEnvs:
 
     def snapshot(self) -> Snapshot:
         """The same as that of a `SerialEnvs`, which can go on from it, as can any number of workers."""
+        whole = [[] if forgotten else taken for taken, forgotten in zip(self._actions, self._forgotten, strict=True)]
         arrays = {
             "observations": self._opened().observations.copy(),
             "episodes": self._episodes.copy(),
             "reward_sums": self._reward_sums.copy(),
-            "lengths": np.array([len(taken) for taken in self._actions]),
+            "lengths": np.where(self._forgotten > 0, -1, [len(taken) for taken in whole]),
         }
-        if any(self._actions):
-            arrays["open_actions"] = np.concatenate([np.stack(taken) for taken in self._actions if taken])
+        if any(whole):
+            arrays["open_actions"] = np.concatenate([np.stack(taken) for taken in whole if taken])
         return Snapshot(arrays, {})
 
     def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
@@ -160,11 +168,12 @@ class WorkerEnvs:
             EnvironmentFault: if an environment cannot be reset, hangs, or takes its process with it.
         """
         memory, arrays = self._opened(), snapshot.arrays
-        lengths = arrays["lengths"]
+        lengths = np.maximum(arrays["lengths"], 0)
         bounds = [0, *np.cumsum(lengths).tolist()]
         rows = arrays["open_actions"] if bounds[-1] else np.zeros(0)
         self._episodes[:] = arrays["episodes"]
         self._reward_sums[:] = arrays["reward_sums"]
+        self._forgotten[:] = 0
         self._actions = [list(rows[begin:end]) for begin, end in itertools.pairwise(bounds)]
         parts = []
         for worker in self._workers:
@@ -294,9 +303,10 @@ class WorkerEnvs:
         _, index, seed, steps = self._memory.pulses[worker.number, :4].tolist()
         if index < 0:
             return UserError(f"{self._name}: {worker} {what} while none of its environments was at work.{hint}")
-        episode, actions = int(self._episodes[index]), self._actions[index][:steps]
+        forgotten = int(self._forgotten[index])
+        episode, actions = int(self._episodes[index]), self._actions[index][: max(0, steps - forgotten)]
         if seed != episode_seed(self._seed, index, episode):  # the next episode was being begun within the step
-            episode, actions = episode + 1, []
+            episode, actions, forgotten = episode + 1, [], 0
         if "not back" in what:
             hint = f"\nA call may take timeout={self._timeout:g} s; if it really is slower, raise timeout."
         call = "step()" if steps else "reset()"
@@ -305,12 +315,12 @@ class WorkerEnvs:
         record = {
             "env_index": index,
             "episode": episode,
-            "step": len(actions),
-            "seed": seed,
+            "step": steps,
+            "seed": None if forgotten else seed,  # None: it cannot be played again
             "actions": [action.tolist() for action in actions],
             "problem": problem,
         }
-        where = f"{self._name}, environment {index}, episode {episode}, step {len(actions)} (seed {seed})"
+        where = f"{self._name}, environment {index}, episode {episode}, step {steps} (seed {seed})"
         return EnvironmentFault(f"{where}: {problem}.{last}{hint}", record)
 
 

@@ -61,7 +61,7 @@ def group_relative(
     centered = torch.where(valid, scores - mean, 0.0)
     squares = torch.zeros_like(sums).index_add_(0, index, centered.square())
     spread = (squares / (counts - 1).clamp(min=1)).sqrt()[index]
-    size = torch.zeros_like(sums).index_reduce_(0, index, torch.where(valid, scores.abs(), 0.0), "amax")[index]
+    size = torch.zeros_like(sums).scatter_reduce(0, index, torch.where(valid, scores.abs(), 0.0), "amax")[index]
     real = spread > 16 * torch.finfo(scores.dtype).eps * size  # equal scores differ by rounding alone
     centered = torch.where(valid & real, centered, 0.0)
     return centered / (spread + 1e-4) if divide_by_std else centered

@@ -128,6 +128,7 @@ class ActorCritic(nn.Module):
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""
+        assert isinstance(batch.observations, Tensor)
         inputs = self._normalized(batch.observations.reshape(*batch.mask.shape, -1))
         distribution = self._distribution(inputs)
         values = self.critic(inputs).squeeze(-1)
@@ -139,6 +140,7 @@ class ActorCritic(nn.Module):
 
     def plain(self, batch: Batch) -> PlainActorCritic:
         """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them."""
+        assert isinstance(batch.observations, Tensor)
         with torch.no_grad():
             inputs = self._normalized(batch.observations.reshape(batch.mask.numel(), -1)).contiguous()
         actor, critic = (
@@ -199,7 +201,7 @@ class ActorCritic(nn.Module):
             Actions of the environment's own kind, inside its action space, NumPy for NumPy and torch for torch.
 
         Raises:
-            ValueError: if the shape does not fit the observation space.
+            ValueError: if it is no array of finite numbers, or its shape does not fit the observation space.
         """
         inputs, single = self._inputs(observation)
         generator = None if seed is None else torch.Generator(inputs.device).manual_seed(seed)
@@ -214,7 +216,7 @@ class ActorCritic(nn.Module):
         """Expected discounted return from one observation or a batch, in the environment's own reward units.
 
         Raises:
-            ValueError: if the shape does not fit the observation space.
+            ValueError: if it is no array of finite numbers, or its shape does not fit the observation space.
         """
         inputs, single = self._inputs(observation)
         with torch.no_grad():
@@ -228,10 +230,11 @@ class ActorCritic(nn.Module):
         `action`; an action that was clipped to the space is scored where it stands.
 
         Raises:
-            ValueError: if a shape does not fit its space.
+            ValueError: if one is no array of finite numbers, does not fit its space in shape, or is a discrete
+                action that there is not.
         """
         inputs, single = self._inputs(observation)
-        actions = torch.as_tensor(action, device=inputs.device).reshape(len(inputs), *(self.action_space.shape or ()))
+        actions = self._actions(action, len(inputs))
         with torch.no_grad():
             if isinstance(self.action_space, spaces.Discrete):
                 log_probs = self._distribution(inputs).log_prob(actions - int(self.action_space.start))
@@ -240,7 +243,7 @@ class ActorCritic(nn.Module):
                     torch.as_tensor(array, dtype=torch.float32, device=inputs.device).flatten()
                     for array in (self._action_scale, self._action_offset)
                 )
-                own_units = (actions.reshape(len(actions), -1).to(torch.float32) - offset) / scale
+                own_units = (actions.reshape(len(actions), scale.numel()).to(torch.float32) - offset) / scale
                 log_probs = self._distribution(inputs).log_prob(own_units) - scale.log().sum()
         return _like(observation, log_probs[0] if single else log_probs)
 
@@ -261,13 +264,46 @@ class ActorCritic(nn.Module):
 
     def _inputs(self, observation: np.ndarray | Tensor) -> tuple[Tensor, bool]:
         """Normalize one observation or a batch to `[N, features]`; True if it was one."""
-        device = next(self.parameters()).device
-        tensor = torch.as_tensor(observation, device=device)
+        tensor = _numbers("observation", observation, next(self.parameters()).device)
         shape = self.observation_space.shape
         single = tuple(tensor.shape) == shape
-        if not single and tuple(tensor.shape[1:]) != shape:
-            raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or (N, {shape})")
-        return self._normalized(tensor.reshape(1 if single else len(tensor), -1)), single
+        if not single and (tensor.ndim == 0 or tuple(tensor.shape[1:]) != shape):
+            many = f"(N{''.join(f', {size}' for size in shape)}{'' if shape else ','})"
+            raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or {many}")
+        return self._normalized(tensor.reshape(1 if single else len(tensor), math.prod(shape))), single
+
+    def _actions(self, action: np.ndarray | Tensor, n: int) -> Tensor:
+        """`n` actions of the environment's kind, `[n, *A]`."""
+        tensor, space = _numbers("action", action, next(self.parameters()).device), self.action_space
+        shape = (n, *(space.shape or ()))
+        if tensor.numel() != math.prod(shape):
+            raise ValueError(f"action has shape {tuple(tensor.shape)}; {n} observations need {shape}")
+        if isinstance(space, spaces.Discrete):
+            first, last = int(space.start), int(space.start + space.n) - 1
+            impossible = tensor[(tensor < first) | (tensor > last) | (tensor != tensor.to(torch.int64))]
+            if len(impossible.flatten()):
+                value = impossible.flatten()[0].item()
+                raise ValueError(f"action is {value}; it must be a whole number from {first} to {last}")
+            tensor = tensor.to(torch.int64)
+        return tensor.reshape(shape)
+
+
+def _numbers(name: str, value: object, device: torch.device) -> Tensor:
+    """What a person has given, as a tensor of finite numbers.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} is a {type(value).__name__}, not an array of numbers: {error}") from error
+    finite = tensor.isfinite()
+    if not finite.all():
+        place = (~finite).nonzero()[0].tolist()
+        where = f"{name}[{', '.join(map(str, place))}]" if place else name
+        raise ValueError(f"{where} is {tensor[tuple(place)].item()}; every number must be finite")
+    return tensor
 
 
 def _mlp(
@@ -309,10 +345,19 @@ def _action_map(space: spaces.Discrete | spaces.Box, *, rescale: bool) -> tuple[
 
 def _supported_observations(space: spaces.Space) -> spaces.Box:
     if isinstance(space, spaces.Box):
-        return space
+        return _not_empty("observation", space)
     raise UserError(
         f"The observation space is {space}; Proximo learns from Box observations. "
         "Wrap the environment in gymnasium.wrappers.FlattenObservation, which turns it into a Box."
+    )
+
+
+def _not_empty(word: str, space: spaces.Box) -> spaces.Box:
+    if math.prod(space.shape) > 0:
+        return space
+    raise UserError(
+        f"The {word} space is {space} of shape {space.shape}: it holds no numbers. Let {word}_space have at least "
+        "one, as in gymnasium.spaces.Box(-1, 1, (1,))."
     )
 
 
@@ -320,7 +365,7 @@ def _supported_actions(space: spaces.Space) -> spaces.Discrete | spaces.Box:
     if isinstance(space, spaces.Discrete):
         return space
     if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        return space
+        return _not_empty("action", space)
     raise UserError(
         f"The action space is {space}; Proximo acts in Discrete spaces and in Box spaces of floats. "
         "Wrap the environment in gymnasium.wrappers.TransformAction to offer one of these."

@@ -296,7 +296,11 @@ def add_adapter(model: Any, name: str, config: LoraConfig) -> None:
         raise UserError(
             "Adapters need the extra 'language'. pip install -c constraints.txt -e \".[language]\""
         ) from error
-    settings = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear")
+    settings: Any = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # the scale is a quotient anyway
+        target_modules="all-linear",
+    )
     before = {parameter for parameter in model.parameters() if parameter.requires_grad}
     first = not _tuner_layers(model)
     try:
@@ -325,7 +329,8 @@ def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
 def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The weights of the plain model that the base and one adapter amount to; the model itself stays as it is."""
     deltas = {}
-    for key, module in model.named_modules():
+    modules: list[tuple[str, Any]] = list(model.named_modules())
+    for key, module in modules:
         if hasattr(module, "get_delta_weight") and name in getattr(module, "lora_A", {}):
             deltas[f"{key}.weight"] = module.get_delta_weight(name)
     merged = {}
@@ -350,9 +355,8 @@ def enable_gradient_checkpointing(policy: LanguagePolicy) -> None:
 
         return checkpoint(again, *arguments, use_reentrant=False)
 
-    for model in (policy.actor, policy.critic):
-        if model is None:
-            continue
+    models: list[Any] = [model for model in (policy.actor, policy.critic) if model is not None]
+    for model in models:
         model.gradient_checkpointing_enable()
         model.train()  # transformers checkpoints in training mode alone; there is no dropout left to switch on
         for module in model.modules():

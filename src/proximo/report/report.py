@@ -117,7 +117,7 @@ def _comparison(records: Sequence[RunRecord], summaries: Sequence[RunSummary]) -
             [
                 summary.name,
                 *([summary.task] if several_tasks else []),
-                "–" if summary.seed is None else str(summary.seed),
+                "-" if summary.seed is None else str(summary.seed),
                 number(summary.final_return),
                 number(summary.best_return),
                 number(summary.best_return_step),
@@ -162,7 +162,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _gallery(pictures: Sequence[Path]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from proximo.report.diagnosis import Finding, diagnose
-from proximo.report.progress import progress_of
+from proximo.report.progress import WINDOW_EPISODES, progress_of
 from proximo.report.records import Row, RunRecord, column
 from proximo.report.words import duration, number, percent, plural
 
@@ -89,9 +89,12 @@ def what_happened(summary: RunSummary) -> str:
     if summary.final_return is None:
         told.append("No episode has finished yet.")
     else:
-        episodes = f"Of {plural(summary.n_episodes, 'episode')}, the" if summary.n_episodes else "The"
+        count = summary.n_episodes or 0
+        episodes = f"Of {plural(count, 'episode')}, the last {WINDOW_EPISODES} have"
+        if count < WINDOW_EPISODES:
+            episodes = f"Only {plural(count, 'episode')} ended, with" if count else "The last episodes have"
         told.append(
-            f"{episodes} last 100 have a mean return of **{number(summary.final_return)}**; it began at "
+            f"{episodes} a mean return of **{number(summary.final_return)}**; it began at "
             f"{number(summary.first_return)}, and its best was **{number(summary.best_return)}**{_when(summary)}."
         )
     if summary.env_steps is not None and summary.total_steps and summary.env_steps < 0.95 * summary.total_steps:

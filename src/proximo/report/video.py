@@ -10,7 +10,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -88,7 +88,7 @@ def record_video(
         _write_whole(path, lambda temporary: write(frames, temporary, frames_per_second))
     finally:
         # Closing a half-made OpenGL context may fail too, and would hide what went wrong before.
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             env.close()
     if encoder is None:
         (tell or _print_to_stderr)(
@@ -265,16 +265,22 @@ def _explained(doing: str, call: Callable[[], Result]) -> Result:
     """Call something of the environment's; say in words what went wrong."""
     try:
         return call()
-    except UserError:
+    except UserError as error:
+        if doing == "made" and _takes_no_render_mode(error.__cause__):  # `make_env` has said it in other words
+            raise UserError(_explanation(doing, error.__cause__)) from error
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(_explanation(doing, error)) from error
 
 
-def _explanation(doing: str, error: Exception) -> str:
+def _takes_no_render_mode(error: BaseException | None) -> TypeGuard[TypeError]:
+    refusals = ("unexpected keyword argument 'render_mode'", "takes no arguments", "takes no keyword arguments")
+    return isinstance(error, TypeError) and any(words in str(error) for words in refusals)
+
+
+def _explanation(doing: str, error: BaseException) -> str:
     chain = _chain(error)
-    takes_no_mode = any(words in str(error) for words in ("render_mode", "takes no arguments"))
-    if doing == "made" and isinstance(error, TypeError) and takes_no_mode:
+    if doing == "made" and _takes_no_render_mode(error):
         return (
             f"The environment cannot render: its constructor takes no render_mode ({error}). "
             "Let __init__ take render_mode=None and keep it, as gymnasium.Env asks."
@@ -310,7 +316,7 @@ def _cannot_render(env: gym.Env) -> str:
     )
 
 
-def _no_gl_message(error: Exception) -> str:
+def _no_gl_message(error: BaseException) -> str:
     backend = os.environ.get("MUJOCO_GL", "")
     now = f"with MUJOCO_GL={backend}" if backend else "and MUJOCO_GL is not set"
     words = str(error).strip().split("\n")[0][:200] or "no reason given"

@@ -8,7 +8,7 @@ import math
 def number(value: float | None) -> str:
     """Write a number with thousands separators and about four digits that count; a dash for none."""
     if value is None or not math.isfinite(value):
-        return "–"
+        return "-"
     if value == 0:
         return "0"
     size = abs(value)
@@ -21,7 +21,7 @@ def number(value: float | None) -> str:
         text = text.rstrip("0").rstrip(".")
     else:
         text = f"{value:.3g}"
-    return text.replace("-", "−", 1) if text.startswith("-") else text
+    return text
 
 
 def percent(share: float) -> str:
@@ -36,7 +36,7 @@ def percent(share: float) -> str:
 def duration(seconds: float | None) -> str:
     """Write a time: 0.4 seconds, 35 seconds, 2 min 5 s, 3 h 20 min."""
     if seconds is None or not math.isfinite(seconds):
-        return "–"
+        return "-"
     if seconds < 10:
         return f"{seconds:.1f} seconds"
     whole = round(seconds)

@@ -10,6 +10,7 @@ One process at a time saves into a folder.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -131,7 +132,11 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
         except UserError as error:
             skipped.append(f"{name}: {error}")
     if not skipped:
-        raise UserError(f"There is no checkpoint in {folder}. The run was stopped before it saved its first one.")
+        again = f"proximo train --config {shlex.quote(str(folder.parent / 'config.toml'))}"
+        raise UserError(
+            f"There is no checkpoint in {folder}: the run was stopped before it saved its first one. "
+            f"Begin a new run with its settings: {again}"
+        )
     raise UserError(
         f"No checkpoint in {folder} can be used:\n"
         + "\n".join(f"  {line}" for line in skipped)

@@ -9,6 +9,7 @@ import datetime
 import itertools
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from proximo.errors import UserError, nearest
 from proximo.runs import files
 
 RUNS_ROOT = Path("runs")
+LOCK_NAME = ".lock"
 
 _LONGEST_TASK_NAME = 80
 _NEWEST_SHOWN = 5
@@ -64,11 +66,11 @@ def new_run(task: str, seed: int, run_dir: Path | str | None = None) -> RunDirec
     Raises UserError if `run_dir` exists and is not an empty folder, which is then left untouched, or if the
     folder cannot be created or written to.
     """
-    path = Path(run_dir).expanduser() if run_dir is not None else None
+    path = files.expanded(run_dir) if run_dir is not None else None
     try:
         path = _new_default_folder(task, seed) if path is None else _claimed(path)
     except OSError as error:
-        where = path if path is not None else RUNS_ROOT.absolute()
+        where = path if path is not None else _absolute(RUNS_ROOT)
         raise UserError(
             f"The run directory {where} cannot be created: {files.reason(error)}"
             f"{f' ({error.filename})' if error.filename else ''}. "
@@ -88,12 +90,21 @@ def open_run(path: Path | str) -> RunDirectory:
     Raises UserError if `path` does not exist (with the nearest names that do), holds several runs (with the
     newest few), or is no run.
     """
-    path = Path(path).expanduser()
+    path = files.expanded(path)
+    try:
+        return _found(path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {files.reason(error)}. Name another folder, or let this user read it."
+        ) from error
+
+
+def _found(path: Path) -> RunDirectory:
     if not os.path.lexists(path):
         raise UserError(_missing(path))
     if RunDirectory(path).config_path.is_file():
         return _own_files(RunDirectory(path))
-    whole = path.absolute()
+    whole = _absolute(path)
     for folder in whole.parents:
         run = RunDirectory(folder)
         # Only the names a run has itself: a config.toml further up may be about anything.
@@ -111,10 +122,17 @@ def open_run(path: Path | str) -> RunDirectory:
 
 def _own_files(run: RunDirectory) -> RunDirectory:
     """Refuse a run whose parts are links: resuming it would write, and prune, somewhere else."""
-    for part in (run.checkpoints, run.metrics_path, run.config_path, run.report, run.videos, run.path / ".lock"):
+    for part in (run.checkpoints, run.metrics_path, run.config_path, run.report, run.videos, run.path / LOCK_NAME):
         if part.is_symlink():
             raise UserError(f"{part} is a link to {part.readlink()}; a run's own files are expected there.")
     return run
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise UserError("The current folder has been deleted. Go to another one (cd) and try again.") from None
 
 
 def write_config(run: RunDirectory, settings: Mapping[str, Any]) -> None:
@@ -136,7 +154,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
     """Return the settings in `config.toml`; raise UserError if it is missing, unreadable or no TOML."""
     path = run.config_path
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8"))
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # some editors put a mark in front
     except OSError as error:
         raise UserError(f"{path} cannot be read: {files.reason(error)}. Is {run.path} a run?") from error
     except (ValueError, RecursionError) as error:
@@ -146,12 +164,12 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
 def _claimed(path: Path) -> Path:
     """Create the folder that the user named, or take it if it is empty."""
     if path.is_dir():
-        if not any(path.iterdir()):
+        if all(each.name == LOCK_NAME for each in path.iterdir()):  # left by a run that never began
             return path
         if RunDirectory(path).config_path.is_file():
             raise UserError(
                 f"{path} already holds a run, and nothing is ever written over one. Go on with it by "
-                f"`proximo resume {path}`, or choose another name with --run-dir."
+                f"`proximo resume {shlex.quote(str(path))}`, or choose another name with --run-dir."
             )
         raise UserError(f"{path} exists and is not empty. Choose a new or empty folder with --run-dir.")
     if os.path.lexists(path):

@@ -13,10 +13,25 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from proximo.errors import UserError
+
 TEMPORARY_PREFIX = ".tmp-"
 """Unfinished files and folders begin with this, and no finished one does: a reader can never mix them up."""
 
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
+
+
+def expanded(path: Path | str) -> Path:
+    """Return the path with `~` replaced. Raises UserError for a home or a name that no system has."""
+    if "\0" in str(path):
+        raise UserError(f"The path {str(path)!r} holds a NUL character, which no name of a file can hold. Take it out.")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{path} begins with the home of a user who does not exist. Write the whole path, or ./{path} for a "
+            "folder of that name."
+        ) from None
 
 
 def temporary_beside(path: Path) -> Path:

@@ -130,7 +130,7 @@ def _rendered(fields: dict[str, Any]) -> bytes:
 
 
 def _plain_files(folder: Path) -> dict[str, int]:
-    """Return the size of each file in `folder`; raise UserError for anything else that lies there."""
+    """Return the size of each file in `folder` but dot files; raise UserError for anything else that lies there."""
     sizes: dict[str, int] = {}
     for entry in folder.iterdir():
         status = entry.lstat()
@@ -138,6 +138,8 @@ def _plain_files(folder: Path) -> dict[str, int]:
             raise UserError(f"{entry.name!r} is a link: a checkpoint holds plain files only")
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{entry.name!r} is no plain file: a checkpoint holds plain files only")
+        if entry.name.startswith("."):  # file managers leave such files; no manifest can list one
+            continue
         sizes[entry.name] = status.st_size
     return sizes
 

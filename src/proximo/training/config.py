@@ -41,9 +41,14 @@ class EnvironmentConfig:
     on_space_violation: SpacePolicy = "raise"
     """An observation outside the bounds of its own space stops the run, or is told once (`warn`)."""
 
+    @property
+    def can_be_named(self) -> bool:
+        """Whether `env_id` leads back to the environment: not to a lambda, or a class of the program that ran."""
+        return "<" not in self.env_id and not self.env_id.startswith("__main__:")
+
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
-        in_range("n_envs", self.n_envs, at_least=1, whole=True, usual="8")
+        in_range("n_envs", self.n_envs, at_least=1, at_most=10**6, whole=True, usual="8")
         in_range("n_workers", self.n_workers, optional=True, at_least=1, whole=True, usual="one per CPU core")
         in_range(
             "max_episode_steps", self.max_episode_steps, optional=True, at_least=1, whole=True, usual="none at all"
@@ -80,8 +85,8 @@ class ControlConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
-        in_range("total_steps", self.total_steps, at_least=1, whole=True, usual="1000000")
-        in_range("rollout_length", self.rollout_length, at_least=1, whole=True, usual="256")
+        in_range("total_steps", self.total_steps, at_least=1, at_most=10**18, whole=True, usual="1000000")
+        in_range("rollout_length", self.rollout_length, at_least=1, at_most=10**9, whole=True, usual="256")
         in_range("seed", self.seed, at_least=0, whole=True, usual="1")
         in_range(
             "checkpoint_every",
@@ -93,7 +98,7 @@ class ControlConfig:
         )
         in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
         in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
-        in_range("threads", self.threads, at_least=1, whole=True, usual="1")
+        in_range("threads", self.threads, at_least=1, at_most=1024, whole=True, usual="1")
         if self.algorithm.batch_size > self.steps_per_iteration:
             raise UserError(
                 f"batch_size is {self.algorithm.batch_size}, but a rollout has only {self.steps_per_iteration} steps "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -125,6 +126,7 @@ def iterate(config: ControlConfig, run: RunDirectory, state: ControlState, envs:
             raise UserError(_non_finite_message(config, state, error)) from error
         state.kl_coef = algorithm.next_kl_coef(metrics)
         if config.network.normalize_observations:
+            assert isinstance(batch.observations, torch.Tensor)
             state.policy.update_observation_moments(batch.observations[batch.mask])
         _count(state, batch, episodes)
         updated = time.perf_counter()
@@ -254,16 +256,24 @@ def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs
             "max_episode_steps": task.max_episode_steps,
             **fault.record,
         }
-        path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
+        raise EnvironmentFault(f"{fault}\n{_written_down(record, run, config)}", fault.record) from fault
+
+
+def _written_down(record: dict[str, Any], run: RunDirectory, config: ControlConfig) -> str:
+    """Write the replay file, and say how to use it; whatever goes wrong here must not hide the fault."""
+    path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
+    try:
         path.write_text(json.dumps(record, default=str))
-        advice = f"Replay it: proximo check-env {config.environment.env_id} --replay {path}"
-        if record["seed"] is None:
-            advice = (
-                f"Its last action is in {path}; a native vector environment cannot be played again. "
-                "With --vectorization serial a fault can be."
-            )
-        message = f"{fault}\n{advice}"
-        raise EnvironmentFault(message, fault.record) from fault
+    except (OSError, TypeError, ValueError) as error:
+        return f"A file to replay it could not be written to {path}: {error}."
+    if record["seed"] is None:
+        return (
+            f"Its last action is in {path}; a native vector environment cannot be played again. "
+            "With --vectorization serial a fault can be."
+        )
+    if not config.environment.can_be_named:
+        return f"Replay it in Python: proximo.collect.replay.replay_record(make, load_record({str(path)!r}))"
+    return f"Replay it: {shlex.join(['proximo', 'check-env', config.environment.env_id, '--replay', str(path)])}"
 
 
 def _ratio_error(policy: ActorCritic, batch: Batch) -> float:
@@ -309,7 +319,9 @@ def _non_finite_message(config: ControlConfig, state: ControlState, error: NonFi
         f"Learning broke down in iteration {state.iteration + 1} (after {state.env_steps} steps): {error}. "
         "The step was not taken; the weights are finite, and the last checkpoint is sound.\n"
         f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
-        f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards."
+        f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards.\n"
+        "A run keeps the settings it was begun with, so give them to a new one: proximo train ... "
+        f"--learning-rate {config.algorithm.learning_rate / 3:.1g}"
     )
 
 

@@ -1,0 +1,447 @@
+"""PPO for language models against TRL 1.8, and against plain loops in float64.
+
+TRL's numbers are in parity_trl.json, written by benchmarks/parity_trl.py. Where TRL differs by design, its numbers
+are reached by a formula, never by a wider tolerance:
+
+- TRL gives a response that leaves room a step more, after its last token: the score is its reward, and the critic
+  learns there too. Ours has the score at the last token. `with_step_after`, `on_the_policy`.
+- TRL whitens by sqrt(variance + 1e-8), over the whole rollout; we by (deviation + 1e-8), over a minibatch. `whitener`.
+- TRL's value loss has a factor 1/2; ours has none: value_coef.
+- TRL divides logits by temperature + 1e-7.
+- TRL's micro-batches are means of their own tokens, and the gradient is the mean of those means.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from proximo.algorithms.ppo import PPO
+from proximo.algorithms.update import Minibatch
+from proximo.collect.generate import GenerationConfig, Responses, _assemble
+from proximo.core.advantages import gae
+from proximo.core.batch import Batch
+from proximo.core.distributions import Categorical
+from proximo.core.kl import ReferenceKL
+from proximo.core.masked import whiten
+from proximo.core.policy import Evaluation
+from proximo.models.language import LanguagePolicy, Scored
+
+CLOSE = dict(rtol=1e-5, atol=1e-5)
+TRL = json.loads(Path(__file__).with_name("parity_trl.json").read_text())
+SETTINGS, COLLECTED = TRL["settings"], {name: torch.tensor(rows) for name, rows in TRL["collected"].items()}
+FIRST = TRL["prompt_width"] - 1
+"""The step whose action is the first token of the responses."""
+
+
+class Unmoved:
+    """An optimizer that takes no step, so that the gradients can be looked at."""
+
+    learning_rate = 0.0
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def zero_grad(self) -> None:
+        self.module.zero_grad()
+
+    def clipped_step(self, max_grad_norm: float) -> float:
+        del max_grad_norm
+        return math.sqrt(sum(float(p.grad.square().sum()) for p in self.module.parameters() if p.grad is not None))
+
+
+# --- TRL --------------------------------------------------------------------------------------------------------
+
+
+def make_model(kind: str, role: str, step: str | None = None) -> Any:
+    """The weights that TRL had: drawn by name, and a step away from them."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, kind)(transformers.LlamaConfig(**TRL["model"], num_labels=1)).eval()
+    draws = [(TRL["seeds"][role], TRL["scales"]["weights"])]
+    if step is not None:
+        draws.append((TRL["seeds"][step], TRL["scales"][step]))
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in weights:
+            weights[name].fill_(1.0 if "norm" in name else 0.0)
+        for seed, scale in draws:
+            stream = np.random.RandomState(seed)
+            for name in sorted(weights):
+                weights[name] += torch.from_numpy(stream.standard_normal(weights[name].shape) * scale).float()
+    return model
+
+
+class Case(NamedTuple):
+    old: LanguagePolicy
+    new: LanguagePolicy
+    scored: Scored
+    batch: Batch
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    lm, scalar = "LlamaForCausalLM", "LlamaForSequenceClassification"
+    reference = make_model(lm, "reference")
+    temperature = SETTINGS["temperature"] + 1e-7
+    old, new = (
+        LanguagePolicy(actor, sharing="separate", critic=critic, reference=reference, temperature=temperature)
+        for actor, critic in (
+            (make_model(lm, "old_policy"), make_model(scalar, "old_critic")),
+            (make_model(lm, "old_policy", "policy_step"), make_model(scalar, "old_critic", "critic_step")),
+        )
+    )
+    tokens = torch.tensor(TRL["tokens"])
+    attention, response = tokens != 0, tokens != 0
+    response[:, : FIRST + 1] = False
+    scored = old.score(tokens, attention, response, with_reference=True)
+    ended = (tokens == TRL["model"]["eos_token_id"]).any(1)
+    responses = Responses(tokens, attention, response, scored.log_probs, ended)
+    config = GenerationConfig(
+        temperature=SETTINGS["temperature"], missing_eos_penalty=SETTINGS["missing_eos_penalty"], truncation="terminate"
+    )
+    batch = _assemble(responses, scored, scored.log_probs, TRL["scores"], config, SETTINGS["kl_coef"])
+    return Case(old, new, scored, batch)
+
+
+def estimated(batch: Batch) -> Tensor:
+    """GAE at TRL's settings."""
+    assert batch.values is not None
+    assert batch.next_values is not None
+    return gae(
+        batch.rewards,
+        batch.values,
+        batch.next_values,
+        batch.terminated,
+        batch.done,
+        batch.mask,
+        gamma=SETTINGS["gamma"],
+        gae_lambda=SETTINGS["lam"],
+    )
+
+
+def scores_of(batch: Batch) -> Tensor:
+    """The score at the last step of each response, 0 elsewhere: the reward without its KL."""
+    assert batch.ref_log_probs is not None
+    kl = SETTINGS["kl_coef"] * (batch.log_probs - batch.ref_log_probs)
+    return torch.where(batch.terminated, batch.rewards + kl, 0.0)
+
+
+def leaving_room(batch: Batch) -> Tensor:
+    """The last steps `[B, T]` of the responses that end before the batch does."""
+    return batch.terminated & ~batch.terminated[:, -1:]
+
+
+def with_step_after(batch: Batch) -> Batch:
+    """As TRL has it: after the last token, where there is room, one step more, and the score is its reward."""
+    moved = leaving_room(batch)
+    after = moved.roll(1, 1)
+    scores = torch.where(moved, scores_of(batch), 0.0)
+    end = (batch.terminated & ~moved) | after
+    rewards = batch.rewards - scores + scores.roll(1, 1)
+    return replace(batch, mask=batch.mask | after, rewards=rewards, terminated=end, done=end)
+
+
+def on_the_policy(batch: Batch) -> Batch:
+    """What TRL's step more does to the others, as a reward.
+
+    With V the value of the text with its last token and s the score, the last token's TD error has gamma V in
+    place of s, and gamma lambda (s - V) comes back from the step after: a reward of
+    gamma (1 - lambda) V - (1 - gamma lambda) s more, and nothing with gamma = lambda = 1.
+    """
+    assert batch.next_values is not None
+    gamma, lam = SETTINGS["gamma"], SETTINGS["lam"]
+    more = gamma * (1 - lam) * batch.next_values - (1 - gamma * lam) * scores_of(batch)
+    return replace(batch, rewards=batch.rewards + torch.where(leaving_room(batch), more, 0.0))
+
+
+def whitener(advantages: Tensor, mask: Tensor) -> float:
+    """What TRL's whitened advantages are of ours."""
+    variance = float(advantages[mask].double().var())
+    return (math.sqrt(variance) + 1e-8) / math.sqrt(variance + 1e-8)
+
+
+def assert_same_gradients(policy: LanguagePolicy, expected: dict[str, Any], scales: dict[str, float]) -> None:
+    """Sum and norm of every weight's gradient, and the norm of all; `scales` for ours, by role."""
+    assert policy.critic is not None
+    roles = {"policy": policy.actor, "critic": policy.critic}
+    ours = {
+        f"{role}.{name}": scales[role] * weight.grad.double()
+        for role, model in roles.items()
+        for name, weight in model.named_parameters()
+    }
+    assert ours.keys() == expected["weights"].keys()
+    for name, numbers in expected["weights"].items():
+        assert [float(ours[name].sum()), float(ours[name].norm())] == pytest.approx(numbers, rel=1e-5, abs=1e-5), name
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in ours.values()))
+    assert norm == pytest.approx(expected["norm"], rel=1e-5)
+
+
+def test_the_weights_are_those_that_trl_had(case):
+    roles = {"old_policy": case.old.actor, "reference": case.old.reference, "old_critic": case.old.critic}
+    roles |= {"policy": case.new.actor, "critic": case.new.critic}
+    sums = {role: sum(float(p.double().sum()) for p in model.parameters()) for role, model in roles.items()}
+    assert sums == pytest.approx(TRL["weight_sums"], abs=1e-6)
+
+
+def test_scores_of_tokens_are_those_of_trl(case):
+    known = ~COLLECTED["padding"]
+    for name in ("log_probs", "ref_log_probs"):
+        ours = getattr(case.scored, name)[:, FIRST + 1 :]
+        torch.testing.assert_close(ours[known], COLLECTED[name][known], **CLOSE)
+    known = ~COLLECTED["padding_p1"]  # with the value of the text that has its last token
+    torch.testing.assert_close(case.scored.values[:, FIRST:-1][known], COLLECTED["values"][known], **CLOSE)
+
+
+def test_masks_rewards_advantages_and_returns_are_those_of_trl_with_a_step_after(case):
+    batch = with_step_after(case.batch)
+    advantages = estimated(batch)
+    torch.testing.assert_close(case.batch.mask[:, FIRST:], ~COLLECTED["padding"])
+    torch.testing.assert_close(batch.mask[:, FIRST:], ~COLLECTED["padding_p1"])
+    torch.testing.assert_close(batch.rewards[:, FIRST:], COLLECTED["rewards"], **CLOSE)
+    torch.testing.assert_close(advantages[:, FIRST:], COLLECTED["advantages"], **CLOSE)
+    returns = torch.where(batch.mask, advantages + batch.values, 0.0)
+    torch.testing.assert_close(returns[:, FIRST:], COLLECTED["returns"], **CLOSE)
+
+
+def test_advantages_of_the_tokens_are_those_of_trl_by_the_formula(case):
+    mask, advantages = case.batch.mask, estimated(on_the_policy(case.batch))
+    expected = torch.where(COLLECTED["padding"], 0.0, COLLECTED["advantages"])
+    torch.testing.assert_close(advantages[:, FIRST:], expected, **CLOSE)
+    ours = whitener(advantages, mask) * whiten(advantages, mask)
+    torch.testing.assert_close(ours[:, FIRST:], COLLECTED["whitened"], **CLOSE)
+
+
+def ppo(value_coef: float) -> PPO:
+    return PPO(
+        n_epochs=1,
+        batch_size=len(TRL["tokens"]),
+        gamma=SETTINGS["gamma"],
+        gae_lambda=SETTINGS["lam"],
+        clip_epsilon=SETTINGS["cliprange"],
+        value_clip_epsilon=SETTINGS["cliprange_value"],
+        value_coef=value_coef,
+    )
+
+
+def test_losses_and_gradients_of_an_update_are_those_of_trl(case):
+    optimizer, order = Unmoved(case.new), torch.Generator()
+    batch = on_the_policy(case.batch)
+    metrics = ppo(0.0).update(case.new, optimizer, batch, order)
+    scale = whitener(estimated(batch), batch.mask)
+    assert scale * metrics["policy_loss"] == pytest.approx(TRL["policy_loss"], rel=1e-5, abs=1e-6)
+    policy_gradients = {name: p.grad.clone() for name, p in case.new.actor.named_parameters()}
+
+    batch = with_step_after(case.batch)
+    critic = ppo(SETTINGS["vf_coef"] / 2).update(case.new, optimizer, batch, order, learn_policy=False)
+    assert critic["value_loss"] / 2 == pytest.approx(TRL["value_loss"], rel=1e-5)
+    for name, weight in case.new.actor.named_parameters():
+        assert not weight.grad.any()
+        weight.grad = policy_gradients[name]
+    total = scale * metrics["policy_loss"] + SETTINGS["vf_coef"] * critic["value_loss"] / 2
+    assert total == pytest.approx(TRL["total_loss"], rel=1e-5)
+    assert_same_gradients(case.new, TRL["gradients"], {"policy": scale, "critic": 1.0})
+
+
+def test_the_gradient_of_trls_micro_batches_is_the_mean_of_the_gradients_of_minibatches(case):
+    narrow, wide = on_the_policy(case.batch), with_step_after(case.batch)
+    advantages, returns = estimated(narrow), estimated(wide) + wide.values
+    whitened = whitener(advantages, narrow.mask) * whiten(advantages, narrow.mask)
+    pieces = [torch.tensor(rows) for rows in TRL["micro_batches"]]
+    case.new.zero_grad()
+    for rows in pieces:
+        policy_loss = ppo(0.0)._loss(None, case.new, Minibatch(narrow, whitened, returns)[rows]).total
+        critic = ppo(SETTINGS["vf_coef"] / 2)
+        value_loss = critic._loss(None, case.new, Minibatch(wide, torch.zeros_like(whitened), returns)[rows]).total
+        ((policy_loss + value_loss) / len(pieces)).backward()
+    assert_same_gradients(case.new, TRL["micro_batch_gradients"], {"policy": 1.0, "critic": 1.0})
+    # Ours is the gradient of the whole, however it is cut. TRL's is another one: tokens of short responses weigh more.
+    assert TRL["micro_batch_gradients"]["norm"] != pytest.approx(TRL["gradients"]["norm"], rel=1e-2)
+
+
+# --- plain loops in float64: nothing of Proximo from here to the last section -----------------------------------
+
+N_PROMPT, N_VOCABULARY = 2, 4
+LENGTHS, ENDED, RAW_SCORES = (5, 2, 1, 3, 5), (False, True, True, True, False), (0.75, -1.5, 2.0, 0.25, 1.0)
+BETA, PENALTY = 0.3, 0.5
+
+
+class Rules(NamedTuple):
+    gamma: float = 0.9
+    lam: float = 0.8
+    low: float = 0.2
+    high: float = 0.2
+    value_band: float = 0.3
+    value_coef: float = 0.4
+    entropy_coef: float = 0.02
+    value_lam: float | None = None
+    lam_per_step: float | None = None
+    dual: float | None = None
+    kl_coef: float = 0.0
+
+
+def drawn(seed: int, *shape: int) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape)
+
+
+WIDTH = max(LENGTHS)
+OLD, REF, VALUES = drawn(1, 5, WIDTH) * 0.4 - 1.4, drawn(2, 5, WIDTH) * 0.4 - 1.4, drawn(3, 5, WIDTH + 1)
+ACTIONS = np.random.RandomState(4).randint(0, N_VOCABULARY, (5, WIDTH))
+LOGITS, NEW_VALUES = drawn(5, 5, WIDTH, N_VOCABULARY) * 0.3, VALUES[:, :-1] + drawn(6, 5, WIDTH) * 0.4
+
+
+def plain_rewards(b: int) -> list[float]:
+    rewards = [-BETA * (OLD[b, t] - REF[b, t]) for t in range(LENGTHS[b])]
+    rewards[-1] += RAW_SCORES[b] - (0.0 if ENDED[b] else PENALTY)
+    return rewards
+
+
+def plain_advantages(b: int, truncation: str, rules: Rules, lam: float) -> list[float]:
+    """Every advantage a sum over the whole rest of the response."""
+    n, rewards = LENGTHS[b], plain_rewards(b)
+    errors = []
+    for t in range(n):
+        goes_on = t < n - 1 or (truncation == "bootstrap" and not ENDED[b])
+        errors.append(rewards[t] + (rules.gamma * VALUES[b, t + 1] if goes_on else 0.0) - VALUES[b, t])
+    return [sum((rules.gamma * lam) ** (k - t) * errors[k] for k in range(t, n)) for t in range(n)]
+
+
+def plain_estimates(truncation: str, rules: Rules) -> dict[tuple[int, int], tuple[float, float]]:
+    """Whitened advantage and return of every step that counts, by (row, step)."""
+    found = {}
+    for b in range(5):
+        if truncation == "mask" and not ENDED[b]:
+            continue
+        lam = rules.lam if rules.lam_per_step is None else max(0.0, 1 - 1 / (rules.lam_per_step * LENGTHS[b]))
+        advantages = plain_advantages(b, truncation, rules, lam)
+        targets = advantages
+        if rules.value_lam is not None:
+            targets = plain_advantages(b, truncation, rules, rules.value_lam)
+        for t in range(LENGTHS[b]):
+            found[b, t] = (advantages[t], targets[t] + VALUES[b, t])
+    mean = sum(a for a, _ in found.values()) / len(found)
+    spread = math.sqrt(sum((a - mean) ** 2 for a, _ in found.values()) / (len(found) - 1)) + 1e-8
+    return {place: ((a - mean) / spread, r) for place, (a, r) in found.items()}
+
+
+def plain_losses(logits: Any, values: Any, estimates: dict, rules: Rules) -> dict[str, float]:
+    sums = dict(policy_loss=0.0, value_loss=0.0, entropy=0.0, kl_loss=0.0)
+    for (b, t), (advantage, target) in estimates.items():
+        top = math.log(sum(math.exp(logit) for logit in logits[b, t]))
+        now = logits[b, t, ACTIONS[b, t]] - top
+        ratio = math.exp(now - OLD[b, t])
+        gain = min(ratio * advantage, min(max(ratio, 1 - rules.low), 1 + rules.high) * advantage)
+        if rules.dual is not None and advantage < 0:
+            gain = max(gain, rules.dual * advantage)
+        near = VALUES[b, t] + min(max(values[b, t] - VALUES[b, t], -rules.value_band), rules.value_band)
+        sums["policy_loss"] -= gain
+        sums["value_loss"] += max((values[b, t] - target) ** 2, (near - target) ** 2)
+        sums["entropy"] -= sum(math.exp(logit - top) * (logit - top) for logit in logits[b, t])
+        sums["kl_loss"] += (now - REF[b, t]) ** 2 / 2
+    return {name: total / len(estimates) for name, total in sums.items()}
+
+
+def plain_total(logits: Any, values: Any, estimates: dict, rules: Rules) -> float:
+    each = plain_losses(logits, values, estimates, rules)
+    total = each["policy_loss"] + rules.value_coef * each["value_loss"] - rules.entropy_coef * each["entropy"]
+    return total + rules.kl_coef * each["kl_loss"]
+
+
+def plain_gradients(estimates: dict, rules: Rules, step: float = 5e-4) -> list[np.ndarray]:
+    """By logits and by values, from differences of fourth order."""
+    at = [LOGITS.copy(), NEW_VALUES.copy()]
+    gradients = [np.zeros_like(x) for x in at]
+    for x, gradient in zip(at, gradients, strict=True):
+        for place in np.ndindex(x.shape):
+            start, found = x[place], []
+            for factor in (-2, -1, 1, 2):
+                x[place] = start + factor * step
+                found.append(plain_total(*at, estimates, rules))
+            x[place] = start
+            gradient[place] = (found[0] - 8 * found[1] + 8 * found[2] - found[3]) / (12 * step)
+    return gradients
+
+
+# --- Proximo in float64 against them ----------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """Logits and values of every step as weights; the observation is the number of the row."""
+
+    has_memory = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        room = (0, 0, N_PROMPT - 1, 0)  # the steps before the last token of the prompt
+        self.logits = nn.Parameter(nn.functional.pad(torch.tensor(LOGITS), room))
+        self.values = nn.Parameter(nn.functional.pad(torch.tensor(NEW_VALUES), room[2:]))
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        rows = batch.observations["tokens"][:, 0]
+        distribution = Categorical(self.logits[rows])
+        return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), self.values[rows], None)
+
+    def row_lengths(self, batch: Batch) -> list[int]:
+        return batch.mask.sum(1).tolist()
+
+    def plain(self, batch: Batch) -> None:
+        return None
+
+
+def float64_batch(truncation: str) -> Batch:
+    tokens = torch.cat([torch.arange(5)[:, None].expand(5, N_PROMPT), torch.tensor(ACTIONS)], 1)
+    steps = torch.arange(N_PROMPT + WIDTH)
+    response = (steps >= N_PROMPT) & (steps < N_PROMPT + torch.tensor(LENGTHS)[:, None])
+
+    def at_tokens(numbers: np.ndarray, first: int) -> Tensor:
+        return nn.functional.pad(torch.tensor(numbers), (first, 0))
+
+    scored = Scored(at_tokens(OLD, N_PROMPT), at_tokens(REF, N_PROMPT), at_tokens(VALUES, N_PROMPT - 1))
+    responses = Responses(tokens, response | (steps < N_PROMPT), response, scored.log_probs, torch.tensor(ENDED))
+    config = GenerationConfig(missing_eos_penalty=PENALTY, truncation=truncation)
+    return _assemble(responses, scored, scored.log_probs, list(RAW_SCORES), config, BETA)
+
+
+@pytest.mark.parametrize("truncation", ["terminate", "bootstrap", "mask"])
+@pytest.mark.parametrize(
+    ("rules", "microbatch_tokens"),
+    [(Rules(), None), (Rules(high=0.28, dual=1.2, value_lam=1.0, lam_per_step=0.5, kl_coef=0.1), 6)],
+    ids=["plain", "everything"],
+)
+def test_update_agrees_with_plain_loops_in_float64(truncation, rules, microbatch_tokens):
+    batch, policy = float64_batch(truncation), Table()
+    estimates = plain_estimates(truncation, rules)
+    assert sorted(estimates) == [(b, t - N_PROMPT + 1) for b, t in batch.mask.nonzero().tolist()]
+    for b in range(5):
+        rewards = batch.rewards[b, N_PROMPT - 1 :][: LENGTHS[b]].tolist()
+        assert rewards == pytest.approx(plain_rewards(b), rel=0, abs=1e-10)
+
+    settings = PPO(
+        n_epochs=1,
+        batch_size=5,
+        gamma=rules.gamma,
+        gae_lambda=rules.lam,
+        value_gae_lambda=rules.value_lam,
+        gae_lambda_per_step=rules.lam_per_step,
+        clip_epsilon=rules.low,
+        clip_epsilon_high=rules.high,
+        dual_clip=rules.dual,
+        value_clip_epsilon=rules.value_band,
+        value_coef=rules.value_coef,
+        entropy_coef=rules.entropy_coef,
+        microbatch_tokens=microbatch_tokens,
+    )
+    penalty = ReferenceKL(rules.kl_coef, "k2")
+    metrics = settings.update(policy, Unmoved(policy), batch, torch.Generator(), reference_kl=penalty)
+    for name, number in plain_losses(LOGITS, NEW_VALUES, estimates, rules).items():
+        assert metrics[name] == pytest.approx(number, rel=0, abs=1e-10), name
+    for weight, gradient in zip((policy.logits, policy.values), plain_gradients(estimates, rules), strict=True):
+        ours = weight.grad[:, N_PROMPT - 1 :].numpy()
+        np.testing.assert_allclose(ours, gradient, rtol=0, atol=1e-10)
