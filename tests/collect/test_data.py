@@ -15,6 +15,7 @@ from proximo.collect.data import (
     encode_completion,
     encode_prompt,
     left_padded,
+    pieces_within,
     read_examples,
     read_preferences,
     read_prompts,
@@ -128,6 +129,12 @@ def test_padding():
     assert tokens.tolist() == [[1, 2, 3], [4, 9, 9]]
     assert attention.tolist() == [[True, True, True], [True, False, False]]
     assert attention.dtype == torch.bool
+
+
+def test_pieces_are_within_the_budget_with_padding_counted():
+    assert pieces_within([5, 3, 2, 4, 1], 8) == [[0], [3, 1], [2, 4]]
+    assert pieces_within([5, 3], None) == [[0, 1]]
+    assert pieces_within([50, 3], 8) == [[0], [1]]
 
 
 # --- readers ----------------------------------------------------------------------------------------------------

@@ -513,3 +513,15 @@ def right_padded(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, T
     longest = max(map(len, rows), default=0)
     tokens = torch.tensor([list(row) + [pad] * (longest - len(row)) for row in rows], dtype=torch.long)
     return tokens, torch.arange(longest).unsqueeze(0) < torch.tensor([[len(row)] for row in rows])
+
+
+def pieces_within(lengths: Sequence[int], budget: int | None) -> list[list[int]]:
+    """Group rows, longest first, so that rows times the longest of them is within `budget` (one row at least)."""
+    pieces: list[list[int]] = []
+    room = 0
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not pieces or len(pieces[-1]) >= room:
+            pieces.append([])
+            room = len(lengths) if budget is None else max(1, budget // max(lengths[number], 1))
+        pieces[-1].append(number)
+    return pieces

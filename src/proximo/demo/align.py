@@ -159,8 +159,8 @@ def train_reward(
     settings = dict(
         model=str(sft),
         data=str(path),
-        batch_size=32,
-        learning_rate=1e-3,
+        batch_size=16,
+        learning_rate=7e-4,
         hold_out=0.1,
         seed=config.seed,
         threads=config.threads,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.collect.data import Example, read_examples
+from proximo.collect.data import Example, pieces_within, read_examples
 from proximo.core.losses import token_nll
 from proximo.errors import UserError
 from proximo.models.folders import load_causal_lm, load_tokenizer, save_model
@@ -168,7 +168,7 @@ def _pieces(config: SFTConfig, texts: Sequence[Text], budget: int | None = None)
     else:
         rows = [[number] for number in range(len(texts))]
     in_row = [sum(lengths[number] for number in row) for row in rows]
-    pieces = supervised.pieces_within(in_row, config.microbatch_tokens or budget)
+    pieces = pieces_within(in_row, config.microbatch_tokens or budget)
     return [[rows[number] for number in piece] for piece in pieces]
 
 

@@ -127,7 +127,7 @@ def longest_allowed(config: SupervisedConfig) -> int | None:
     Raises:
         UserError: if the model cannot take `max_length`.
     """
-    limit = context_length(SimpleNamespace(config=_model_config(config.model)))
+    limit = context_length(SimpleNamespace(config=model_config(config.model)))
     if config.max_length is None:
         return limit
     if limit is not None and config.max_length > limit:
@@ -140,7 +140,7 @@ def longest_allowed(config: SupervisedConfig) -> int | None:
 def check_tokens(config: SupervisedConfig, texts: Iterable[Sequence[int]]) -> None:
     """Raise UserError if the model does not know a token that the tokenizer has given."""
     highest = max(max(text) for text in texts)
-    known = int(_model_config(config.model).get_text_config().vocab_size)
+    known = int(model_config(config.model).get_text_config().vocab_size)
     if highest >= known:
         raise UserError(
             f"The tokenizer of {config.model} gives the token id {highest}, but the model knows only {known}: the two "
@@ -155,7 +155,8 @@ def check_named(stage: str, config: SupervisedConfig) -> None:
             raise UserError(f"{stage} needs {name}: proximo {stage} --model MODEL --data FILE")
 
 
-def _model_config(place: str) -> Any:
+def model_config(place: str) -> Any:
+    """The config of a model in a folder or on the hub, without its weights."""
     try:
         return transformers_module().AutoConfig.from_pretrained(place, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -286,18 +287,6 @@ def packed_rows(lengths: Sequence[int], room: int) -> list[list[int]]:
         rows[place].append(number)
         left[place] -= lengths[number]
     return rows
-
-
-def pieces_within(lengths: Sequence[int], budget: int | None) -> list[list[int]]:
-    """Group rows, longest first, so that rows times the longest of them is within `budget` (one row at least)."""
-    pieces: list[list[int]] = []
-    room = 0
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if not pieces or len(pieces[-1]) >= room:
-            pieces.append([])
-            room = len(lengths) if budget is None else max(1, budget // max(lengths[number], 1))
-        pieces[-1].append(number)
-    return pieces
 
 
 def token_log_probs(policy: LanguagePolicy, rows: Rows) -> Tensor:

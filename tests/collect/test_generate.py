@@ -1,0 +1,395 @@
+"""Sampling and the batch made of it: the shift by hand, ratios of 1, ends of every kind, and missing scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from proximo.collect import generate as module
+from proximo.collect.data import PromptRow
+from proximo.collect.generate import (
+    GenerationConfig,
+    Responses,
+    _assemble,
+    end_tokens,
+    generate,
+    response_texts,
+    sample,
+)
+from proximo.collect.rewards import CallableReward, Scores
+from proximo.core.advantages import gae
+from proximo.errors import UserError
+from proximo.models.language import LanguagePolicy, Scored
+from tests.tiny_language import SPECIAL, WORDS, tiny_model, tiny_scalar_model, tiny_tokenizer
+
+VOCABULARY = len(SPECIAL + WORDS)
+PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [16, 17], [18]]
+ENDS = [2, *range(40, VOCABULARY)]  # about one token in five ends a response, so that they end at all lengths
+TOKENIZER = tiny_tokenizer()
+kinds = pytest.mark.parametrize("kind", ["llama", "gpt2"])
+
+
+def rows_of(prompts: list[list[int]] = PROMPTS) -> list[PromptRow]:
+    return [PromptRow(TOKENIZER.decode(ids), ids, {"number": k}) for k, ids in enumerate(prompts)]
+
+
+def policy_of(kind: Any = "llama", *, temperature: float = 1.0, actor: Any = None, ends: Any = ENDS) -> LanguagePolicy:
+    actor = actor or tiny_model(kind)
+    actor.generation_config.eos_token_id = ends
+    return LanguagePolicy(
+        actor,
+        sharing="separate",
+        critic=tiny_scalar_model(kind, seed=1),
+        reference=tiny_model(kind, seed=2),
+        temperature=temperature,
+    )
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Told:
+    """A reward that gives scores told beforehand (over and over) and remembers what it was asked."""
+
+    name = "told"
+
+    def __init__(self, *scores: float | None) -> None:
+        self.scores = scores or (1.0,)
+        self.asked: list[tuple[list[Any], list[str], dict[str, list[Any]]]] = []
+
+    def __call__(self, prompts: list[Any], responses: list[str], columns: dict[str, list[Any]]) -> Scores:
+        self.asked.append((prompts, responses, columns))
+        return Scores([self.scores[k % len(self.scores)] for k in range(len(responses))], [])
+
+    def close(self) -> None:
+        pass
+
+
+# --- the shift, by hand -------------------------------------------------------------------------------------------
+
+# Prompts of one, two and one token; responses of three (ended), two (ended) and three tokens (cut off).
+HAND = Responses(
+    tokens=torch.tensor([[0, 7, 20, 21, 2], [8, 9, 22, 2, 0], [0, 10, 24, 25, 26]]),
+    attention=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool),
+    response=torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], dtype=torch.bool),
+    log_probs=torch.tensor([[0.0, 0, -1, -2, -3], [0, 0, -1, -1, 0], [0, 0, -2, -2, -2]]),
+    ended=torch.tensor([True, True, False]),
+)
+NAN = float("nan")
+SCORED = Scored(
+    log_probs=torch.full((3, 5), NAN),  # those of sampling count
+    ref_log_probs=torch.tensor([[NAN, NAN, -1.5, -1, -3.25], [NAN, NAN, -1, -2, NAN], [NAN, NAN, -2, -2, -2]]),
+    values=torch.tensor([[NAN, 0.5, 0.2, 0.4, NAN], [NAN, 0.5, 0.25, NAN, NAN], [NAN, 0.5, 0.2, 0.4, 0.8]]),
+)
+
+
+def hand_batch(scores: list[float | None], **settings: Any) -> Any:
+    config = GenerationConfig(max_new_tokens=3, **settings)
+    return _assemble(HAND, SCORED, HAND.log_probs, scores, config, 0.2)
+
+
+def advantages(batch: Any, gae_lambda: float = 0.5) -> Tensor:
+    fields = (batch.rewards, batch.values, batch.next_values, batch.terminated, batch.done, batch.mask)
+    return gae(*fields, gamma=1.0, gae_lambda=gae_lambda)
+
+
+def test_the_score_stands_at_the_last_token_and_the_kl_at_every_one():
+    batch = hand_batch([1.0, 2.0, 3.0])
+    # log pi - log ref is 0.5, -1, 0.25: times 0.2 and subtracted; the score is on top of the last one
+    assert batch.rewards[0].tolist() == pytest.approx([0.0, -0.1, 0.2, -0.05 + 1.0])
+    assert batch.rewards[1].tolist() == pytest.approx([0.0, 0.0, -0.2 + 2.0, 0.0])
+    assert batch.rewards[2].tolist() == pytest.approx([0.0, 0.0, 0.0, 3.0])
+    assert batch.mask.tolist() == [[False, True, True, True], [False, True, True, False], [False, True, True, True]]
+    assert batch.terminated.tolist() == batch.done.tolist()
+    assert batch.done.tolist() == [[False, False, False, True], [False, False, True, False], [False] * 3 + [True]]
+    # a step observes the text so far and acts by the next token
+    assert batch.observations["tokens"][0].tolist() == [0, 7, 20, 21]
+    assert batch.actions[0].tolist() == [7, 20, 21, 2]
+    assert batch.log_probs[0].tolist() == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_gae_of_the_response_by_hand():
+    found = advantages(hand_batch([1.0, 2.0, 3.0]))
+    # row 0, V = 0.5, 0.2, 0.4: delta = -0.1 + 0.2 - 0.5, 0.2 + 0.4 - 0.2, 0.95 - 0.4
+    # A = 0.55 at the last, 0.4 + 0.55 / 2, -0.4 + 0.675 / 2
+    assert found[0].tolist() == pytest.approx([0.0, -0.0625, 0.675, 0.55])
+    # row 1, V = 0.5, 0.25: delta = 0 + 0.25 - 0.5, 1.8 - 0.25; the pad after the end adds no further lambda
+    assert found[1].tolist() == pytest.approx([0.0, -0.25 + 1.55 / 2, 1.55, 0.0])
+    # row 2: delta = -0.3, 0.2, 2.6
+    assert found[2].tolist() == pytest.approx([0.0, -0.3 + 1.5 / 2, 0.2 + 1.3, 2.6])
+
+
+def test_a_response_cut_off_terminates_goes_on_by_the_critic_or_is_left_out():
+    scores = [1.0, 2.0, 3.0]
+    terminate, bootstrap, mask = (hand_batch(scores, truncation=how) for how in ("terminate", "bootstrap", "mask"))
+    assert advantages(terminate)[2, 3].item() == pytest.approx(3.0 - 0.4)
+    assert advantages(bootstrap)[2, 3].item() == pytest.approx(3.0 + 0.8 - 0.4)  # V of the whole text is 0.8
+    assert bootstrap.done[2, 3]
+    assert not bootstrap.terminated[2, 3]
+    assert torch.equal(advantages(bootstrap)[:2], advantages(terminate)[:2])
+    assert not mask.mask[2].any()
+    assert torch.equal(mask.mask[:2], terminate.mask[:2])
+
+
+def test_a_missing_end_token_costs_the_score():
+    batch = hand_batch([1.0, 2.0, 3.0], missing_eos_penalty=1.5)
+    plain = hand_batch([1.0, 2.0, 3.0])
+    assert (plain.rewards - batch.rewards).tolist() == [[0.0] * 4, [0.0] * 4, [0.0, 0.0, 0.0, 1.5]]
+
+
+def test_no_score_masks_the_response_and_zero_is_a_score():
+    batch = hand_batch([0.0, None, 3.0])
+    assert batch.mask.any(1).tolist() == [True, False, True]
+    assert batch.rewards[0, 3].item() == pytest.approx(-0.05)
+    assert torch.isfinite(advantages(batch)).all()
+
+
+# --- ratios -------------------------------------------------------------------------------------------------------
+
+
+@kinds
+@pytest.mark.parametrize("n_per_prompt", [1, 4])
+@pytest.mark.parametrize("at_once", [None, 6])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[7, 8], [9, 10], [11, 12]]], ids=["padded", "of one length"])
+def test_first_ratios_are_one(kind, n_per_prompt, at_once, prompts):
+    policy = policy_of(kind, temperature=0.7)
+    config = GenerationConfig(max_new_tokens=9, temperature=0.7, generation_batch_size=at_once)
+    batch, answers = generate(policy, TOKENIZER, rows_of(prompts), Told(), config, seeded(), n_per_prompt=n_per_prompt)
+    assert len(set(answers.n_tokens)) > 1  # rows did leave on the way
+    with torch.no_grad():
+        new = policy.evaluate(batch)
+    assert ((new.log_probs - batch.log_probs).exp() - 1)[batch.mask].abs().max() < 1e-5
+    torch.testing.assert_close(new.values[batch.mask], batch.values[batch.mask], rtol=0.0, atol=1e-5)
+    kl = torch.where(batch.mask, batch.log_probs - batch.ref_log_probs, 0.0).sum(1)
+    assert answers.kl_to_reference == pytest.approx(kl.tolist(), abs=1e-5)
+
+
+def with_other_attention(kind: str) -> Any:
+    if kind == "eager":
+        actor = tiny_model()
+        actor.set_attn_implementation("eager")
+        return actor
+    import transformers
+
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, sliding_window=4, initializer_range=0.2, **shape
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["eager", "sliding window"])
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        pytest.param(
+            PROMPTS,
+            id="padded",
+            marks=pytest.mark.xfail(strict=True, reason="sample gives a bool mask [B, 1, 1, L], which sdpa alone takes"),
+        ),
+        pytest.param([[7, 8], [9, 10], [11, 12], [13, 14]], id="of one length"),
+    ],
+)
+def test_first_ratios_are_one_with_other_attention(kind, prompts):
+    policy = policy_of(actor=with_other_attention(kind))
+    config = GenerationConfig(max_new_tokens=9)
+    batch, _ = generate(policy, TOKENIZER, rows_of(prompts), Told(), config, seeded(), n_per_prompt=3)
+    with torch.no_grad():
+        ratio = (policy.evaluate(batch).log_probs - batch.log_probs).exp()
+    assert (ratio - 1)[batch.mask].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_from_the_models_distribution_at_the_temperature(temperature):
+    policy = policy_of(temperature=temperature)
+    config = GenerationConfig(max_new_tokens=1, temperature=temperature)
+    n = 3000
+    responses = sample(policy, TOKENIZER, [[7, 8, 9], [10]], config, seeded(), n_per_prompt=n)
+    for number, prompt in enumerate(([7, 8, 9], [10])):
+        drawn = responses.tokens[number * n : (number + 1) * n, 3]
+        found = torch.bincount(drawn, minlength=VOCABULARY) / n
+        with torch.no_grad():
+            exact = (policy.actor(input_ids=torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+        assert (found - exact).abs().sum() / 2 < 0.08  # greedy, or another temperature, is further away
+        entropy = -(exact * exact.log()).sum()
+        sampled = -responses.log_probs[number * n : (number + 1) * n, 3].mean()
+        assert sampled.item() == pytest.approx(entropy.item(), abs=0.1)
+
+
+# --- ends ---------------------------------------------------------------------------------------------------------
+
+
+def check_rows(responses: Responses, prompts: list[list[int]], n: int, longest: int, ends: list[int]) -> None:
+    """What holds of every row, however it was sampled."""
+    start = max(map(len, prompts))
+    for row in range(len(prompts) * n):
+        prompt = prompts[row // n]
+        places = responses.response[row].nonzero().squeeze(1).tolist()
+        assert places == list(range(start, start + len(places)))
+        tokens = responses.tokens[row, places].tolist()
+        assert responses.tokens[row, responses.attention[row]].tolist() == prompt + tokens
+        assert 1 <= len(tokens) <= longest
+        assert not set(tokens[:-1]) & set(ends)
+        assert bool(responses.ended[row]) == (tokens[-1] in ends)
+        assert responses.ended[row] or len(tokens) == longest
+    assert bool((responses.tokens[~responses.attention] == 0).all())
+    assert bool((responses.log_probs[~responses.response] == 0).all())
+    assert bool((responses.log_probs[responses.response] < 0).all())
+
+
+@kinds
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("at_once", [None, 1, 4, 100])
+def test_rows_hold_together_however_many_are_sampled_at_a_time(kind, n, at_once):
+    config = GenerationConfig(max_new_tokens=6, generation_batch_size=at_once)
+    responses = sample(policy_of(kind), TOKENIZER, PROMPTS, config, seeded(), n_per_prompt=n)
+    check_rows(responses, PROMPTS, n, 6, ENDS)
+    assert responses.ended.any()
+    assert not responses.ended.all()
+    assert responses.tokens.shape[1] <= 5 + 6
+
+
+def test_the_seed_decides_and_nothing_else():
+    policy, config = policy_of(), GenerationConfig(max_new_tokens=6)
+    torch.manual_seed(1)
+    one = sample(policy, TOKENIZER, PROMPTS, config, seeded(3))
+    torch.manual_seed(2)
+    other = sample(policy, TOKENIZER, PROMPTS, config, seeded(3))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one.tokens, sample(policy, TOKENIZER, PROMPTS, config, seeded(4)).tokens)
+    grouped = sample(policy, TOKENIZER, [[7, 8]], config, seeded(3), n_per_prompt=6)
+    assert len({tuple(row) for row in grouped.tokens.tolist()}) > 3  # the answers of a group differ
+
+
+def test_end_tokens_are_those_of_the_tokenizer_and_of_the_generation_settings():
+    assert end_tokens(policy_of(ends=[5, 6]).actor, TOKENIZER) == [2, 5, 6]
+    assert end_tokens(policy_of(ends=9).actor, TOKENIZER) == [2, 9]
+    assert end_tokens(policy_of(ends=None).actor, TOKENIZER) == [2]
+
+
+def test_end_tokens_are_tokens_like_others_where_they_are_not_to_stop():
+    config = GenerationConfig(max_new_tokens=8, stop_at_eos=False)
+    responses = sample(policy_of(), TOKENIZER, PROMPTS, config, seeded())
+    assert responses.response.sum(1).tolist() == [8] * 5
+    assert not responses.ended.any()
+    assert torch.isin(responses.tokens[responses.response], torch.tensor(ENDS)).any()
+
+
+def test_stop_strings_end_a_response_and_are_left_out_of_its_text():
+    stop = (WORDS[0], " ".join(WORDS[1:3]), *WORDS[10:16])  # the second one is two tokens
+    config = GenerationConfig(max_new_tokens=12, stop=stop)
+    reward = Told()
+    policy = policy_of(ends=None)
+    batch, answers = generate(policy, TOKENIZER, rows_of(), reward, config, seeded(), n_per_prompt=4)
+    assert 0 < sum(answers.ended) < 20
+    for row in range(20):
+        ids = batch.actions[row, batch.mask[row]].tolist()
+        whole = TOKENIZER.decode(ids, skip_special_tokens=True)
+        before = TOKENIZER.decode(ids[:-1], skip_special_tokens=True)
+        stopped = any(word in whole for word in stop)
+        assert answers.ended[row] == (stopped or ids[-1] == 2)
+        assert not any(word in before for word in stop)
+        assert not any(word in answers.texts[row] for word in stop)
+        assert whole.startswith(answers.texts[row])
+    assert reward.asked[0][1] == answers.texts
+
+
+def test_texts_are_without_end_tokens_and_cut_before_a_stop_string():
+    texts = response_texts(TOKENIZER, HAND, [2, 26], ())
+    assert texts == [f"{WORDS[13]} {WORDS[14]}", WORDS[15], f"{WORDS[17]} {WORDS[18]}"]
+    assert response_texts(TOKENIZER, HAND, [2, 26], (WORDS[14], WORDS[17])) == [f"{WORDS[13]} ", WORDS[15], ""]
+
+
+# --- rewards ------------------------------------------------------------------------------------------------------
+
+
+def test_the_reward_is_asked_in_the_order_of_rows_and_groups_are_those_of_a_prompt():
+    reward = Told(*range(10))
+    config = GenerationConfig(max_new_tokens=4)
+    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), reward, config, seeded(), n_per_prompt=2)
+    ((prompts, texts, columns),) = reward.asked
+    assert columns == {"number": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]}
+    assert batch.group.tolist() == columns["number"]
+    assert prompts == answers.prompts == [row.prompt for row in rows_of() for _ in range(2)]
+    assert texts == answers.texts
+    assert batch.rewards.sum(1).tolist() == [float(k) for k in range(10)]
+    for row in range(10):
+        first = int(batch.mask[row].nonzero()[0])
+        seen = batch.observations["tokens"][row, : first + 1][batch.observations["attention"][row, : first + 1]]
+        assert seen.tolist() == PROMPTS[row // 2]
+
+
+def test_nan_and_none_and_what_raises_are_no_score_and_zero_is_one():
+    def reward(prompts: list[Any], responses: list[str], number: list[int]) -> list[Any]:
+        del prompts, responses
+        if 4 in number:
+            raise KeyError("four")
+        return [[0.0, float("nan"), None, float("inf")][k] for k in number]
+
+    source = CallableReward(reward)
+    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), source, GenerationConfig(max_new_tokens=4), seeded())
+    assert answers.scores == [0.0, None, None, None, None]
+    assert batch.mask.any(1).tolist() == [True, False, False, False, False]
+    assert "four" in " ".join(answers.problems)
+    source.close()
+
+
+def test_a_reward_that_reads_the_same_tokens_is_given_them():
+    class Reader(Told):
+        def same_tokens(self, tokenizer: Any) -> bool:
+            return tokenizer is TOKENIZER
+
+        def score_tokens(self, tokens: Tensor, attention: Tensor) -> Tensor:
+            sums = (tokens * attention).sum(1).float()
+            return torch.where(torch.arange(5) == 1, torch.nan, torch.where(torch.arange(5) == 3, -torch.inf, sums))
+
+    config = GenerationConfig(max_new_tokens=4)
+    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), Reader(), config, seeded())
+    for row in range(5):
+        ids = PROMPTS[row] + batch.actions[row, batch.mask[row]].tolist()
+        assert answers.scores[row] == (None if row in (1, 3) else float(sum(ids)))
+    assert "NaN" in answers.problems[0]
+
+
+def test_scoring_in_parts_is_scoring(monkeypatch):
+    config = GenerationConfig(max_new_tokens=6)
+    whole, _ = generate(policy_of(), TOKENIZER, rows_of(), Told(), config, seeded(), reward_beta=0.1)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 25)
+    parts, _ = generate(policy_of(), TOKENIZER, rows_of(), Told(), config, seeded(), reward_beta=0.1)
+    for name in ("rewards", "values", "next_values", "ref_log_probs"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0.0, atol=1e-5)
+
+
+def test_without_a_reference_there_is_no_kl():
+    policy = policy_of()
+    config = GenerationConfig(max_new_tokens=3)
+    batch, answers = generate(policy, TOKENIZER, rows_of(), Told(), config, seeded(), with_reference=False)
+    assert batch.ref_log_probs is None
+    assert answers.kl_to_reference is None
+    with pytest.raises(ValueError, match="needs the reference"):
+        generate(policy, TOKENIZER, rows_of(), Told(), config, seeded(), with_reference=False, reward_beta=0.1)
+    with pytest.raises(ValueError, match="no reference in memory"):
+        lonely = LanguagePolicy(tiny_model(), sharing="separate")
+        generate(lonely, TOKENIZER, rows_of(), Told(), config, seeded())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", 0.0),
+        ("missing_eos_penalty", -1.0),
+        ("generation_batch_size", 0),
+        ("truncation", "cut"),
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name_with_its_value(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is {value!r}"):
+        dataclasses.replace(GenerationConfig(), **{name: value})

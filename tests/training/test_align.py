@@ -1,0 +1,455 @@
+"""The alignment loop: it learns, resumes bit for bit, keeps its reference, counts missing scores, refuses bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proximo.collect.generate import GenerationConfig
+from proximo.errors import UserError
+from proximo.models.folders import load_causal_lm
+from proximo.models.language import LoraConfig
+from proximo.runs.checkpoint import newest_checkpoint
+from proximo.runs.directory import RunDirectory
+from proximo.training.align import (
+    ALGORITHMS,
+    AlignConfig,
+    AlignState,
+    JudgeConfig,
+    build_policy,
+    finish,
+    iterate,
+    next_prompts,
+    plan,
+    restore,
+    save,
+    start,
+)
+from tests.tiny_language import WORDS, save_tiny, save_tiny_scalar, tiny_model, tiny_tokenizer
+
+CLOCKS = ("seconds", "tokens_per_second", "seconds_collecting", "seconds_updating")
+GENERATION = GenerationConfig(max_new_tokens=5, temperature=0.9)
+Rows = list[dict[str, Any]]
+
+
+def share_of_wanted(prompts: list[str], responses: list[str]) -> list[float]:
+    """The share of words that are one of eight."""
+    return [sum(word in WORDS[:8] for word in text.split()) / max(len(text.split()), 1) for text in responses]
+
+
+def lengths(prompts: list[str], responses: list[str]) -> list[float]:
+    return [float(len(text.split())) for text in responses]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What syncing is for is tested with the checkpoints."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six prompts of one to three words."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    texts = [" ".join(WORDS[k : k + 1 + k % 3]) for k in range(6)]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def config_with(model: Path, prompts: Path) -> Callable[..., AlignConfig]:
+    """A small run with some settings of its own; names of the algorithm's settings are looked up there."""
+
+    def make(algorithm: str = "ppo", **changes: Any) -> AlignConfig:
+        common = dict(learning_rate=1e-2, batch_size=4, n_epochs=2) | changes
+        chosen = ALGORITHMS[algorithm]
+        own = {name: common.pop(name) for name in list(common) if hasattr(chosen, name)}
+        small = dict(model=str(model), prompts=str(prompts), generation=GENERATION, n_iterations=4, n_samples=0)
+        small |= dict(prompts_per_iteration=8, responses_per_prompt=1 if algorithm == "ppo" else 2, debug=True)
+        small |= dict(threads=1, lora=LoraConfig(lora_rank=2), algorithm=dataclasses.replace(chosen, **own))
+        return AlignConfig(**(small | common))
+
+    return make
+
+
+def run_in(folder: Path) -> RunDirectory:
+    folder.mkdir(parents=True)
+    return RunDirectory(folder)
+
+
+def trained(config: AlignConfig, folder: Path, reward: Any = share_of_wanted) -> tuple[AlignState, Rows]:
+    state = start(config, reward)
+    return state, list(iterate(config, run_in(folder), state))
+
+
+def without_clocks(rows: Rows) -> Rows:
+    return [{name: value for name, value in row.items() if name not in CLOCKS} for row in rows]
+
+
+def everything_of(state: AlignState) -> dict[str, torch.Tensor]:
+    """Every tensor that a run's future depends on."""
+    return (
+        {name: p.detach() for name, p in state.policy.named_parameters()}
+        | {f"optimizer {name}": tensor for name, tensor in state.optimizer.state_dict().items()}
+        | {"sampling": state.sampling.get_state(), "shuffling": state.shuffling.get_state()}
+    )
+
+
+def off_the_reference(state: AlignState) -> None:
+    """Move the policy away from where it began, and let the check of the first iteration be over."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        state.optimizer.weights += 0.1 * torch.randn(state.optimizer.weights.shape, generator=generator)
+    state.iteration = 1
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+RESUMED: list[dict[str, Any]] = [
+    dict(algorithm="ppo", value_pretraining_iterations=1),
+    dict(algorithm="ppo", sharing="lora", n_samples=2, samples_every=1),
+    dict(algorithm="ppo", sharing="trunk", beta_control="adaptive", beta_target=0.01, beta_horizon=50.0),
+    dict(algorithm="grpo", kl_in="loss_k3", learning_rate_schedule="linear"),
+    dict(algorithm="rloo", sharing="lora", beta_control="adaptive", beta_horizon=50.0, kl_in="loss_k2"),
+]
+
+
+@pytest.mark.parametrize("chosen", RESUMED, ids=lambda chosen: f"{chosen['algorithm']}-{chosen.get('sharing')}")
+def test_two_and_two_iterations_are_four_bit_for_bit(config_with, tmp_path, chosen):
+    config = config_with(checkpoint_every=2, **chosen)
+    whole, rows = trained(config, tmp_path / "whole")
+    run = run_in(tmp_path / "broken")
+    first = list(itertools.islice(iterate(config, run, start(config, share_of_wanted)), 3))  # the third is lost
+    state = restore(config, newest_checkpoint(run.checkpoints), share_of_wanted)
+    assert state.iteration == 2
+    resumed = list(iterate(config, run, state))
+    assert without_clocks([*first[:2], *resumed]) == without_clocks(rows)
+    assert state.beta == whole.beta
+    one, other = everything_of(whole), everything_of(state)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    if config.n_samples:
+        lines = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "broken")]
+        assert lines[0] == lines[1]
+
+
+def test_a_resumed_run_insists_on_its_model_and_its_shapes(config_with, tmp_path, model):
+    config = config_with(sharing="lora", n_iterations=1)
+    _, _ = trained(config, tmp_path / "run")
+    checkpoint = newest_checkpoint(RunDirectory(tmp_path / "run").checkpoints)
+    with pytest.raises(UserError, match="not the model that this run began with"):
+        restore(dataclasses.replace(config, model=str(save_tiny(tmp_path / "other", seed=9))), checkpoint, share_of_wanted)
+    with pytest.raises(UserError, match="lora_rank"):
+        restore(dataclasses.replace(config, lora=LoraConfig(lora_rank=3)), checkpoint, share_of_wanted)
+    assert restore(config, checkpoint, share_of_wanted).iteration == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 7), counts=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 5))
+def test_every_pass_has_every_prompt_however_many_an_iteration_takes(n, counts, seed):
+    used, taken = 0, []
+    for count in counts:
+        taken += next_prompts(n, used, count, seed)
+        used += count
+    assert taken == next_prompts(n, 0, used, seed)
+    passes = [taken[first : first + n] for first in range(0, used - n + 1, n)]
+    assert all(sorted(one) == list(range(n)) for one in passes)
+
+
+def test_passes_and_seeds_differ_in_their_order():
+    orders = [tuple(next_prompts(8, first, 8, seed)) for first in (0, 8, 16) for seed in (0, 1)]
+    assert len(set(orders)) == 6
+
+
+# --- the reference ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", ["separate", "trunk", "lora"])
+def test_the_reference_never_moves_and_all_else_does(config_with, tmp_path, sharing):
+    config = config_with(sharing=sharing, n_iterations=2)
+    state = start(config, share_of_wanted)
+
+    def frozen() -> dict[str, torch.Tensor]:
+        return {k: p.detach().clone() for k, p in state.policy.reference.named_parameters() if "lora_" not in k}
+
+    before = frozen()
+    plain = dict(tiny_model().named_parameters())
+    assert all(torch.equal(before[name], plain[name.replace(".base_layer", "")]) for name in before)
+    learning = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
+    list(iterate(config, run_in(tmp_path / "run"), state))
+    after = frozen()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    now = dict(state.policy.named_parameters())
+    stuck = [name for name, value in learning.items() if torch.equal(now[name], value)]
+    assert stuck == []
+    assert all(p.grad is None for name, p in state.policy.reference.named_parameters() if "lora_" not in name)
+
+
+def test_beta_zero_holds_no_reference(config_with, tmp_path):
+    state, rows = trained(config_with(beta=0.0, n_iterations=1), tmp_path / "run")
+    assert state.policy.reference is None
+    assert rows[0]["kl_to_reference"] is None
+
+
+def test_at_the_beginning_the_policy_is_the_reference(config_with, tmp_path):
+    for sharing in ("separate", "lora"):
+        _, rows = trained(config_with(sharing=sharing, n_iterations=1), tmp_path / sharing)
+        assert rows[0]["kl_to_reference"] == pytest.approx(0.0, abs=1e-4)
+
+
+def distance(state: AlignState) -> float:
+    """The exact KL to the reference of the first word of an answer, mean over the prompts."""
+    found = []
+    for row in state.prompts:
+        ids = torch.tensor([row.token_ids])
+        with torch.no_grad():
+            own, ref = (model(input_ids=ids).logits[0, -1].log_softmax(-1) for model in both(state))
+        found.append(float((own.exp() * (own - ref)).sum()))
+    return sum(found) / len(found)
+
+
+def both(state: AlignState) -> tuple[Any, Any]:
+    return state.policy.actor, state.policy.reference
+
+
+KL_RUNS = [
+    *itertools.product(["ppo", "grpo"], ["reward", "loss_k2", "loss_k3"]),
+    ("dr_grpo", "reward"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "kl_in"), KL_RUNS)
+def test_without_a_reward_the_policy_comes_back_to_the_reference(config_with, tmp_path, algorithm, kl_in):
+    rollout = dict(prompts_per_iteration=64) if algorithm == "ppo" else dict(prompts_per_iteration=16)
+    rollout |= dict(responses_per_prompt=64 // rollout["prompts_per_iteration"], batch_size=16)
+    two = GenerationConfig(max_new_tokens=2)
+    config = config_with(algorithm, kl_in=kl_in, beta=1.0, n_iterations=5, learning_rate=5e-3, generation=two, **rollout)
+    state = start(config, lambda prompts, responses: [0.0] * len(responses))
+    off_the_reference(state)
+    before = distance(state)
+    list(iterate(config, run_in(tmp_path / "run"), state))
+    assert before > 0.3
+    assert distance(state) < 0.65 * before
+
+
+@pytest.mark.parametrize(("target", "factor"), [(1e-6, 1.2), (1e6, 0.8)])
+def test_adaptive_beta_moves_towards_its_target(config_with, tmp_path, target, factor):
+    control = dict(beta_control="adaptive", beta_target=target, beta_horizon=8.0)
+    config = config_with(n_iterations=3, **control)
+    state = start(config, lengths)
+    off_the_reference(state)
+    rows = list(iterate(config, run_in(tmp_path / "run"), state))
+    # as many responses as the horizon: by the whole fifth each iteration, from the one after
+    assert [row["beta"] for row in rows] == pytest.approx([0.05, 0.05 * factor])
+    assert state.beta == pytest.approx(0.05 * factor**2)
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        dict(algorithm="ppo", prompts_per_iteration=32, n_epochs=4),
+        dict(algorithm="ppo", prompts_per_iteration=32, n_epochs=4, sharing="lora", learning_rate=3e-2),
+        dict(algorithm="grpo", prompts_per_iteration=8, responses_per_prompt=4, n_iterations=12),
+    ],
+    ids=["ppo", "ppo lora", "grpo"],
+)
+def test_wanted_words_become_common(config_with, tmp_path, chosen):
+    settings = dict(n_iterations=9, batch_size=8, beta=0.01, generation=GenerationConfig(max_new_tokens=3))
+    _, rows = trained(config_with(**(settings | chosen)), tmp_path / "run", share_of_wanted)
+    assert rows[0]["reward_mean"] < 0.25
+    assert sum(row["reward_mean"] for row in rows[-2:]) / 2 > max(0.35, 2 * rows[0]["reward_mean"])
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_minus_length_makes_answers_short(config_with, tmp_path, algorithm):
+    settings = dict(n_iterations=15, prompts_per_iteration=32, batch_size=16, beta=0.01)
+    config = config_with(algorithm, **settings)
+    _, rows = trained(config, tmp_path / "run", lambda prompts, responses: [-len(text.split()) for text in responses])
+    assert rows[0]["response_length_mean"] > 4
+    assert rows[-1]["response_length_mean"] < 2
+    assert rows[-1]["eos_fraction"] > 0.9
+
+
+@pytest.mark.parametrize("sharing", ["separate", "lora"])
+def test_the_critic_learns_alone_at_first(config_with, tmp_path, sharing):
+    config = config_with(sharing=sharing, value_pretraining_iterations=2, n_iterations=3, beta=0.1, kl_in="loss_k3")
+    state = start(config, share_of_wanted)
+
+    def actor() -> list[torch.Tensor]:
+        return [p.detach().clone() for name, p in state.policy.actor.named_parameters() if ".value." not in name]
+
+    seen = [actor()]
+    for _ in iterate(config, run_in(tmp_path / "run"), state):
+        seen.append(actor())
+    moved = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
+    assert moved == [False, False, True]
+
+
+def test_looking_at_samples_changes_nothing(config_with, tmp_path):
+    one, rows = trained(config_with(n_iterations=2), tmp_path / "one")
+    other, seen = trained(config_with(n_iterations=2, n_samples=3, samples_every=1), tmp_path / "other")
+    assert without_clocks(rows) == without_clocks(seen)
+    assert torch.equal(one.optimizer.weights, other.optimizer.weights)
+    lines = [json.loads(line) for line in (tmp_path / "other" / "samples.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    assert lines[0]["score"] == share_of_wanted([], [lines[0]["response"]])[0]
+    assert [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()] == rows
+
+
+@pytest.mark.parametrize("sharing", ["separate", "lora"])
+def test_the_result_is_a_plain_model_folder_with_the_policys_logits(config_with, tmp_path, sharing):
+    config = config_with(sharing=sharing, n_iterations=2, learning_rate=5e-2)
+    state, _ = trained(config, tmp_path / "run")
+    finish(config, RunDirectory(tmp_path / "run"), state)
+    tokens = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad():
+        logits = load_causal_lm(tmp_path / "run")(input_ids=tokens).logits[:, -1] / GENERATION.temperature
+        expected = state.policy.next_logits(tokens, None, torch.arange(4)[None], None)
+        before = tiny_model()(input_ids=tokens).logits[:, -1] / GENERATION.temperature
+    torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-5)
+    assert (logits - before).abs().max() > 1e-2
+
+
+# --- scores that are missing, or say nothing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+def test_missing_scores_are_counted_and_masked_and_too_many_stop_the_run(config_with, tmp_path, missing):
+    def reward(prompts: list[str], responses: list[str]) -> list[float | None]:
+        return [missing if k % 4 == 1 else float(k % 4 == 2) for k in range(len(responses))]
+
+    with pytest.raises(UserError, match=r"iteration 1, 2 of 8 responses got no score, more than max_missing_rewards"):
+        trained(config_with(), tmp_path / "strict", reward)
+    _, rows = trained(config_with(max_missing_rewards=0.25, n_iterations=1), tmp_path / "lenient", reward)
+    assert rows[0]["rewards_missing"] == 2
+    assert rows[0]["advantage_rows"] == 0.75
+    assert rows[0]["reward_mean"] == pytest.approx(2 / 6)  # the zeros are scores
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_an_iteration_without_any_score_is_survived_where_that_is_allowed(config_with, tmp_path, algorithm):
+    config = config_with(algorithm, max_missing_rewards=1.0, n_iterations=1)
+    state, rows = trained(config, tmp_path / "run", lambda prompts, responses: [None] * len(responses))
+    assert rows[0]["reward_mean"] is None
+    assert rows[0]["advantage_rows"] == 0.0
+    assert torch.isfinite(state.optimizer.weights).all()
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_one_score_for_all_at_the_beginning_is_told(config_with, tmp_path, score):
+    with pytest.raises(UserError, match=rf"first 8 responses got the same score, {score:g}"):
+        trained(config_with(), tmp_path / "run", lambda prompts, responses: [score] * len(responses))
+
+
+# --- bad inputs ---------------------------------------------------------------------------------------------------
+
+
+def refused(config: AlignConfig, message: str, reward: Any = share_of_wanted) -> None:
+    with pytest.raises(UserError, match=message):
+        start(config, reward)
+
+
+def test_what_is_missing_is_asked_for(config_with):
+    refused(config_with(model=""), "align needs model")
+    refused(config_with(prompts=""), "align needs prompts")
+    refused(config_with(), "align needs a reward", None)
+    refused(config_with(model="/nowhere/at/all"), "There is no model folder")
+    refused(config_with(reward=("judge",), judge=JudgeConfig()), "--judge-model", None)
+
+
+def test_numbers_that_do_not_fit_each_other_are_refused(config_with):
+    refused(config_with(batch_size=9), r"batch_size is 9, but an iteration has only 8 responses \(8 prompts x 1\)")
+    refused(config_with("grpo", responses_per_prompt=1), "responses_per_prompt is 1")
+    assert config_with("grpo", responses_per_prompt=None).n_per_prompt == 8
+    refused(config_with(sharing="trunk", value_pretraining_iterations=1), "value_pretraining_iterations")
+    refused(config_with("grpo", value_pretraining_iterations=1), "value_pretraining_iterations")
+    with pytest.raises(UserError, match="1 rewards and 2 reward_weights"):
+        config_with(reward=("a.py:f",), reward_weights=(1.0, 2.0))
+
+
+def test_a_context_too_small_is_told_with_what_would_fit(config_with, tmp_path):
+    small = save_tiny(tmp_path / "small", context=7)
+    refused(config_with(model=str(small)), r"context is 7 .*longest prompt \(3 tokens\).* max_new_tokens to at most 4")
+    tiny = save_tiny(tmp_path / "tiny", context=3)
+    refused(config_with(model=str(tiny)), "context is 3 .*shorter prompts")
+    fits = dataclasses.replace(GENERATION, max_new_tokens=4)
+    assert start(config_with(model=str(small), generation=fits), share_of_wanted).iteration == 0
+
+
+def test_a_tokenizer_of_another_model_is_told(config_with, tmp_path):
+    small = tiny_model()
+    small.resize_token_embeddings(8)
+    small.save_pretrained(tmp_path / "small")
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    refused(config_with(model=str(tmp_path / "small")), "do not belong together")
+
+
+def test_folders_with_another_head_are_refused(config_with, tmp_path, model):
+    scalar = save_tiny_scalar(tmp_path / "scalar", seed=3)
+    refused(config_with(model=str(scalar)), "not a causal language model")
+    with pytest.raises(UserError, match="not a reward model"):
+        build_policy(config_with(reward=(str(model),)))
+    with pytest.raises(UserError, match="critic_from is 'reward'"):
+        build_policy(config_with(critic_from="reward"))
+
+
+def test_a_critic_begins_as_the_reward_model_or_at_zero(config_with, tmp_path):
+    scalar = save_tiny_scalar(tmp_path / "scalar", seed=3)
+    from_reward: Any = build_policy(config_with(reward=(str(scalar),))).critic
+    from_model: Any = build_policy(config_with(reward=(str(scalar),), critic_from="model")).critic
+    assert from_reward.score.weight.abs().min() > 0
+    assert not torch.equal(from_reward.model.embed_tokens.weight, from_model.model.embed_tokens.weight)
+    assert from_model.score.weight.abs().max() == 0
+    assert all(p.requires_grad for p in from_reward.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta", -1.0), ("n_iterations", 0), ("max_missing_rewards", 1.5), ("sharing", "shared"), ("kl_in", "k3")],
+)
+def test_an_impossible_setting_is_refused_by_name_with_its_value(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is {value!r}"):
+        AlignConfig(**{name: value})
+
+
+@pytest.mark.xfail(strict=True, reason="AlignConfig.__post_init__ does not look at these words")
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta_control", "adaptiv"), ("critic_from", "rewards"), ("precision", "bf16")]
+)
+def test_nor_is_a_misspelt_word_taken_for_another(name, value):
+    with pytest.raises(UserError, match=rf"^{name} is {value!r}"):
+        AlignConfig(**{name: value})
+
+
+def test_the_plan_counts_what_memory_is_for(config_with):
+    config = config_with(sharing="lora")
+    told = plan(config, start(config, share_of_wanted))
+    assert "reference is the base" in told["memory"]
+    assert "6 from" in told["prompts"]
+    separate = config_with()
+    assert "reference " in plan(separate, start(separate, share_of_wanted))["memory"]
+
+
+def test_a_saved_run_can_be_saved_again(config_with, tmp_path):
+    config = config_with(n_iterations=1)
+    state, _ = trained(config, tmp_path / "run")
+    state.iteration = 2
+    save(config, RunDirectory(tmp_path / "run"), state)
+    assert newest_checkpoint(RunDirectory(tmp_path / "run").checkpoints).state["iteration"] == 2
