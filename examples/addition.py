@@ -3,8 +3,8 @@
     python examples/addition.py --algorithm ppo --sharing trunk --seed 0
 
 The numbers have two or three digits, and a quarter of all pairs of numbers is never trained on. Supervised
-fine-tuning imitates traces of which only 30 % are right, so the model is right in about 40 % of its samples. PPO (or GRPO,
-or PPO on LoRA adapters) then sees only whether a sum is right. The last line of the output is one JSON object:
+fine-tuning imitates traces of which only 30 % are right, so the model is right in about 40 % of its samples. PPO (or
+GRPO, or PPO on LoRA adapters) then sees only whether a sum is right. The last line is one JSON object:
 
     {"algorithm", "sharing", "seed", "sft_accuracy", "accuracy", "sft_greedy", "greedy", ...}
 

@@ -173,7 +173,9 @@ def larger(seed: int = 0) -> Batch:
 
 
 @pytest.mark.parametrize("weighing", ["rows", "steps", "longest"])
-@pytest.mark.parametrize("cut", [{"microbatch_size": n} for n in (1, 2, 4)] + [{"microbatch_tokens": n} for n in (1, 9)])
+@pytest.mark.parametrize(
+    "cut", [{"microbatch_size": n} for n in (1, 2, 4)] + [{"microbatch_tokens": n} for n in (1, 9)]
+)
 def test_however_a_minibatch_is_cut_the_gradient_is_the_same(weighing, cut):
     settings = GRPO(weighing=weighing, batch_size=8, n_epochs=1, entropy_coef=0.01)
     kl = ReferenceKL(0.1, "k3")

@@ -131,10 +131,9 @@ def test_the_critic_alone_learns_where_the_policy_is_not_to(normalize):
     assert torch.equal(alone["values"], both["values"])
 
 
-@pytest.mark.xfail(strict=True, reason="PPO.update with learn_policy=False still adds the entropy bonus")
 def test_nor_does_the_entropy_bonus_move_a_policy_that_is_not_to_learn():
     (alone,), _ = update(dataclasses.replace(PLAIN, entropy_coef=0.1), ONE, learn_policy=False)
-    assert alone["entropies"].abs().max() == 0
+    assert "entropies" not in alone or alone["entropies"].abs().max() == 0
 
 
 # --- what must change nothing -------------------------------------------------------------------------------------
@@ -155,7 +154,9 @@ FULL = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize("cut", [{"microbatch_size": n} for n in (1, 2, 4)] + [{"microbatch_tokens": n} for n in (1, 9)])
+@pytest.mark.parametrize(
+    "cut", [{"microbatch_size": n} for n in (1, 2, 4)] + [{"microbatch_tokens": n} for n in (1, 9)]
+)
 def test_however_a_minibatch_is_cut_the_gradient_is_the_same(cut):
     (whole,), metrics = update(FULL, larger(), reference_kl=ReferenceKL(0.1, "k3"))
     (pieces,), cut_metrics = update(dataclasses.replace(FULL, **cut), larger(), reference_kl=ReferenceKL(0.1, "k3"))
@@ -234,12 +235,11 @@ def test_what_is_for_language_models_alone_is_refused_for_others(plain_policy, m
 def test_what_language_models_do_not_have_is_said():
     with pytest.raises(UserError, match="kl_penalty"):
         update(dataclasses.replace(PLAIN, objective="kl_penalty"), ONE)
+    critic, none = Direct((1, 3), critic=True), Direct((1, 3))
+    without = dataclasses.replace(ONE, values=None)
     with pytest.raises(ValueError, match="values"):
-        policy = Direct((1, 3), critic=True)
-        batch = dataclasses.replace(ONE, values=None)
-        PLAIN.update(policy, FlatAdam(policy, learning_rate=1e-3), batch, torch.Generator())
+        PLAIN.update(critic, FlatAdam(critic, learning_rate=1e-3), without, torch.Generator())
     with pytest.raises(ValueError, match="critic"):
-        policy = Direct((1, 3))
-        PLAIN.update(policy, FlatAdam(policy, learning_rate=1e-3), ONE, torch.Generator())
+        PLAIN.update(none, FlatAdam(none, learning_rate=1e-3), ONE, torch.Generator())
     with pytest.raises(ValueError, match="ref_log_probs"):
         update(PLAIN, ONE, reference_kl=ReferenceKL(0.1, "k3"))

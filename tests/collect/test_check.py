@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import time
 from typing import Any
 
@@ -19,12 +17,8 @@ from proximo.collect.check import (
     CheckReport,
     Problem,
     check_environment,
-    describe_space,
     format_report,
-    load_record,
-    replay_record,
 )
-from proximo.collect.envs import EnvironmentFault, SerialEnvs
 from proximo.collect.make import find_factory, make_env
 from proximo.errors import UserError
 
@@ -459,5 +453,3 @@ def test_the_same_check_twice_says_the_same() -> None:
     one, two = (check_environment(OutOfBounds, "env", n_steps=120, seed=4) for _ in range(2))
     assert one.problems == two.problems
     assert one.facts["return"] == two.facts["return"]
-
-

@@ -152,7 +152,9 @@ def test_a_resumed_run_insists_on_its_model_and_its_shapes(config_with, tmp_path
     _, _ = trained(config, tmp_path / "run")
     checkpoint = newest_checkpoint(RunDirectory(tmp_path / "run").checkpoints)
     with pytest.raises(UserError, match="not the model that this run began with"):
-        restore(dataclasses.replace(config, model=str(save_tiny(tmp_path / "other", seed=9))), checkpoint, share_of_wanted)
+        restore(
+            dataclasses.replace(config, model=str(save_tiny(tmp_path / "other", seed=9))), checkpoint, share_of_wanted
+        )
     with pytest.raises(UserError, match="lora_rank"):
         restore(dataclasses.replace(config, lora=LoraConfig(lora_rank=3)), checkpoint, share_of_wanted)
     assert restore(config, checkpoint, share_of_wanted).iteration == 1
@@ -237,7 +239,9 @@ def test_without_a_reward_the_policy_comes_back_to_the_reference(config_with, tm
     rollout = dict(prompts_per_iteration=64) if algorithm == "ppo" else dict(prompts_per_iteration=16)
     rollout |= dict(responses_per_prompt=64 // rollout["prompts_per_iteration"], batch_size=16)
     two = GenerationConfig(max_new_tokens=2)
-    config = config_with(algorithm, kl_in=kl_in, beta=1.0, n_iterations=5, learning_rate=5e-3, generation=two, **rollout)
+    config = config_with(
+        algorithm, kl_in=kl_in, beta=1.0, n_iterations=5, learning_rate=5e-3, generation=two, **rollout
+    )
     state = start(config, lambda prompts, responses: [0.0] * len(responses))
     off_the_reference(state)
     before = distance(state)
@@ -277,10 +281,10 @@ def test_wanted_words_become_common(config_with, tmp_path, chosen):
     assert sum(row["reward_mean"] for row in rows[-2:]) / 2 > max(0.35, 2 * rows[0]["reward_mean"])
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_minus_length_makes_answers_short(config_with, tmp_path, algorithm):
-    settings = dict(n_iterations=15, prompts_per_iteration=32, batch_size=16, beta=0.01)
-    config = config_with(algorithm, **settings)
+@pytest.mark.parametrize(("algorithm", "n_prompts", "n_each"), [("ppo", 32, 1), ("grpo", 12, 4)])
+def test_minus_length_makes_answers_short(config_with, tmp_path, algorithm, n_prompts, n_each):
+    rollout = dict(prompts_per_iteration=n_prompts, responses_per_prompt=n_each, batch_size=8)
+    config = config_with(algorithm, n_iterations=13, beta=0.01, **rollout)
     _, rows = trained(config, tmp_path / "run", lambda prompts, responses: [-len(text.split()) for text in responses])
     assert rows[0]["response_length_mean"] > 4
     assert rows[-1]["response_length_mean"] < 2
@@ -429,7 +433,6 @@ def test_an_impossible_setting_is_refused_by_name_with_its_value(name, value):
         AlignConfig(**{name: value})
 
 
-@pytest.mark.xfail(strict=True, reason="AlignConfig.__post_init__ does not look at these words")
 @pytest.mark.parametrize(
     ("name", "value"), [("beta_control", "adaptiv"), ("critic_from", "rewards"), ("precision", "bf16")]
 )

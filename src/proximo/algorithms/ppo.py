@@ -179,6 +179,19 @@ class PPO:
         everything, quality = self._estimated(policy, batch)
         if not learn_policy:
             everything = replace(everything, advantages=torch.zeros_like(everything.advantages))
+            return replace(self, entropy_coef=0.0)._learn(policy, optimizer, everything, generator, None, quality)
+        return self._learn(policy, optimizer, everything, generator, reference_kl, quality)
+
+    def _learn(
+        self,
+        policy: Policy,
+        optimizer: Optimizer,
+        everything: Minibatch,
+        generator: torch.Generator,
+        reference_kl: ReferenceKL | None,
+        quality: float,
+    ) -> dict[str, float]:
+        """Go through the epochs by the path that fits."""
         if self.update_path != "eager" and self._can_fuse and reference_kl is None:
             plain = policy.plain(everything.batch)
             if plain is not None:
@@ -222,8 +235,8 @@ class PPO:
         if self.gae_lambda_per_step is not None:
             if not policy.has_memory:
                 raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
-            steps = batch.mask.sum(1).clamp(min=1)
-            gae_lambda = (1.0 - 1.0 / (self.gae_lambda_per_step * steps)).clamp(min=0.0).to(batch.rewards.dtype)
+            steps = batch.mask.sum(1).clamp(min=1).to(batch.rewards.dtype)
+            gae_lambda = (1.0 - 1.0 / (self.gae_lambda_per_step * steps)).clamp(min=0.0)
         advantages = estimate(gae_lambda=gae_lambda)
         if self.value_gae_lambda is None:
             returns = advantages + batch.values

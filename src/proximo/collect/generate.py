@@ -120,6 +120,7 @@ def _sample_together(
     n_rows, width = len(prompts) * n_per_prompt, prompt_tokens.shape[1]
     cache = new_cache(policy.actor, width + config.max_new_tokens)
     is_padded = not bool(prompt_attention.all())
+    takes_whole_mask = policy.actor.config._attn_implementation == "sdpa" and has_full_attention(policy.actor)
     ends = end_tokens(policy.actor, tokenizer) if config.stop_at_eos else []
     ends_tensor = torch.tensor(ends, dtype=torch.long, device=device)
 
@@ -159,7 +160,9 @@ def _sample_together(
             cache.batch_select_indices(running.nonzero().squeeze(1))
             rows, actions = rows[running], actions[running]
             running = torch.ones_like(rows, dtype=torch.bool)
-        mask = attention[rows, None, None, : place + 1] if is_padded else None
+        mask = attention[rows, : place + 1] if is_padded else None
+        if mask is not None:  # made here, the mask costs one view; transformers makes it anew at every step
+            mask = mask[:, None, None] if takes_whole_mask else mask.long()
         logits = policy.next_logits(actions[:, None], mask, (lengths[rows] + step)[:, None], cache)
 
     used = int(response.any(0).nonzero()[-1]) + 1
@@ -385,7 +388,13 @@ def new_cache(model: Any, capacity: int) -> Any:
             self._show()
 
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    if any(kind != "full_attention" for kind in kinds) or getattr(config, "sliding_window", None):
+    if not has_full_attention(model):
         return DynamicCache(config=config)
-    return Cache(layers=[_Layer() for _ in kinds])
+    return Cache(layers=[_Layer() for _ in range(config.num_hidden_layers)])
+
+
+def has_full_attention(model: Any) -> bool:
+    """Whether every layer looks at all tokens before."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or []
+    return all(kind == "full_attention" for kind in kinds) and not getattr(config, "sliding_window", None)

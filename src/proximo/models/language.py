@@ -112,8 +112,8 @@ class LanguagePolicy(nn.Module):
         columns = _used_columns(attention)
         mask = batch.mask[:, columns]
         tokens, attention = tokens[:, columns], attention[:, columns]
-        hidden = self._hidden(self.actor, tokens, attention, "policy")
-        scores, entropies = self._token_scores(hidden[mask], batch.actions[:, columns][mask])
+        hidden, scorable = self._hidden(self.actor, tokens, attention, "policy")
+        scores, entropies = self._token_scores(scorable[mask], batch.actions[:, columns][mask])
         values = self._values(tokens, attention, hidden)
         whole = batch.mask
 
@@ -147,8 +147,8 @@ class LanguagePolicy(nn.Module):
         before = response[:, 1:]
 
         def log_probs_of(model: Any, role: str | None) -> tuple[Tensor, Tensor]:
-            hidden = self._hidden(model, tokens, attention, role)
-            scores, _ = self._token_scores(hidden[:, :-1][before], targets, model=model)
+            hidden, scorable = self._hidden(model, tokens, attention, role)
+            scores, _ = self._token_scores(scorable[:, :-1][before], targets, model=model)
             return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(response, scores), hidden
 
         own, hidden = log_probs_of(self.actor, "policy")
@@ -174,8 +174,8 @@ class LanguagePolicy(nn.Module):
 
     # --- inside --------------------------------------------------------------------------------------------
 
-    def _hidden(self, model: Any, tokens: Tensor, attention: Tensor, role: str | None) -> Tensor:
-        """Last hidden states `[B, L, H]`, or logits where the model's head is more than a projection."""
+    def _hidden(self, model: Any, tokens: Tensor, attention: Tensor, role: str | None) -> tuple[Tensor, Tensor]:
+        """Last hidden states `[B, L, H]`, and what scores are made of: the same, or, if the head is more, logits."""
         positions = position_ids(attention)
         plain = tokens.masked_fill(~attention, 0)  # whatever id stands for padding, the embedding need not know it
         mask = None if bool(attention.all()) else attention.long()
@@ -183,8 +183,15 @@ class LanguagePolicy(nn.Module):
             if self._plain_head:
                 trunk = model.base_model
                 output = trunk(input_ids=plain, attention_mask=mask, position_ids=positions, use_cache=False)
-                return output.last_hidden_state
-            return model(input_ids=plain, attention_mask=mask, position_ids=positions, use_cache=False).logits
+                return output.last_hidden_state, output.last_hidden_state
+            output = model(
+                input_ids=plain,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=False,
+                output_hidden_states=True,
+            )
+            return output.hidden_states[-1], output.logits
 
     def _token_scores(self, hidden: Tensor, targets: Tensor, model: Any = None) -> tuple[Tensor, Tensor]:
         head: Callable[[Tensor], Tensor] = (model or self.actor).get_output_embeddings()
@@ -205,7 +212,7 @@ class LanguagePolicy(nn.Module):
         if self.value_head is None:
             return None
         if self.sharing == "lora":
-            hidden = self._hidden(self.actor, tokens, attention, "value")
+            hidden, _ = self._hidden(self.actor, tokens, attention, "value")
         return self.value_head(hidden.float()).squeeze(-1)
 
     @contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.grpo import GRPO, PAPERS
 from proximo.algorithms.ppo import PPO
-from proximo.collect.data import PromptRow, read_prompts
+from proximo.collect.data import OVER_LONG, PromptRow, read_prompts
 from proximo.collect.generate import Answers, GenerationConfig, generate
 from proximo.collect.judge import JudgeReward
 from proximo.collect.reward_model import RewardModel
@@ -160,6 +160,10 @@ class AlignConfig:
         in_range("reward_timeout", self.reward_timeout, above=0.0, usual="60")
         one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
         one_of("kl_in", self.kl_in, ("reward", "loss_k2", "loss_k3"))
+        one_of("beta_control", self.beta_control, ("fixed", "adaptive"))
+        one_of("critic_from", self.critic_from, ("auto", "reward", "model"))
+        one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+        one_of("over_long", self.over_long, OVER_LONG)
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             raise UserError(
                 f"There are {len(self.reward)} rewards and {len(self.reward_weights)} reward_weights. Give one each."

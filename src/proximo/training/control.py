@@ -268,7 +268,7 @@ def _written_down(record: dict[str, Any], run: RunDirectory, config: ControlConf
         return f"A file to replay it could not be written to {path}: {error}."
     if record["seed"] is None:
         return (
-            f"Its last action is in {path}; a native vector environment cannot be played again. "
+            f"Its last action is in {path}; this episode cannot be played again. "
             "With --vectorization serial a fault can be."
         )
     if not config.environment.can_be_named:
