@@ -1,0 +1,33 @@
+"""`proximo demo align`, so small that it shows nothing but that every stage follows the other."""
+
+from __future__ import annotations
+
+import json
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from proximo.demo.align import DemoConfig, run_demo, smaller
+from proximo.demo.stories import noise_ceiling
+from proximo.stage_display import StageDisplay
+
+
+def test_every_stage_runs_and_the_judge_has_the_last_word(tmp_path):
+    result = run_demo(tmp_path, smaller(DemoConfig(threads=1)), StageDisplay.choose(quiet=True))
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    for stage in ("sft", "ppo"):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / stage).num_parameters() > 1_000_000
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward").config.num_labels == 1
+    assert result["n_prompts"] == 8
+    assert 0 <= result["win_rate"] <= 1
+    assert 0.5 < result["reward_accuracy_ceiling"] < 1
+    assert (tmp_path / "ppo" / "samples.jsonl").exists()
+
+
+def test_labels_are_as_noisy_as_the_ceiling_says():
+    from proximo.demo.stories import generate_pairs, gold_score, label_preferences
+
+    pairs = generate_pairs(2000, 3)
+    rows = label_preferences(pairs, 0, 0.5)
+    right = [gold_score(row["prompt"], row["chosen"]) >= gold_score(row["prompt"], row["rejected"]) for row in rows]
+    ceiling = noise_ceiling(pairs, 0.5)
+    assert abs(sum(right) / len(right) - ceiling) < 3 * (ceiling * (1 - ceiling) / len(right)) ** 0.5
