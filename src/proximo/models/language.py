@@ -11,6 +11,7 @@ frozen base; the policy, the critic and the reward are adapters on it, and the r
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from proximo.core.batch import Batch
 from proximo.core.policy import Evaluation
 from proximo.errors import UserError
+from proximo.models.folders import context_length
 
 Sharing = Literal["separate", "trunk", "lora"]
 
@@ -282,9 +284,14 @@ def _head_is_plain(model: Any) -> bool:
     head = model.get_output_embeddings()
     if head is None:
         return False
-    ids = torch.arange(4, device=next(model.parameters()).device).unsqueeze(0)
-    whole = model(input_ids=ids, use_cache=False).logits
-    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    few = min(4, context_length(model) or 4, model.config.get_text_config().vocab_size)
+    ids = torch.arange(few, device=next(model.parameters()).device).unsqueeze(0)
+    hook = head.register_forward_pre_hook(lambda _, inputs: (100.0 * inputs[0],))  # so that a soft cap would show
+    try:
+        whole = model(input_ids=ids, use_cache=False).logits
+        ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    finally:
+        hook.remove()
     return whole.shape == ours.shape and bool(torch.allclose(whole, ours, rtol=1e-4, atol=1e-5))
 
 
@@ -311,7 +318,9 @@ def add_adapter(model: Any, name: str, config: LoraConfig) -> None:
     before = {parameter for parameter in model.parameters() if parameter.requires_grad}
     first = not _tuner_layers(model)
     try:
-        peft.inject_adapter_in_model(settings, model, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there are two adapters, and how GPT-2 lays out its weights
+            peft.inject_adapter_in_model(settings, model, adapter_name=name)
     except ValueError as error:
         raise UserError(f"Adapters do not fit this model: {error}") from error
     for key, parameter in model.named_parameters():
@@ -364,7 +373,7 @@ def enable_gradient_checkpointing(policy: LanguagePolicy) -> None:
 
     models: list[Any] = [model for model in (policy.actor, policy.critic) if model is not None]
     for model in models:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model.train()  # transformers checkpoints in training mode alone; there is no dropout left to switch on
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
