@@ -1,4 +1,4 @@
-"""Broken environments, each with its one problem; healthy ones without; replays of recorded faults."""
+"""Broken environments, each with its one problem; healthy ones without."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from proximo.collect.check import (
-    ADVICE,
-    CheckReport,
-    Problem,
-    check_environment,
-    format_report,
-)
+from proximo.collect.advice import ADVICE
+from proximo.collect.check import CheckReport, Problem, check_environment, format_report
 from proximo.collect.make import find_factory, make_env
 from proximo.errors import UserError
 
@@ -247,7 +242,13 @@ class SmallRewards(Drift):
 class DoneIsText(Drift):
     def step(self, action: Any) -> Any:
         observation, reward, terminated, truncated, info = super().step(action)
-        return observation, reward, "yes" if terminated else "", truncated, info
+        return observation, reward, terminated, "yes" if truncated else "", info
+
+
+class DoneIsInteger(Drift):
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, info = super().step(action)
+        return observation, reward, int(terminated), truncated, info
 
 
 class EndsTwice(Drift):
@@ -298,6 +299,12 @@ class SharedChance(Drift):
         return np.random.uniform()
 
 
+class ChangesAction(Continuous):
+    def step(self, action: Any) -> Any:
+        action *= 0.5
+        return super().step(action)
+
+
 class SeedIgnored(Drift):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         return super().reset(seed=5)
@@ -342,16 +349,17 @@ BROKEN = {
     NeverRewarded: "reward-constant",
     LargeRewards: "reward-scale",
     SmallRewards: "reward-scale",
-    DoneIsText: "end-type",
+    DoneIsText: "end-value",
+    DoneIsInteger: "end-type",
     EndsTwice: "end-both",
     TimeLimitAsEnd: "end-like-time-limit",
     NeverEnds: "endless",
     OwnChance: "not-repeatable",
     Curriculum: "not-repeatable",
     SharedChance: "not-repeatable",
+    ChangesAction: "not-repeatable",
     SeedIgnored: "seed-ignored",
     ActionIgnored: "action-ignored",
-    Slow: "slow",
 }
 
 
@@ -385,6 +393,7 @@ def test_a_healthy_environment_has_no_problem(healthy: type[gym.Env]) -> None:
     assert report.problems == ()
     assert report.facts["random play"].startswith("400 steps")
     assert report.facts["repeatable"].startswith("yes")
+    assert {"observations", "actions", "episode length", "return", "reward", "speed"} <= set(report.facts)
     assert "Nothing wrong was found" in format_report(report)
 
 
@@ -394,7 +403,7 @@ def test_known_environments_have_no_errors(env_id: str) -> None:
     report = check_environment(lambda: make_env(factory, env_id, {}), env_id, n_steps=400)
     assert report.ok
     # Both are so: Pendulum's returns are around -1000, and random play never swings the Acrobot up.
-    expected = {"CartPole-v1": set(), "Pendulum-v1": {"reward-large"}, "Acrobot-v1": {"reward-constant"}}
+    expected = {"CartPole-v1": set(), "Pendulum-v1": {"reward-scale"}, "Acrobot-v1": {"reward-constant"}}
     assert kinds(report) == expected[env_id]
 
 
@@ -403,15 +412,13 @@ def test_slow_steps_are_advised_workers_and_the_time_is_kept() -> None:
     problem = only(report)
     assert problem.kind == "slow"
     assert "--vectorization workers" in problem.mend
-    assert "time was up" in report.facts["random play"]
+    assert "time was up" in report.facts["random play stopped"]
 
 
 def test_the_place_of_a_violation_is_told() -> None:
     problem = only(check_environment(OutOfBounds, "env", n_steps=100))
-    assert "observation[2] is 2.5, outside its bounds [-2, 2]; episode 0 (seed " in problem.what
-    assert ", step 5." in problem.what
-    assert "times)" in problem.what
-    assert "OutOfBounds.__init__ (test_check.py, line " in problem.mend
+    assert "observation[2] is 2.5, outside its space's bounds" in problem.what
+    assert "; step 5 after reset(seed=" in problem.what
 
 
 def test_an_exception_is_told_with_the_environments_own_lines() -> None:
@@ -424,7 +431,7 @@ def test_an_exception_is_told_with_the_environments_own_lines() -> None:
 
 @pytest.mark.parametrize(
     ("broken", "kind"),
-    [(FourValues, "step-four-values"), (ResetWithoutSeed, "reset-signature"), (ResetWithoutOptions, "reset-signature")],
+    [(FourValues, "step-values"), (ResetWithoutSeed, "reset-signature"), (ResetWithoutOptions, "reset-signature")],
 )
 def test_old_forms_are_named_also_below_wrappers(broken: type[gym.Env], kind: str) -> None:
     report = check_environment(lambda: gym.wrappers.TimeLimit(broken(), 30), "Wrapped", n_steps=300)
@@ -449,7 +456,40 @@ def test_what_make_env_says_is_kept() -> None:
     assert "box2d is not installed" in only(check_environment(make, "env")).what
 
 
+def test_every_advice_is_given_to_somebody() -> None:
+    assert set(BROKEN.values()) | {"not-an-environment", "slow"} == set(ADVICE)
+
+
 def test_the_same_check_twice_says_the_same() -> None:
     one, two = (check_environment(OutOfBounds, "env", n_steps=120, seed=4) for _ in range(2))
     assert one.problems == two.problems
     assert one.facts["return"] == two.facts["return"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"), [({"seed": -1}, "seed"), ({"n_steps": -5}, "steps"), ({"n_steps": 0}, "steps")]
+)
+def test_impossible_numbers_are_refused(settings: dict[str, int], word: str) -> None:
+    with pytest.raises(UserError, match=f"^{word} is .* it must be a whole number"):
+        check_environment(Drift, "env", **settings)
+
+
+def test_a_value_too_large_for_float32_is_told_as_it_is() -> None:
+    class Huge(Drift):
+        def observe(self) -> Any:
+            return np.array([0, 0, 1e39]) if self.t == 5 else self.state.astype(np.float64)
+
+    report = check_environment(Huge, "env", n_steps=100)
+    [problem] = [problem for problem in report.problems if problem.kind == "not-finite"]
+    assert "observation[2] is 1e+39, too large for float32" in problem.what
+
+
+def test_an_empty_space_is_an_error() -> None:
+    class Blind(Drift):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_space = spaces.Box(-1, 1, (0,), np.float32)
+
+    problem = only(check_environment(Blind, "env", n_steps=100))
+    assert problem.kind == "space-unsupported"
+    assert "holds no numbers" in problem.what
