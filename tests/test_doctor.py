@@ -44,7 +44,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_everything_is_looked_at(entries: list[Entry]) -> None:
     names = {"python", "proximo", "torch", "numpy", "gymnasium", "environment", "cores", "memory", "gpu", "disk"}
-    names |= {"box2d", "mujoco", "video", "dev", "terminal"}
+    names |= {"box2d", "mujoco", "video", "language", "dev", "terminal"}
     assert names <= {entry.name for entry in entries}
     assert all(entry.status in ("ok", "missing", "problem") and entry.detail for entry in entries)
     assert by_name(entries)["environment"].status == "ok"
@@ -84,7 +84,7 @@ def test_the_speed_is_measured_on_demand(entries: list[Entry], bare: None) -> No
 def test_missing_extras_come_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     found = {entry.name: entry for entry in diagnose_machine() if entry.status == "missing"}
-    assert {"box2d", "mujoco", "video", "dev"} == set(found) - {"gpu"}
+    assert {"box2d", "mujoco", "video", "language", "dev"} == set(found) - {"gpu"}
     if sys.version_info < (3, 14):
         assert found["box2d"].mend == 'pip install -c constraints.txt -e ".[box2d]"'
 

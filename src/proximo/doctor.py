@@ -102,6 +102,15 @@ print(json.dumps(f"{2 * 512**3 / product / 1e9:.0f} GFLOP/s in products of matri
                  f"{steps:,.0f} CartPole-v1 steps/s"))
 """
 
+_LANGUAGE = """
+import json, torch, transformers
+config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                  num_attention_heads=1, num_key_value_heads=1, pad_token_id=None,
+                                  bos_token_id=None, eos_token_id=None)
+transformers.LlamaForCausalLM(config)(input_ids=torch.arange(4)[None])
+print(json.dumps(f"transformers {transformers.__version__}, a tiny model was made and run"))
+"""
+
 
 class Extra(NamedTuple):
     """An extra of Proximo: its modules, what it is for, and a program that tries it."""
@@ -115,6 +124,11 @@ EXTRAS = {
     "box2d": Extra(("Box2D", "pygame"), "LunarLander, BipedalWalker", _STEP.format(env_id="LunarLander-v3")),
     "mujoco": Extra(("mujoco", "imageio"), "HalfCheetah, Hopper, Ant, ...", _STEP.format(env_id="HalfCheetah-v5")),
     "video": Extra(("pygame", "imageio", "imageio_ffmpeg"), "proximo watch as an mp4", _VIDEO),
+    "language": Extra(
+        ("transformers", "tokenizers", "peft", "datasets"),
+        "proximo sft, reward, align, dpo, demo align, ...",
+        _LANGUAGE,
+    ),
     "dev": Extra(
         ("pytest", "pytest_timeout", "hypothesis", "beartype", "ruff", "pyright", "importlinter", "pre_commit"),
         "working on Proximo itself",
