@@ -20,7 +20,7 @@ from proximo.collect.generate import (
     response_texts,
     sample,
 )
-from proximo.collect.rewards import CallableReward, Scores
+from proximo.collect.rewards import CallableReward, Scores, WeightedReward
 from proximo.core.advantages import gae
 from proximo.errors import UserError
 from proximo.models.language import LanguagePolicy, Scored
@@ -389,3 +389,36 @@ def test_without_a_reference_there_is_no_kl():
 def test_an_impossible_setting_is_refused_by_name_with_its_value(name, value):
     with pytest.raises(UserError, match=rf"^{name} is {value!r}"):
         dataclasses.replace(GenerationConfig(), **{name: value})
+
+
+class Tokens:
+    """A reward that reads token ids where it can, and says which way it was asked."""
+
+    name = "tokens"
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def same_tokens(self, tokenizer: object) -> bool:
+        return tokenizer is TOKENIZER
+
+    def score_tokens(self, tokens: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        self.asked.append("tokens")
+        return attention.sum(1).float()
+
+    def __call__(self, prompts: list, responses: list[str], columns: dict) -> Scores:
+        self.asked.append("text")
+        return Scores([0.0] * len(responses), [])
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_parts_of_a_sum_read_token_ids_too():
+    first, second = Tokens(), Tokens()
+    reward = WeightedReward([first, second], [1.0, 2.0])
+    batch, answers = generate(policy_of(), TOKENIZER, rows_of(PROMPTS), reward, GenerationConfig(), seeded())
+    assert first.asked == second.asked == ["tokens"]
+    lengths = [len(row.token_ids) + n for row, n in zip(rows_of(PROMPTS), answers.n_tokens, strict=True)]
+    assert answers.scores == [3.0 * length for length in lengths]
+    assert batch.rewards.sum(1).tolist() == answers.scores

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from proximo.collect.data import Prompt, PromptRow, left_padded
-from proximo.collect.rewards import Reward, Scores
+from proximo.collect.rewards import Reward, Scores, WeightedReward
 from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical
 from proximo.core.kl import k1
@@ -278,6 +278,8 @@ def response_texts(tokenizer: Any, responses: Responses, ends: list[int], stop: 
 
 def _rewarded(reward: Reward, tokenizer: Any, asked: list[PromptRow], texts: list[str], responses: Responses) -> Scores:
     """Scores from the very token ids where the reward reads the same ones, else from the text."""
+    if isinstance(reward, WeightedReward):
+        return reward.summed([_rewarded(part, tokenizer, asked, texts, responses) for part in reward.rewards])
     same_tokens = getattr(reward, "same_tokens", None)
     if same_tokens is not None and same_tokens(tokenizer):
         values = reward.score_tokens(responses.tokens, responses.attention).tolist()  # type: ignore[attr-defined]

@@ -233,12 +233,15 @@ class WeightedReward:
         self.name = "+".join(reward.name for reward in rewards)
         self.parts: list[list[float | None]] = []
         """The scores of each source in the last call, before weighting."""
-        self._rewards = list(rewards)
+        self.rewards = list(rewards)
         self._weights = list(weights)
 
     def __call__(self, prompts: list[Prompt], responses: list[str], columns: dict[str, list[Any]]) -> Scores:
         """Score a batch with every source, one after the other."""
-        scores = [reward(prompts, responses, columns) for reward in self._rewards]
+        return self.summed([reward(prompts, responses, columns) for reward in self.rewards])
+
+    def summed(self, scores: Sequence[Scores]) -> Scores:
+        """The weighted sum of what the sources have said, in their order."""
         self.parts = [values for values, _ in scores]
         sums: list[float | None] = []
         for row in zip(*self.parts, strict=True):
@@ -247,14 +250,14 @@ class WeightedReward:
             sums.append(sum(w * value for w, value in zip(self._weights, known, strict=True)) if complete else None)
         problems = [
             f"{reward.name}: {problem}"
-            for reward, score in zip(self._rewards, scores, strict=True)
+            for reward, score in zip(self.rewards, scores, strict=True)
             for problem in score.problems
         ]
         return Scores(sums, problems)
 
     def close(self) -> None:
         """Close every source."""
-        for reward in self._rewards:
+        for reward in self.rewards:
             reward.close()
 
 

@@ -197,6 +197,8 @@ class AlignState:
     sampling: torch.Generator
     shuffling: torch.Generator
     beta: float
+    reference: list[float] | None
+    """A fingerprint of the reference's weights, which never move."""
     iteration: int = 0
     n_prompts_used: int = 0
     n_responses: int = 0
@@ -240,6 +242,7 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         sampling=torch.Generator(config.device).manual_seed(sampling),
         shuffling=torch.Generator().manual_seed(shuffling),
         beta=config.beta,
+        reference=_fingerprint(policy),
     )
 
 
@@ -607,7 +610,7 @@ def save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
         "generators": {"sampling": state.sampling.get_state(), "shuffling": state.shuffling.get_state()},
     }
     described = {name: getattr(state, name) for name in _COUNTERS} | {"stage": STAGE}
-    described["reference"] = _fingerprint(state.policy)
+    described["reference"] = state.reference
     sync_metrics(run.metrics_path)
     save_checkpoint(run.checkpoints, state.iteration, tensors, described)
     prune_checkpoints(run.checkpoints, config.keep_checkpoints)
@@ -619,7 +622,7 @@ _COUNTERS = ("beta", "iteration", "n_prompts_used", "n_responses", "n_tokens", "
 def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., Any] | None = None) -> AlignState:
     """The state of a checkpoint."""
     state = start(config, reward)
-    if checkpoint.state.get("reference") != _fingerprint(state.policy):
+    if checkpoint.state.get("reference") != state.reference:
         raise UserError(
             f"{config.model} is not the model that this run began with: its weights differ. Bring them back, for they "
             "are the reference, or begin a new run."
