@@ -218,3 +218,7 @@ class TestCommandLine:
         code, _, error = said_by(capsys, "evaluate", "sft")
         assert code == 2
         assert "--against" in error
+        for word, said in (("watch", "proximo chat"), ("report", "metrics.jsonl")):
+            code, _, error = said_by(capsys, word, "sft")
+            assert code == 2
+            assert said in error

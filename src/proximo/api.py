@@ -298,6 +298,11 @@ def read_run_config(directory: RunDirectory) -> ControlConfig:
         UserError: if its config.toml is damaged, emptied or cut short.
     """
     settings = read_config(directory)
+    if "stage" in settings:
+        raise UserError(
+            f"{directory.path} is a language run ({settings['stage']}), which has no environment. Look at it with: "
+            f"proximo chat {directory.path}, or proximo sample {directory.path} --prompts FILE"
+        )
     # The first and the last that are written: defaults must not stand in silently for what was lost between.
     lost = [name for name in ("env_id", "env_kwargs") if name not in settings]
     if lost:

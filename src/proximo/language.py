@@ -278,13 +278,18 @@ def _to_the_end(
 ) -> StageRun:
     interrupted_by = None
     row: dict[str, Any] = {}
-    with noted_signals() as received, display.live(stage, state.iteration) as show:
-        for row in module.iterate(config, directory, state):
-            show(row, getattr(state, "samples", []))
-            if received and not module.finished(config, state):
-                interrupted_by = received[0]
-                module.save(config, directory, state)
-                break
+    reward = getattr(state, "reward", None)
+    try:
+        with noted_signals() as received, display.live(stage, state.iteration) as show:
+            for row in module.iterate(config, directory, state):
+                show(row, getattr(state, "samples", []))
+                if received and not module.finished(config, state):
+                    interrupted_by = received[0]
+                    module.save(config, directory, state)
+                    break
+    finally:
+        if reward is not None:
+            reward.close()
     if not row:
         rows = read_metrics(directory.metrics_path)
         row = dict(rows[-1]) if rows else {}

@@ -229,8 +229,12 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         Path(config.prompts), tokenizer, max_tokens=config.max_prompt_tokens, over_long=config.over_long
     )
     source = CallableReward(reward, timeout=config.reward_timeout) if reward is not None else reward_of(config)
-    policy = build_policy(config)
-    _check_context(config, policy, prompts)
+    try:
+        policy = build_policy(config)
+        _check_context(config, policy, prompts)
+    except BaseException:
+        source.close()  # a reward function's process would stay behind
+        raise
     streams = torch.Generator().manual_seed(config.seed)
     sampling, shuffling = (int(torch.randint(2**62, (), generator=streams)) for _ in range(2))
     return AlignState(
@@ -663,5 +667,4 @@ def finish(config: AlignConfig, run: RunDirectory, state: AlignState) -> dict[st
     """Write the model into the run directory itself, as `save_pretrained` does; return facts about the result."""
     weights = merged_state(state.policy.actor, "policy") if config.sharing == "lora" else None
     save_model(run.path, state.policy.actor, state.tokenizer, weights)
-    state.reward.close()
     return {"model": f"{run.path} (AutoModelForCausalLM.from_pretrained loads it)"}
