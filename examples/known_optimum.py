@@ -32,7 +32,7 @@ from proximo.models.folders import transformers_module
 from proximo.models.language import LanguagePolicy
 from proximo.runs.directory import new_run
 from proximo.training import align
-from proximo.training.align import ALGORITHMS, AlignConfig
+from proximo.training.align_config import ALGORITHMS, AlignConfig
 
 N_TOKENS, LENGTH = 8, 5
 WORDS = "abcdefgh"

@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 import tomllib
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,10 +21,11 @@ from proximo.language import (
     read_stage_config,
     resume_stage,
     run_stage,
-    stage_module,
 )
 from proximo.runs.directory import RunDirectory
 from proximo.stage_display import StageDisplay
+from proximo.training.align_config import JudgeConfig
+from proximo.training.roles import reward_of
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
 
@@ -45,7 +47,7 @@ class _Output:
     run_dir: Path | None = None
     """Where to write; by default a new folder runs/STAGE/TIME-seedSEED."""
     quiet: bool = False
-    """Show no progress."""
+    """Show no progress and no notes."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -64,7 +66,9 @@ def stage_command(stage: str, words: list[str]) -> Outcome:
     base = config_of(stage, from_file, where=file or f"proximo {stage}")
     given, config = _parse_stage(stage, words, base)
     display = StageDisplay.choose(quiet=given.quiet)
-    return finish_stage(run_stage(stage, config, display, given.run_dir), display, as_json=given.json)
+    with display.notes():
+        run = run_stage(stage, config, display, given.run_dir)
+    return finish_stage(run, display, as_json=given.json)
 
 
 def _parse_stage(stage: str, words: list[str], base: Any) -> tuple[_Output, Any]:
@@ -93,7 +97,9 @@ def _dataclass_of(name: str, fields: list[Any]) -> Any:
 def resume_command(run: Path, *, allow_import: bool, quiet: bool, as_json: bool) -> Outcome:
     """`proximo resume RUN` for a language run."""
     display = StageDisplay.choose(quiet=quiet)
-    return finish_stage(resume_stage(run, display, allow_import=allow_import), display, as_json=as_json)
+    with display.notes():
+        whole = resume_stage(run, display, allow_import=allow_import)
+    return finish_stage(whole, display, as_json=as_json)
 
 
 def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outcome:
@@ -148,6 +154,8 @@ class SampleArguments:
     """Of sampling; below 1 is more predictable."""
     stop: tuple[str, ...] = ()
     """A response also ends where one of these appears."""
+    chat_template: str = ""
+    """A Jinja file that says how messages are written, in place of the tokenizer's own template."""
     seed: int = 0
     """Fixes the responses."""
     device: str = "cpu"
@@ -163,8 +171,9 @@ def sample_command(words: list[str]) -> Outcome:
 
     given = tyro.cli(SampleArguments, args=words, prog="proximo sample")
     generation = GenerationConfig(max_new_tokens=given.max_new_tokens, temperature=given.temperature, stop=given.stop)
-    tokenizer = load_tokenizer(given.model)
-    rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")
+    tokenizer = load_tokenizer(given.model, given.chat_template)
+    with StageDisplay.choose(quiet=False).notes():
+        rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")
     policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
     _check_room(context_length(policy.actor), max(len(row.token_ids) for row in rows), given.max_new_tokens)
     answers = answers_of(policy, tokenizer, rows, NoReward(), generation, n_per_prompt=given.n, seed=given.seed)
@@ -190,6 +199,8 @@ class ChatArguments:
     """A model folder, a run, or a hub id."""
     system: str | None = None
     """A system message to begin with, for models with a chat template."""
+    chat_template: str = ""
+    """A Jinja file that says how messages are written, in place of the tokenizer's own template."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     temperature: float = 0.7
@@ -210,7 +221,7 @@ def chat_command(words: list[str]) -> Outcome:
     from proximo.training.compare import load_for_sampling
 
     given = tyro.cli(ChatArguments, args=words, prog="proximo chat")
-    tokenizer = load_tokenizer(given.model)
+    tokenizer = load_tokenizer(given.model, given.chat_template)
     policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
     generator = torch.Generator(given.device).manual_seed(given.seed)
     limit = context_length(policy.actor)
@@ -242,24 +253,29 @@ def _asked() -> str:
 
 @dataclass(frozen=True)
 class CompareArguments:
-    """Compare a language model with another one, such as what it began as, by a reward."""
+    """Compare a language model with another one, such as what it began as, by a reward, an AI judge, or both."""
 
     model: tyro.conf.Positional[str]
     """A model folder, a run, or a hub id."""
     against: str
     """The model to compare with."""
-    reward: tuple[str, ...]
-    """Where scores come from, as for proximo align."""
     prompts: Path
     """A .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
+    reward: tuple[str, ...] = ()
+    """Where scores come from, as for proximo align; the win rate is the share of prompts with the higher score."""
+    judge: bool = False
+    """Show both responses to an AI judge, in both orders, and count which it finds better."""
+    judge_settings: Annotated[JudgeConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=JudgeConfig)
     episodes: int = 256
     """Prompts to answer, at most."""
     best_of: int = 4
-    """Show also the best of so many responses of the other model."""
+    """Show also the mean of the best score among so many responses of the other model to each prompt (best-of-n)."""
     max_new_tokens: int | None = None
     """Longest response; by default what the run was trained with."""
     temperature: float | None = None
     """Of sampling; by default what the run was trained with."""
+    chat_template: str = ""
+    """A Jinja file that says how messages are written, in place of the tokenizer's own template."""
     seed: int = 0
     """Fixes the responses."""
     device: str = "cpu"
@@ -269,13 +285,54 @@ class CompareArguments:
 
 
 def compare_command(words: list[str]) -> Outcome:
-    """`proximo evaluate MODEL --against MODEL --reward REWARD --prompts FILE`."""
+    """`proximo evaluate MODEL --against MODEL --reward REWARD --prompts FILE`, or --judge in place of the reward."""
     from proximo.collect.data import read_prompts
-    from proximo.collect.generate import GenerationConfig
     from proximo.models.folders import load_tokenizer
     from proximo.training.compare import compare
 
     given = tyro.cli(CompareArguments, args=words, prog="proximo evaluate")
+    if not given.reward and not given.judge:
+        raise UserError("Comparing two models needs --reward REWARD (as for proximo align), or --judge, or both.")
+    tokenizer = load_tokenizer(given.model, given.chat_template)
+    with StageDisplay.choose(quiet=False).notes():
+        rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")[: given.episodes]
+    with ExitStack() as opened:
+        reward, judge = _sources(given, opened)
+        result = compare(
+            given.model,
+            given.against,
+            tokenizer,
+            rows,
+            reward,
+            _generation_of(given),
+            judge=judge,
+            best_of=given.best_of,
+            seed=given.seed,
+            device=given.device,
+        )
+    return EXIT_DONE, json.dumps(result) if given.json else "\n".join(_compared_in_words(given, result))
+
+
+def _sources(given: CompareArguments, opened: ExitStack) -> tuple[Any, Any]:
+    """The reward and the judge asked for, or None; `opened` closes them."""
+    settings = asdict(given.judge_settings)
+
+    def source(places: tuple[str, ...], mode: str) -> Any:
+        named = {"reward": places, "device": given.device} | settings | {"judge_mode": mode}
+        found = reward_of(config_of("align", named, where="proximo evaluate"))
+        opened.callback(found.close)
+        return found
+
+    if "judge" in given.reward and given.judge_settings.judge_mode == "pair":
+        raise UserError("--reward judge --judge-mode pair has nothing to compare with here. Use --judge instead.")
+    judge = source(("judge",), "pair") if given.judge else None
+    return source(given.reward, "score") if given.reward else None, judge
+
+
+def _generation_of(given: CompareArguments) -> Any:
+    """How to sample: as the run was trained, but for what is given."""
+    from proximo.collect.generate import GenerationConfig
+
     generation = GenerationConfig()
     directory = RunDirectory(Path(given.model))
     if directory.config_path.is_file():
@@ -284,37 +341,31 @@ def compare_command(words: list[str]) -> Outcome:
     for name in ("max_new_tokens", "temperature"):
         if getattr(given, name) is not None:
             generation = replace(generation, **{name: getattr(given, name)})
-    tokenizer = load_tokenizer(given.model)
-    rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")[: given.episodes]
-    align = stage_module("align")
-    reward = align.reward_of(config_of("align", {"reward": given.reward, "device": given.device}, where="--reward"))
-    try:
-        result = compare(
-            given.model,
-            given.against,
-            tokenizer,
-            rows,
-            reward,
-            generation,
-            best_of=given.best_of,
-            seed=given.seed,
-            device=given.device,
-        )
-    finally:
-        reward.close()
-    return EXIT_DONE, json.dumps(result) if given.json else "\n".join(_compared_in_words(given, result))
+    return generation
 
 
 def _compared_in_words(given: CompareArguments, result: dict[str, Any]) -> list[str]:
-    return [
-        f"{given.model} against {given.against}: {result['n_prompts']} prompts, seed {result['seed']}",
-        f"win rate {100 * result['win_rate']:.1f} % +- {100 * result['win_rate_standard_error']:.1f}",
-        f"reward   {result['reward_mean']:.4g} against {result['reward_mean_against']:.4g}"
-        f" (best of {result['best_of']}: {result['best_of_reward_mean']:.4g})",
+    def rate(of: str) -> str:
+        return f"{100 * result[f'{of}win_rate']:.1f} % +- {100 * result[f'{of}win_rate_standard_error']:.1f}"
+
+    lines = [f"{given.model} against {given.against}: {result['n_prompts']} prompts, seed {result['seed']}"]
+    if result["win_rate"] is not None:
+        lines += [
+            f"win rate {rate('')} by score",
+            f"reward   {result['reward_mean']:.4g} against {result['reward_mean_against']:.4g}"
+            f" (best of {result['best_of']}: {result['best_of_reward_mean']:.4g})",
+        ]
+    if result["judge_win_rate"] is not None:
+        lines.append(f"win rate {rate('judge_')} by the judge {given.judge_settings.judge_model}")
+    lines += [
         f"KL       {result['kl_to_against']:.3g} nats per response",
         f"ended    {100 * result['eos_fraction']:.1f} % against {100 * result['eos_fraction_against']:.1f} %",
         f"length   {result['response_length_mean']:.1f} tokens against {result['response_length_mean_against']:.1f}",
-    ] + ([f"no score for {result['missing']} prompts"] if result["missing"] else [])
+    ]
+    for name, what in (("missing", "score"), ("judge_missing", "verdict")):
+        if result[name]:
+            lines.append(f"no {what} for {result[name]} prompts")
+    return lines
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from proximo.api import check_device, noted_signals
+from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest
+from proximo.models.folders import tokenizer_in_words
 from proximo.runs.checkpoint import newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
 from proximo.runs.lock import locked
@@ -22,7 +24,7 @@ from proximo.training.config import settings_of, with_settings
 
 STAGES = ("sft", "reward", "align", "dpo")
 
-PLACES = ("model", "data", "prompts")
+PLACES = ("model", "data", "prompts", "chat_template")
 """Settings that may name a file or folder; they are kept as absolute paths, so that a run can be resumed anywhere."""
 
 
@@ -160,13 +162,14 @@ def algorithm_named(name: Any) -> Any:
     Raises:
         UserError: if there is none of this name, with the nearest ones.
     """
-    algorithms = stage_module("align").ALGORITHMS
-    if name not in algorithms:
-        close = nearest(str(name), algorithms, count=1)
+    from proximo.training.align_config import ALGORITHMS
+
+    if name not in ALGORITHMS:
+        close = nearest(str(name), ALGORITHMS, count=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        listed = ", ".join(algorithms)
+        listed = ", ".join(ALGORITHMS)
         raise UserError(f"There is no algorithm {name!r} for language models.{hint} There are: {listed}.")
-    return algorithms[name]
+    return ALGORITHMS[name]
 
 
 def written_settings(stage: str, config: Any) -> dict[str, Any]:
@@ -201,7 +204,7 @@ def _absolute(config: Any) -> Any:
         value: Any = getattr(config, entry.name)
         if entry.name in PLACES and isinstance(value, str) and value and Path(value).expanduser().exists():
             changes[entry.name] = str(Path(value).expanduser().absolute())
-        elif entry.name == "reward" and isinstance(value, tuple):
+        elif entry.name in ("reward", "gold") and isinstance(value, tuple):
             changes[entry.name] = tuple(_absolute_reward(place) for place in value)
     judge = getattr(config, "judge", None)
     if judge is not None and judge.judge_rubric and Path(judge.judge_rubric).exists():
@@ -210,9 +213,9 @@ def _absolute(config: Any) -> Any:
 
 
 def _absolute_reward(place: str) -> str:
-    file, colon, function = place.rpartition(":")
-    path = Path(file if colon else place).expanduser()
-    return f"{path.absolute()}{colon}{function if colon else ''}" if path.exists() else place
+    file, colon, function = place.rpartition(":") if kind_of_reward(place) == "function" else (place, "", "")
+    path = Path(file).expanduser()
+    return f"{path.absolute()}{colon}{function}" if path.exists() else place
 
 
 # --- driving ----------------------------------------------------------------------------------------------------
@@ -239,8 +242,16 @@ def run_stage(
         with locked(directory):
             write_config(directory, written_settings(stage, config))
             module.save(config, directory, state)  # so that it can be resumed from its first moment on
-            display.facts({"stage": stage} | module.plan(config, state) | {"run directory": str(directory.path)})
+            facts = module.plan(config, state) | _tokenizer_facts(state)
+            display.facts({"stage": stage} | facts | {"run directory": str(directory.path)})
             return _to_the_end(stage, module, config, directory, state, display)
+
+
+def _tokenizer_facts(state: Any) -> dict[str, str]:
+    """What is to be said about the tokenizer beside its model, if anything."""
+    model = state.policy.actor if hasattr(state, "policy") else state.model
+    words = tokenizer_in_words(state.tokenizer, model.config)
+    return {"tokenizer": words} if words else {}
 
 
 def resume_stage(
@@ -253,7 +264,8 @@ def resume_stage(
     """
     directory = open_run(run)
     stage, config = read_stage_config(directory)
-    places = [place for place in getattr(config, "reward", ()) if ":" in place]
+    named = getattr(config, "reward", ()) + getattr(config, "gold", ())
+    places = [place for place in named if kind_of_reward(place) == "function"]
     if places and not allow_import and function is None:
         raise UserError(
             f"This run's reward is {places[0]!r}: resuming it runs that code. If the run is your own, add "
@@ -278,7 +290,7 @@ def _to_the_end(
 ) -> StageRun:
     interrupted_by = None
     row: dict[str, Any] = {}
-    reward = getattr(state, "reward", None)
+    rewards = [source for name in ("reward", "gold") if (source := getattr(state, name, None)) is not None]
     try:
         with noted_signals() as received, display.live(stage, state.iteration) as show:
             for row in module.iterate(config, directory, state):
@@ -288,7 +300,7 @@ def _to_the_end(
                     module.save(config, directory, state)
                     break
     finally:
-        if reward is not None:
+        for reward in rewards:
             reward.close()
     if not row:
         rows = read_metrics(directory.metrics_path)

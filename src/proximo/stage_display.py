@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from proximo.collect.data import DataNote
 from proximo.report.sparkline import sparkline
 from proximo.terminal import PLAIN_LINE_EVERY, Display, duration, short
 
@@ -68,6 +70,22 @@ class StageDisplay:
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(escape(text), soft_wrap=True)
+
+    @contextmanager
+    def notes(self) -> Iterator[None]:
+        """Show what the readers of data warn of as one line each, in place of Python's two with a line of code."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DataNote)
+            shown_otherwise = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *more: Any, **named: Any) -> None:
+                if issubclass(category, DataNote):
+                    self.say(f"note: {message}")
+                else:
+                    shown_otherwise(message, category, *more, **named)
+
+            warnings.showwarning = show
+            yield
 
     @contextmanager
     def live(self, stage: str, done: int) -> Iterator[Show]:

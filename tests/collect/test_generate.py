@@ -1,91 +1,41 @@
-"""Sampling and the batch made of it: the shift by hand, ratios of 1, ends of every kind, and missing scores."""
+"""Sampling and the batch made of it: the shift by hand, ratios of 1, ends of every kind."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from proximo.collect import generate as module
-from proximo.collect.data import PromptRow
 from proximo.collect.generate import (
     GenerationConfig,
     Responses,
     _assemble,
+    draw,
     end_tokens,
     generate,
     response_texts,
     sample,
 )
-from proximo.collect.rewards import CallableReward, Scores, WeightedReward
 from proximo.core.advantages import gae
 from proximo.errors import UserError
-from proximo.models.language import LanguagePolicy, Scored
-from tests.tiny_language import SPECIAL, WORDS, tiny_model, tiny_scalar_model, tiny_tokenizer
-
-VOCABULARY = len(SPECIAL + WORDS)
-PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15], [16, 17], [18]]
-ENDS = [2, *range(40, VOCABULARY)]  # about one token in five ends a response, so that they end at all lengths
-TOKENIZER = tiny_tokenizer()
-kinds = pytest.mark.parametrize("kind", ["llama", "gpt2"])
-
-
-def rows_of(prompts: list[list[int]] = PROMPTS) -> list[PromptRow]:
-    return [PromptRow(TOKENIZER.decode(ids), ids, {"number": k}) for k, ids in enumerate(prompts)]
-
-
-def policy_of(kind: Any = "llama", *, temperature: float = 1.0, actor: Any = None, ends: Any = ENDS) -> LanguagePolicy:
-    actor = actor or tiny_model(kind)
-    actor.generation_config.eos_token_id = ends
-    return LanguagePolicy(
-        actor,
-        sharing="separate",
-        critic=tiny_scalar_model(kind, seed=1),
-        reference=tiny_model(kind, seed=2),
-        temperature=temperature,
-    )
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Told:
-    """A reward that gives scores told beforehand (over and over) and remembers what it was asked."""
-
-    name = "told"
-
-    def __init__(self, *scores: float | None) -> None:
-        self.scores = scores or (1.0,)
-        self.asked: list[tuple[list[Any], list[str], dict[str, list[Any]]]] = []
-
-    def __call__(self, prompts: list[Any], responses: list[str], columns: dict[str, list[Any]]) -> Scores:
-        self.asked.append((prompts, responses, columns))
-        return Scores([self.scores[k % len(self.scores)] for k in range(len(responses))], [])
-
-    def close(self) -> None:
-        pass
-
+from tests.collect.answering import (
+    ENDS,
+    HAND,
+    PROMPTS,
+    SCORED,
+    TOKENIZER,
+    VOCABULARY,
+    Told,
+    kinds,
+    policy_of,
+    rows_of,
+    seeded,
+)
+from tests.tiny_language import WORDS, tiny_model, tiny_tokenizer
 
 # --- the shift, by hand -------------------------------------------------------------------------------------------
-
-# Prompts of one, two and one token; responses of three (ended), two (ended) and three tokens (cut off).
-HAND = Responses(
-    tokens=torch.tensor([[0, 7, 20, 21, 2], [8, 9, 22, 2, 0], [0, 10, 24, 25, 26]]),
-    attention=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool),
-    response=torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], dtype=torch.bool),
-    log_probs=torch.tensor([[0.0, 0, -1, -2, -3], [0, 0, -1, -1, 0], [0, 0, -2, -2, -2]]),
-    ended=torch.tensor([True, True, False]),
-)
-NAN = float("nan")
-SCORED = Scored(
-    log_probs=torch.full((3, 5), NAN),  # those of sampling count
-    ref_log_probs=torch.tensor([[NAN, NAN, -1.5, -1, -3.25], [NAN, NAN, -1, -2, NAN], [NAN, NAN, -2, -2, -2]]),
-    values=torch.tensor([[NAN, 0.5, 0.2, 0.4, NAN], [NAN, 0.5, 0.25, NAN, NAN], [NAN, 0.5, 0.2, 0.4, 0.8]]),
-)
 
 
 def hand_batch(scores: list[float | None], **settings: Any) -> Any:
@@ -278,6 +228,21 @@ def test_end_tokens_are_tokens_like_others_where_they_are_not_to_stop():
     assert torch.isin(responses.tokens[responses.response], torch.tensor(ENDS)).any()
 
 
+def test_an_end_that_nothing_can_write_is_not_waited_for():
+    endless = tiny_tokenizer()
+    endless.eos_token = None
+
+    def generated(ends: Any, **settings: Any) -> list[bool]:
+        config = GenerationConfig(max_new_tokens=4, **settings)
+        return generate(policy_of(ends=ends), endless, rows_of(), Told(), config, seeded())[1].ended
+
+    with pytest.raises(UserError, match=r"EOS token, so no response could ever end\. .*stop_at_eos"):
+        generated(None)
+    assert generated(None, stop_at_eos=False) == [False] * 5
+    assert any(generated(None, stop=WORDS[::2]))
+    assert any(generated(ENDS))
+
+
 def test_stop_strings_end_a_response_and_are_left_out_of_its_text():
     stop = (WORDS[0], " ".join(WORDS[1:3]), *WORDS[10:16])  # the second one is two tokens
     config = GenerationConfig(max_new_tokens=12, stop=stop)
@@ -303,122 +268,19 @@ def test_texts_are_without_end_tokens_and_cut_before_a_stop_string():
     assert response_texts(TOKENIZER, HAND, [2, 26], (WORDS[14], WORDS[17])) == [f"{WORDS[13]} ", WORDS[15], ""]
 
 
-# --- rewards ------------------------------------------------------------------------------------------------------
+def test_tokens_are_drawn_as_often_as_their_probabilities_say():
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+    n = 40_000
+    rows = probabilities.log().expand(n, -1)
+    drawn = draw(rows, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn, minlength=6)
+    assert counts[probabilities == 0].sum() == 0  # what cannot be is never drawn, the first and the last place included
+    expected = n * probabilities[probabilities > 0]
+    chi_squared = float(((counts[probabilities > 0] - expected) ** 2 / expected).sum())
+    assert chi_squared < 16.3  # three degrees of freedom: exceeded once in a thousand times
 
 
-def test_the_reward_is_asked_in_the_order_of_rows_and_groups_are_those_of_a_prompt():
-    reward = Told(*range(10))
-    config = GenerationConfig(max_new_tokens=4)
-    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), reward, config, seeded(), n_per_prompt=2)
-    ((prompts, texts, columns),) = reward.asked
-    assert columns == {"number": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]}
-    assert batch.group.tolist() == columns["number"]
-    assert prompts == answers.prompts == [row.prompt for row in rows_of() for _ in range(2)]
-    assert texts == answers.texts
-    assert batch.rewards.sum(1).tolist() == [float(k) for k in range(10)]
-    for row in range(10):
-        first = int(batch.mask[row].nonzero()[0])
-        seen = batch.observations["tokens"][row, : first + 1][batch.observations["attention"][row, : first + 1]]
-        assert seen.tolist() == PROMPTS[row // 2]
-
-
-def test_nan_and_none_and_what_raises_are_no_score_and_zero_is_one():
-    def reward(prompts: list[Any], responses: list[str], number: list[int]) -> list[Any]:
-        del prompts, responses
-        if 4 in number:
-            raise KeyError("four")
-        return [[0.0, float("nan"), None, float("inf")][k] for k in number]
-
-    source = CallableReward(reward)
-    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), source, GenerationConfig(max_new_tokens=4), seeded())
-    assert answers.scores == [0.0, None, None, None, None]
-    assert batch.mask.any(1).tolist() == [True, False, False, False, False]
-    assert "four" in " ".join(answers.problems)
-    source.close()
-
-
-def test_a_reward_that_reads_the_same_tokens_is_given_them():
-    class Reader(Told):
-        def same_tokens(self, tokenizer: Any) -> bool:
-            return tokenizer is TOKENIZER
-
-        def score_tokens(self, tokens: Tensor, attention: Tensor) -> Tensor:
-            sums = (tokens * attention).sum(1).float()
-            return torch.where(torch.arange(5) == 1, torch.nan, torch.where(torch.arange(5) == 3, -torch.inf, sums))
-
-    config = GenerationConfig(max_new_tokens=4)
-    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), Reader(), config, seeded())
-    for row in range(5):
-        ids = PROMPTS[row] + batch.actions[row, batch.mask[row]].tolist()
-        assert answers.scores[row] == (None if row in (1, 3) else float(sum(ids)))
-    assert "NaN" in answers.problems[0]
-
-
-def test_scoring_in_parts_is_scoring(monkeypatch):
-    config = GenerationConfig(max_new_tokens=6)
-    whole, _ = generate(policy_of(), TOKENIZER, rows_of(), Told(), config, seeded(), reward_beta=0.1)
-    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 25)
-    parts, _ = generate(policy_of(), TOKENIZER, rows_of(), Told(), config, seeded(), reward_beta=0.1)
-    for name in ("rewards", "values", "next_values", "ref_log_probs"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0.0, atol=1e-5)
-
-
-def test_without_a_reference_there_is_no_kl():
-    policy = policy_of()
-    config = GenerationConfig(max_new_tokens=3)
-    batch, answers = generate(policy, TOKENIZER, rows_of(), Told(), config, seeded(), with_reference=False)
-    assert batch.ref_log_probs is None
-    assert answers.kl_to_reference is None
-    with pytest.raises(ValueError, match="needs the reference"):
-        generate(policy, TOKENIZER, rows_of(), Told(), config, seeded(), with_reference=False, reward_beta=0.1)
-    lonely = LanguagePolicy(tiny_model(), sharing="separate")
-    with pytest.raises(ValueError, match="no reference in memory"):
-        generate(lonely, TOKENIZER, rows_of(), Told(), config, seeded())
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("max_new_tokens", 0),
-        ("temperature", 0.0),
-        ("missing_eos_penalty", -1.0),
-        ("generation_batch_size", 0),
-        ("truncation", "cut"),
-    ],
-)
-def test_an_impossible_setting_is_refused_by_name_with_its_value(name, value):
-    with pytest.raises(UserError, match=rf"^{name} is {value!r}"):
-        dataclasses.replace(GenerationConfig(), **{name: value})
-
-
-class Tokens:
-    """A reward that reads token ids where it can, and says which way it was asked."""
-
-    name = "tokens"
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def same_tokens(self, tokenizer: object) -> bool:
-        return tokenizer is TOKENIZER
-
-    def score_tokens(self, tokens: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        self.asked.append("tokens")
-        return attention.sum(1).float()
-
-    def __call__(self, prompts: list, responses: list[str], columns: dict) -> Scores:
-        self.asked.append("text")
-        return Scores([0.0] * len(responses), [])
-
-    def close(self) -> None:
-        pass
-
-
-def test_the_parts_of_a_sum_read_token_ids_too():
-    first, second = Tokens(), Tokens()
-    reward = WeightedReward([first, second], [1.0, 2.0])
-    batch, answers = generate(policy_of(), TOKENIZER, rows_of(PROMPTS), reward, GenerationConfig(), seeded())
-    assert first.asked == second.asked == ["tokens"]
-    lengths = [len(row.token_ids) + n for row, n in zip(rows_of(PROMPTS), answers.n_tokens, strict=True)]
-    assert answers.scores == [3.0 * length for length in lengths]
-    assert batch.rewards.sum(1).tolist() == answers.scores
+def test_the_same_seed_draws_the_same_tokens_and_another_seed_others():
+    rows = torch.zeros(64, 30).log_softmax(-1)
+    one, again, other = (draw(rows, torch.Generator().manual_seed(seed)).tolist() for seed in (1, 1, 2))
+    assert one == again != other

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +13,7 @@ import pytest
 from proximo.collect import judge as judge_module
 from proximo.collect.judge import JudgeReward
 from proximo.errors import UserError
-
-KEY = "sk-this-is-the-secret"
-
-Reply = str | int | bytes
-"""What the judge writes, an HTTP status, or a whole body."""
-
-
-class Endpoint:
-    """Answers with what `reply(user message)` gives; keeps the requests."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[str], Reply] = lambda message: '{"score": 5}'
-        self.delay = 0.0
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.requests.append(body | {"path": self.path})
-                endpoint.keys.append(self.headers["Authorization"])
-                time.sleep(endpoint.delay)
-                reply = endpoint.reply(body["messages"][-1]["content"])
-                if isinstance(reply, int):  # as unfriendly as can be: the key comes back in the body
-                    status, said = reply, f"no, not with {self.headers['Authorization']}".encode()
-                elif isinstance(reply, bytes):
-                    status, said = 200, reply
-                else:
-                    status, said = 200, json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(said)))
-                self.end_headers()
-                with suppress(ConnectionError):  # nobody waits any more
-                    self.wfile.write(said)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+from tests.chat_endpoint import KEY, Endpoint, Reply, between, longer_is_better
 
 
 @pytest.fixture
@@ -68,8 +23,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setattr(judge_module, "BACKOFF_SECONDS", 0.01)
     endpoint = Endpoint()
     yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+    endpoint.close()
 
 
 @pytest.fixture
@@ -90,18 +44,6 @@ def judge(endpoint: Endpoint, rubric: Path) -> Iterator[Callable[..., JudgeRewar
     yield opening
     for one in opened:
         one.close()
-
-
-def between(message: str, name: str) -> str:
-    """The text that the message gives under this name, found by its code as a judge would."""
-    found = re.search(rf"^===== {name} (\w+) =====\n(.*?)\n===== END OF {name} \1 =====$", message, re.DOTALL | re.M)
-    assert found, message
-    return found[2]
-
-
-def longer_is_better(message: str) -> str:
-    a, b = len(between(message, "RESPONSE A")), len(between(message, "RESPONSE B"))
-    return json.dumps({"better": "A" if a > b else "B" if b > a else "tie"})
 
 
 class TestScores:
@@ -183,7 +125,7 @@ class TestPairs:
         endpoint.reply = lambda message: '{"better": "A"}'
         reward = judge(mode="pair")
         assert reward(["p"] * 3, ["a", "b", "c"], {}).values == [0.5, 0.5, 0.5]
-        assert reward.compare(["p"], ["a"], ["b"]) == [0.5]
+        assert reward.compare(["p"], ["a"], ["b"]).values == [0.5]
 
     def test_one_order_alone_is_no_verdict(self, endpoint: Endpoint, judge: Callable[..., JudgeReward]):
         endpoint.reply = lambda message: (
@@ -195,14 +137,15 @@ class TestPairs:
 
     def test_compare(self, endpoint: Endpoint, judge: Callable[..., JudgeReward]):
         endpoint.reply = lambda message: "?" if between(message, "PROMPT") == "odd" else longer_is_better(message)
-        verdicts = judge().compare(["p", "p", "p", "odd"], ["xx", "x", "x", "x"], ["x", "xx", "y", "y"])
+        verdicts, problems = judge().compare(["p", "p", "p", "odd"], ["xx", "x", "x", "x"], ["x", "xx", "y", "y"])
         assert verdicts == [1.0, 0.0, 0.5, None]
+        assert problems == ["response 3: the judge's answer has no JSON object that says which is better"]
 
     def test_a_win_and_a_tie_contradict_each_other(self, endpoint: Endpoint, judge: Callable[..., JudgeReward]):
         endpoint.reply = lambda message: (
             '{"better": "a"}' if between(message, "RESPONSE A") == "x" else '{"better": "tie"}'
         )
-        assert judge().compare(["p"], ["x"], ["y"]) == [0.5]
+        assert judge().compare(["p"], ["x"], ["y"]).values == [0.5]
         assert judge(mode="pair")(["p", "p"], ["x", "y"], {}).values == [0.75, 0.25]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,19 @@ def test_what_cannot_be_scored_is_none_and_told(tmp_path: Path):
         model([[{"role": "user", "content": "the"}]], ["cat"], {})
 
 
+def test_a_token_that_the_reward_model_does_not_know_costs_that_score_alone(tmp_path: Path):
+    place, tokenizer = save_tiny_scalar(tmp_path / "r"), tiny_tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(place)
+    model = RewardModel(place)
+    values, problems = model(["the", "the"], ["zebra", "cat"], {})
+    assert values[0] is None
+    assert values[1] == pytest.approx(RewardModel(save_tiny_scalar(tmp_path / "s"))(["the"], ["cat"], {}).values[0])
+    known = len(tokenizer) - 1
+    said = f"its tokenizer gives the token id {known}, and the reward model knows only {known}"
+    assert problems == [f"response 0: {said}"]
+
+
 def test_same_tokens(tmp_path: Path):
     model = RewardModel(save_tiny_scalar(tmp_path / "r"))
     assert model.same_tokens(tiny_tokenizer())
@@ -248,6 +262,23 @@ def test_same_tokens(tmp_path: Path):
 def test_a_damaged_scale_is_refused(tmp_path: Path, scale: Any):
     with pytest.raises(UserError, match=rf"{REWARD_SCALE} in the config\.json"):
         RewardModel(scaled(save_tiny_scalar(tmp_path / "r"), scale))
+
+
+def test_recomputing_activations_gives_the_same_gradient_and_no_warning(tmp_path: Path, data: Path):
+    def gradient(checkpointing: bool) -> tuple[torch.Tensor, int]:
+        config = config_with(save_tiny(tmp_path / "m"), data, gradient_checkpointing=checkpointing)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)  # of transformers, that the method is on its way out
+            state = reward.start(config)
+        entered: list[Any] = []
+        layer = state.model.model.layers[0].self_attn
+        layer.register_forward_hook(lambda *_: entered.append(1))
+        reward._shares(config, state.model, state.pairs, range(len(state.pairs)))["loss"].backward()
+        return torch.cat([p.grad.flatten() for p in state.model.parameters() if p.grad is not None]), len(entered)
+
+    (plain, once), (again, twice) = gradient(False), gradient(True)
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
+    assert (once, twice) == (1, 2)
 
 
 # --- bad inputs -------------------------------------------------------------------------------------------------

@@ -26,6 +26,10 @@ OVER_LONG = ("error", "drop", "truncate")
 """What can be done with rows that have too many tokens."""
 
 
+class DataNote(UserWarning):
+    """Something about the data that does not stop anything, and that people should know."""
+
+
 class PromptRow(NamedTuple):
     """A prompt to be answered."""
 
@@ -307,7 +311,7 @@ def _fitting(
 
 
 def _note(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=4)
+    warnings.warn(message, DataNote, stacklevel=4)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -465,7 +469,7 @@ def _said_after(tokenizer: Any, prompt: list[dict[str, str]], said: list[dict[st
         raise UserError(
             "the chat template writes the prompt otherwise once an answer follows (a template that drops earlier "
             "thoughts, or adds to the answer, does so), so that the tokens of the answer cannot be told from it. Use "
-            "text prompts, or set tokenizer.chat_template to one that only ever adds at the end"
+            "text prompts, or name a template that only ever adds at the end with chat_template"
         )
     prefix, ids = _encode(tokenizer, before), _encode(tokenizer, whole)
     if ids[: len(prefix)] == prefix:
@@ -481,8 +485,9 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 def _templated(tokenizer: Any, messages: list[dict[str, str]], *, continues: bool) -> str:
     if not tokenizer.chat_template:
         raise UserError(
-            "the prompt is a list of messages, but the tokenizer has no chat template to write them with. Use text "
-            "prompts, or set tokenizer.chat_template and save the tokenizer (an instruct model's has one)"
+            "the prompt is a list of messages, but the tokenizer has no chat template to write them with. Name a file "
+            "with one (chat_template, a file in Jinja; it is saved with the result), use an instruct model's "
+            "tokenizer, or use text prompts"
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=continues)

@@ -14,7 +14,7 @@ from proximo.collect.rewards import Reward, Scores, WeightedReward
 from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical
 from proximo.core.kl import k1
-from proximo.errors import in_range, one_of
+from proximo.errors import UserError, in_range, one_of
 from proximo.models.language import LanguagePolicy, Scored, position_ids
 
 TOKENS_AT_ONCE = 32_768
@@ -144,11 +144,12 @@ def _sample_together(
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     for step in range(config.max_new_tokens):
         place = width + step
-        actions = Categorical(logits).sample(generator)
+        log_p = logits.log_softmax(-1)
+        actions = draw(log_p, generator)
         writing = rows[running]
         tokens[rows, place] = actions
         response[writing, place] = True
-        log_probs[rows, place] = Categorical(logits).log_prob(actions)
+        log_probs[rows, place] = log_p.gather(-1, actions[:, None]).squeeze(-1)
         over = torch.isin(actions, ends_tensor)
         if config.stop:
             over |= _has_stop(tokenizer, tokens[rows, width : place + 1], config.stop)
@@ -176,12 +177,36 @@ def _sample_together(
     )
 
 
+def draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
+    """A token `[B]` for each row of log-probabilities `[B, V]`."""
+    if log_p.device.type != "cpu":
+        return Categorical(log_p).sample(generator)
+    # Noise for every token of the vocabulary costs a CPU more than all else here: one number per row will do.
+    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    points = torch.rand(len(log_p), 1, dtype=torch.float64, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, points, right=True).squeeze(-1).clamp_(max=log_p.shape[-1] - 1)
+
+
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens at which a response ends: the tokenizer's and those of the model's generation settings."""
     found = {tokenizer.eos_token_id}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found |= set(configured) if isinstance(configured, list) else {configured}
     return sorted(token for token in found if token is not None)
+
+
+def check_ends(model: Any, tokenizer: Any, config: GenerationConfig) -> None:
+    """Refuse to wait for an end that nothing can write.
+
+    Raises:
+        UserError: if responses are to stop at EOS, there is no such token, and no stop string either.
+    """
+    if config.stop_at_eos and not config.stop and not end_tokens(model, tokenizer):
+        raise UserError(
+            "Neither the tokenizer nor the model's generation settings have an EOS token, so no response could ever "
+            "end. Set tokenizer.eos_token and save it, end responses at strings with stop, or set stop_at_eos to "
+            "false for responses that are all max_new_tokens long."
+        )
 
 
 def _has_stop(tokenizer: Any, rows: Tensor, stop: tuple[str, ...]) -> Tensor:
@@ -238,13 +263,17 @@ def generate(
         n_per_prompt: responses to each prompt; they form a group.
         reward_beta: weight of the KL in the reward.
         with_reference: False asks nothing of the reference (then `reward_beta` must be 0).
+
+    Raises:
+        UserError: if responses are to stop at EOS, and there is neither such a token nor a stop string.
     """
+    check_ends(policy.actor, tokenizer, config)
     responses = sample(policy, tokenizer, [row.token_ids for row in rows], config, generator, n_per_prompt=n_per_prompt)
     asked = [row for row in rows for _ in range(n_per_prompt)]
     texts = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), config.stop)
     scores = _rewarded(reward, tokenizer, asked, texts, responses)
     scored = _score_in_parts(policy, responses, with_reference=with_reference)
-    log_probs = scored.log_probs if policy.autocast else responses.log_probs
+    log_probs = responses.log_probs if scored.log_probs is None else scored.log_probs
     batch = _assemble(responses, scored, log_probs, scores.values, config, reward_beta)
     group = torch.arange(len(rows), device=batch.mask.device).repeat_interleave(n_per_prompt)
     kl = None
@@ -285,15 +314,20 @@ def _rewarded(reward: Reward, tokenizer: Any, asked: list[PromptRow], texts: lis
         values = reward.score_tokens(responses.tokens, responses.attention).tolist()  # type: ignore[attr-defined]
         finite = [value if abs(value) < float("inf") else None for value in values]
         return Scores(finite, ["the reward model gave NaN or infinity"] if None in finite else [])
+    return reward([row.prompt for row in asked], texts, columns_of(asked))
+
+
+def columns_of(asked: Sequence[PromptRow]) -> dict[str, list[Any]]:
+    """The other columns of the data, one value per response; None where a row has none."""
     names = sorted({name for row in asked for name in row.columns})
-    columns = {name: [row.columns.get(name) for row in asked] for name in names}
-    return reward([row.prompt for row in asked], texts, columns)
+    return {name: [row.columns.get(name) for row in asked] for name in names}
 
 
 def _score_in_parts(policy: LanguagePolicy, responses: Responses, *, with_reference: bool) -> Scored:
+    """Score responses; their log-probabilities only where bfloat16 makes sampling and learning differ too much."""
     n_rows = max(1, TOKENS_AT_ONCE // responses.tokens.shape[1])
     parts = [
-        policy.score(tokens, attention, response, with_reference=with_reference)
+        policy.score(tokens, attention, response, with_reference=with_reference, with_policy=policy.autocast)
         for tokens, attention, response in zip(
             responses.tokens.split(n_rows),
             responses.attention.split(n_rows),
@@ -302,7 +336,6 @@ def _score_in_parts(policy: LanguagePolicy, responses: Responses, *, with_refere
         )
     ]
     joined = [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(3)]  # type: ignore[misc]
-    assert joined[0] is not None
     return Scored(joined[0], joined[1], joined[2])
 
 

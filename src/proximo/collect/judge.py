@@ -114,18 +114,18 @@ class JudgeReward:
             (None, reply.problem) if reply.text is None else _score_in(reply.text) for reply in self._ask_all(asked)
         )
 
-    def compare(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> list[float | None]:
+    def compare(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Scores:
         """Compare two responses to each prompt, in both orders.
 
         Returns:
             For each prompt 1.0 if the first response is better, 0.0 if the second is, 0.5 for a tie or for
-            verdicts that contradict each other, and None if a verdict is missing.
+            verdicts that contradict each other, and None if a verdict is missing; and why it is.
 
         Raises:
             UserError: if the endpoint does not know the key, the model or the address.
         """
         shares = self._shares(list(zip(prompts, first, second, strict=True)))
-        return [share if share in (None, 0.0, 1.0) else 0.5 for share, _ in shares]
+        return Scores.of((share if share in (None, 0.0, 1.0) else 0.5, problem) for share, problem in shares)
 
     def close(self) -> None:
         """Let go of the threads; requests that are not under way yet are dropped."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from proximo.collect.data import Prompt, encode_completion, encode_prompt, pieces_within, right_padded
 from proximo.collect.rewards import Scores
 from proximo.errors import UserError
+from proximo.models.adapters import has_reward_adapter, put_on_reward_adapter
 from proximo.models.folders import REWARD_SCALE, context_length, load_scalar_model, load_tokenizer
 from proximo.models.language import scalar_values
 
@@ -25,7 +26,13 @@ class RewardModel:
     """A reward model from a folder or hub id, with its own tokenizer; its scores are normalized, where it says how."""
 
     def __init__(
-        self, place: str | Path, device: str = "cpu", *, autocast: bool = False, tokens_at_once: int = TOKENS_AT_ONCE
+        self,
+        place: str | Path,
+        device: str = "cpu",
+        *,
+        autocast: bool = False,
+        tokens_at_once: int = TOKENS_AT_ONCE,
+        base: Any = None,
     ) -> None:
         """Load the model.
 
@@ -34,15 +41,24 @@ class RewardModel:
             device: where the model is.
             autocast: compute in bfloat16 over float32 weights.
             tokens_at_once: tokens of responses scored at a time, padding counted.
+            base: a causal model; where `place` holds an adapter for this very base, it is put on it and no other
+                weights are loaded.
 
         Raises:
             UserError: if there is no such model, or its scale is damaged.
         """
         self.name = f"reward-model:{Path(place).name}"
         self.tokenizer = load_tokenizer(place)
-        self.model: Any = load_scalar_model(place, device=device).requires_grad_(False)
-        self.mean, self.std = _scale(self.model.config, place)
+        adapted = None
+        if base is not None and has_reward_adapter(str(place)):
+            adapted = put_on_reward_adapter(base, str(place))
+        self.on_base = adapted is not None
+        """Whether it is an adapter on `base`."""
+        self.lora_alpha = adapted.lora_alpha if adapted is not None else None
+        self.model: Any = adapted or load_scalar_model(place, device=device).requires_grad_(False)
+        self.mean, self.std = scale_of(self.model.config, place)
         self._limit = context_length(self.model)
+        self._known = int(self.model.config.get_text_config().vocab_size)
         self._autocast = autocast
         self._tokens_at_once = tokens_at_once
 
@@ -59,7 +75,7 @@ class RewardModel:
         ]
         values = self._score(rows).tolist()
         return Scores.of(
-            (value, "") if math.isfinite(value) else (None, self._problem(len(row)))
+            (value, "") if math.isfinite(value) else (None, self._problem(row))
             for value, row in zip(values, rows, strict=True)
         )
 
@@ -81,7 +97,7 @@ class RewardModel:
         """Nothing is open."""
 
     def _score(self, rows: list[list[int]]) -> Tensor:
-        fits = [number for number, row in enumerate(rows) if self._limit is None or len(row) <= self._limit]
+        fits = [number for number, row in enumerate(rows) if not self._too_long(row) and max(row) < self._known]
         scores = torch.full((len(rows),), torch.nan)
         found = score_rows(
             self.model, [rows[number] for number in fits], budget=self._tokens_at_once, autocast=self._autocast
@@ -89,9 +105,14 @@ class RewardModel:
         scores[fits] = (found - self.mean) / self.std
         return scores
 
-    def _problem(self, length: int) -> str:
-        if self._limit is not None and length > self._limit:
-            return f"{length} tokens with its prompt, more than the {self._limit} that the reward model can read"
+    def _too_long(self, row: Sequence[int]) -> bool:
+        return self._limit is not None and len(row) > self._limit
+
+    def _problem(self, row: Sequence[int]) -> str:
+        if self._too_long(row):
+            return f"{len(row)} tokens with its prompt, more than the {self._limit} that the reward model can read"
+        if max(row) >= self._known:
+            return f"its tokenizer gives the token id {max(row)}, and the reward model knows only {self._known}"
         return "the reward model gave NaN or infinity"
 
 
@@ -113,7 +134,7 @@ def last_scores(model: Any, tokens: Tensor, attention: Tensor) -> Tensor:
     return scalar_values(model, tokens, attention).gather(1, last).squeeze(1)
 
 
-def _scale(config: Any, place: str | Path) -> tuple[float, float]:
+def scale_of(config: Any, place: str | Path) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores, as the config has them; 0 and 1 where it has none."""
     scale = getattr(config, REWARD_SCALE, None)
     if scale is None:

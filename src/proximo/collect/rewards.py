@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from proximo.collect.reward_process import Answer, Function, Signature
 from proximo.errors import UserError, in_range
@@ -68,6 +68,23 @@ class Reward(Protocol):
     def close(self) -> None:
         """Let go of processes and threads."""
         ...
+
+
+def kind_of_reward(place: str) -> Literal["judge", "model", "function"]:
+    """What kind of reward a setting names: a folder that exists is a model, whatever its name.
+
+    Raises:
+        UserError: for a Python file without the name of a function in it.
+    """
+    if place == "judge":
+        return "judge"
+    if Path(place).is_dir():
+        return "model"
+    if ":" in place:
+        return "function"
+    if place.endswith(".py") or Path(place).is_file():
+        raise UserError(f"The reward {place} is a file. Name the function in it: {place}:score")
+    return "model"
 
 
 class FunctionReward:

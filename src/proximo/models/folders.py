@@ -33,18 +33,99 @@ def transformers_module() -> Any:
     return transformers
 
 
-def load_tokenizer(place: str | Path) -> Any:
+def load_tokenizer(place: str | Path, chat_template: str | Path = "") -> Any:
     """Load the tokenizer of a folder or hub id, padding on the left, nothing cut off.
 
+    Args:
+        place: the folder or hub id.
+        chat_template: a Jinja file that takes the place of the tokenizer's own chat template, and is saved with it.
+
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, its EOS token is none of the model's, or the chat template does not work.
     """
     transformers = transformers_module()
     tokenizer = _explained(
         "tokenizer", place, lambda: transformers.AutoTokenizer.from_pretrained(str(place), **_where(place))
     )
     tokenizer.padding_side = "left"
+    _check_eos(tokenizer, place)
+    if str(chat_template):
+        _set_chat_template(tokenizer, Path(chat_template).expanduser())
     return tokenizer
+
+
+def _check_eos(tokenizer: Any, place: str | Path) -> None:
+    """Refuse a tokenizer whose EOS token the model beside it does not know: no response could ever end."""
+    try:
+        config = transformers_module().AutoConfig.from_pretrained(str(place), **_where(place))
+        known = int(config.get_text_config().vocab_size)
+    except Exception:  # loading the model will say what is wrong with its config
+        return
+    eos = tokenizer.eos_token_id
+    if eos is not None and eos >= known:
+        raise UserError(
+            f"The tokenizer of {place} has the EOS token {tokenizer.eos_token!r} with the id {eos}, but the model "
+            f"knows only the ids below {known}: the two do not belong together. Use the tokenizer that the model was "
+            "made with, or resize the model's embeddings (resize_token_embeddings) and save it."
+        )
+
+
+def check_token_ids(highest: int, model_config: Any, whose: str) -> None:
+    """Refuse texts with a token that the model has no embedding for.
+
+    Args:
+        highest: the highest token id in the texts.
+        model_config: of the model that will read them.
+        whose: what the tokenizer is called, for the message.
+
+    Raises:
+        UserError: if the model does not know that id.
+    """
+    known = int(model_config.get_text_config().vocab_size)
+    if highest >= known:
+        raise UserError(
+            f"{whose} gives the token id {highest}, but the model knows only {known}: the two do not belong together. "
+            "Use the tokenizer that the model was made with, or resize its embeddings."
+        )
+
+
+def tokenizer_in_words(tokenizer: Any, model_config: Any) -> str:
+    """What is unusual about a tokenizer beside its model, and does no harm; nothing if nothing is."""
+    known, pad, eos = int(model_config.get_text_config().vocab_size), tokenizer.pad_token_id, tokenizer.eos_token_id
+    notes = []
+    if eos is None:
+        notes.append("no EOS token, so nothing but stop strings and max_new_tokens ends a response")
+    elif pad == eos:
+        notes.append("PAD is the EOS token, which is harmless: padding is told apart by its mask, never by its id")
+    if len(tokenizer) > known:
+        notes.append(f"{len(tokenizer):,} tokens, of which the model knows {known:,}; the data uses none of the others")
+    return "; ".join(notes)
+
+
+def _set_chat_template(tokenizer: Any, file: Path) -> None:
+    """Give a tokenizer the chat template of a file; transformers renders it in a sandbox."""
+    from jinja2 import TemplateError
+
+    where = f"The chat template {file} (setting chat_template)"
+    try:
+        tokenizer.chat_template = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        said = "no UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"{where} cannot be read: {said}. It must be a text file in Jinja.") from error
+    if not tokenizer.chat_template.strip():
+        raise UserError(f"{where} is empty. Write into it how messages become text, in Jinja.")
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # the template may be anyone's, and raises what it likes
+        if type(error) is TemplateError:
+            return  # it refuses this conversation in words of its own, and may take those of the data
+        line = getattr(error, "lineno", None)
+        place = f" in line {line}" if line else ""
+        raise UserError(f"{where} does not work{place}: {type(error).__name__}: {error}. Mend the file.") from error
+    if "Hello" not in text:
+        raise UserError(f"{where} leaves out what the user says. Mend the file: it must write message['content'].")
 
 
 def load_causal_lm(place: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> nn.Module:

@@ -11,10 +11,8 @@ frozen base; the policy, the critic and the reward are adapters on it, and the r
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,34 +21,22 @@ from torch.utils.checkpoint import checkpoint
 
 from proximo.core.batch import Batch
 from proximo.core.policy import Evaluation
-from proximo.errors import UserError
+from proximo.models.adapters import adapted_layers, in_use
 from proximo.models.folders import context_length
+from proximo.models.vocabulary import token_scores
 
 Sharing = Literal["separate", "trunk", "lora"]
-
-LOGITS_AT_ONCE = 2**24
-"""Logits held at a time: the vocabulary projection is cut into pieces of about this many numbers."""
 
 
 class Scored(NamedTuple):
     """What scoring finds for rows of tokens `[B, L]`; place t is about the token at t, given those before it."""
 
-    log_probs: Tensor
+    log_probs: Tensor | None
     """[B, L]: log-probability of each token of a response under the policy; 0 elsewhere."""
     ref_log_probs: Tensor | None
     """[B, L]: the same under the reference."""
     values: Tensor | None
     """[B, L]: the critic's value of the text up to and with the token at t."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2022) on every linear layer of the base."""
-
-    lora_rank: int = 16
-    """Rank of the adapters."""
-    lora_alpha: float = 32.0
-    """Adapters are scaled by this over their rank."""
 
 
 class LanguagePolicy(nn.Module):
@@ -92,7 +78,7 @@ class LanguagePolicy(nn.Module):
         self.temperature = temperature
         self.autocast = autocast
         self._reference = (reference,)  # in a tuple: it is no part of what learns or is saved
-        self._adapted: list[Any] = _tuner_layers(actor) if sharing == "lora" else []
+        self._adapted: list[Any] = adapted_layers(actor) if sharing == "lora" else []
         self._plain_head = _head_is_plain(actor)
 
     # --- what learning asks for ----------------------------------------------------------------------------
@@ -116,6 +102,7 @@ class LanguagePolicy(nn.Module):
         tokens, attention = tokens[:, columns], attention[:, columns]
         hidden, scorable = self._hidden(self.actor, tokens, attention, "policy")
         scores, entropies = self._token_scores(scorable[mask], batch.actions[:, columns][mask])
+        assert entropies is not None
         values = self._values(tokens, attention, hidden)
         whole = batch.mask
 
@@ -136,7 +123,15 @@ class LanguagePolicy(nn.Module):
     # --- what collecting asks for --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def score(self, tokens: Tensor, attention: Tensor, response: Tensor, *, with_reference: bool) -> Scored:
+    def score(
+        self,
+        tokens: Tensor,
+        attention: Tensor,
+        response: Tensor,
+        *,
+        with_reference: bool,
+        with_policy: bool = True,
+    ) -> Scored:
         """Score the responses in rows of tokens `[B, L]`: policy, reference and critic.
 
         Args:
@@ -144,17 +139,19 @@ class LanguagePolicy(nn.Module):
             attention: True at real tokens.
             response: True at the tokens of responses.
             with_reference: False leaves the reference out.
+            with_policy: False leaves the policy's own log-probabilities out.
         """
         targets = tokens[response]
         before = response[:, 1:]
 
         def log_probs_of(model: Any, role: str | None) -> tuple[Tensor, Tensor]:
             hidden, scorable = self._hidden(model, tokens, attention, role)
-            scores, _ = self._token_scores(scorable[:, :-1][before], targets, model=model)
+            scores, _ = self._token_scores(scorable[:, :-1][before], targets, model=model, with_entropy=False)
             return torch.zeros(tokens.shape, device=tokens.device).masked_scatter(response, scores), hidden
 
-        own, hidden = log_probs_of(self.actor, "policy")
-        ref = None
+        own = hidden = ref = None
+        if with_policy or self.sharing == "trunk":  # whose value head reads the policy's states
+            own, hidden = log_probs_of(self.actor, "policy")
         if with_reference:
             if self.reference is None:
                 raise ValueError("there is no reference in memory")
@@ -163,7 +160,7 @@ class LanguagePolicy(nn.Module):
 
     def next_logits(self, tokens: Tensor, attention: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """Logits `[B, V]` of the token after `tokens` `[B, n]`, at the sampling temperature; extends `cache`."""
-        with self._adapter("policy"), self._precision():
+        with in_use(self._adapted, "policy"), self._precision():
             output = self.actor(
                 input_ids=tokens,
                 attention_mask=attention,
@@ -172,7 +169,8 @@ class LanguagePolicy(nn.Module):
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return output.logits[:, -1].float() / self.temperature
+        logits = output.logits[:, -1].float()
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     # --- inside --------------------------------------------------------------------------------------------
 
@@ -181,7 +179,7 @@ class LanguagePolicy(nn.Module):
         positions = position_ids(attention)
         plain = tokens.masked_fill(~attention, 0)  # whatever id stands for padding, the embedding need not know it
         mask = None if bool(attention.all()) else attention.long()
-        with self._adapter(role), self._precision():
+        with in_use(self._adapted, role), self._precision():
             if self._plain_head:
                 trunk = model.base_model
                 output = trunk(input_ids=plain, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -195,18 +193,20 @@ class LanguagePolicy(nn.Module):
             )
             return output.hidden_states[-1], output.logits
 
-    def _token_scores(self, hidden: Tensor, targets: Tensor, model: Any = None) -> tuple[Tensor, Tensor]:
+    def _token_scores(
+        self, hidden: Tensor, targets: Tensor, model: Any = None, *, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         head: Callable[[Tensor], Tensor] = (model or self.actor).get_output_embeddings()
         if not self._plain_head:
             head = nn.Identity()
         with self._precision():
-            return token_scores(hidden, head, targets, self.temperature, self._vocabulary)
+            return token_scores(hidden, head, targets, self.temperature, self._vocabulary, with_entropy=with_entropy)
 
     @property
     def _vocabulary(self) -> int:
         return int(self.actor.config.get_text_config().vocab_size)
 
-    def _values(self, tokens: Tensor, attention: Tensor, hidden: Tensor) -> Tensor | None:
+    def _values(self, tokens: Tensor, attention: Tensor, hidden: Tensor | None) -> Tensor | None:
         """Values `[B, L]`, float32."""
         if self.critic is not None:
             with self._precision():
@@ -215,16 +215,8 @@ class LanguagePolicy(nn.Module):
             return None
         if self.sharing == "lora":
             hidden, _ = self._hidden(self.actor, tokens, attention, "value")
+        assert hidden is not None
         return self.value_head(hidden.float()).squeeze(-1)
-
-    @contextmanager
-    def _adapter(self, role: str | None) -> Iterator[None]:
-        """Let the adapter of a role be the one in use, or none (the reference)."""
-        for layer in self._adapted:
-            layer._disable_adapters = role is None
-            if role is not None:
-                layer._active_adapter = [role]
-        yield
 
     def _precision(self) -> Any:
         if not self.autocast:
@@ -245,31 +237,6 @@ def scalar_values(model: Any, tokens: Tensor, attention: Tensor) -> Tensor:
         input_ids=plain, attention_mask=mask, position_ids=position_ids(attention), use_cache=False
     )
     return model.score(output.last_hidden_state).squeeze(-1).float()
-
-
-def token_scores(
-    hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, temperature: float, n_vocabulary: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of its distribution `[N]`, float32, from hidden states `[N, H]`.
-
-    The logits of only so many places at a time are held, and made again in the backward pass, so the memory
-    does not grow with the vocabulary.
-    """
-
-    def part(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = (head(states).float() / temperature).log_softmax(-1)
-        entropy = -(log_p.exp() * log_p).sum(-1)
-        return log_p.gather(-1, wanted.unsqueeze(-1)).squeeze(-1), entropy
-
-    size = max(1, LOGITS_AT_ONCE // max(n_vocabulary, 1))
-    if len(targets) <= size:
-        return part(hidden, targets)
-    pieces = []
-    for states, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        learns = torch.is_grad_enabled()
-        pieces.append(checkpoint(part, states, wanted, use_reentrant=False) if learns else part(states, wanted))
-    scores, entropies = zip(*pieces, strict=True)
-    return torch.cat(scores), torch.cat(entropies)
 
 
 def _used_columns(attention: Tensor) -> slice:
@@ -295,69 +262,6 @@ def _head_is_plain(model: Any) -> bool:
     return whole.shape == ours.shape and bool(torch.allclose(whole, ours, rtol=1e-4, atol=1e-5))
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------
-
-
-def add_adapter(model: Any, name: str, config: LoraConfig) -> None:
-    """Put a fresh adapter into every linear layer of the trunk, in place; all else is frozen.
-
-    Raises:
-        UserError: if peft is not installed, or the model has no layer that an adapter fits.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            "Adapters need the extra 'language'. pip install -c constraints.txt -e \".[language]\""
-        ) from error
-    settings: Any = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # the scale is a quotient anyway
-        target_modules="all-linear",
-    )
-    before = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    first = not _tuner_layers(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are two adapters, and how GPT-2 lays out its weights
-            peft.inject_adapter_in_model(settings, model, adapter_name=name)
-    except ValueError as error:
-        raise UserError(f"Adapters do not fit this model: {error}") from error
-    for key, parameter in model.named_parameters():
-        is_new = f".{name}." in key and "lora_" in key
-        parameter.requires_grad_(is_new or (not first and parameter in before))
-
-
-def _tuner_layers(model: nn.Module) -> list[Any]:
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError:
-        return []
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def adapter_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of one adapter, by the names they have in the model."""
-    return {key: value for key, value in model.state_dict().items() if "lora_" in key and f".{name}." in key}
-
-
-@torch.no_grad()
-def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The weights of the plain model that the base and one adapter amount to; the model itself stays as it is."""
-    deltas = {}
-    modules: list[tuple[str, Any]] = list(model.named_modules())
-    for key, module in modules:
-        if hasattr(module, "get_delta_weight") and name in getattr(module, "lora_A", {}):
-            deltas[f"{key}.weight"] = module.get_delta_weight(name)
-    merged = {}
-    for key, value in model.state_dict().items():
-        if "lora_" in key:
-            continue
-        plain = key.replace(".base_layer", "")
-        merged[plain] = value + deltas[plain].to(value.dtype) if plain in deltas else value
-    return merged
-
-
 def enable_gradient_checkpointing(policy: LanguagePolicy) -> None:
     """Recompute activations in the backward pass instead of holding them, with the adapter they were made with."""
 
@@ -366,15 +270,25 @@ def enable_gradient_checkpointing(policy: LanguagePolicy) -> None:
         role = layers[0]._active_adapter[0] if layers and not layers[0]._disable_adapters else None
 
         def again(*inner: Any) -> Any:
-            with policy._adapter(role):
+            with in_use(layers, role):
                 return function(*inner, **named)
 
         return checkpoint(again, *arguments, use_reentrant=False)
 
-    models: list[Any] = [model for model in (policy.actor, policy.critic) if model is not None]
-    for model in models:
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        model.train()  # transformers checkpoints in training mode alone; there is no dropout left to switch on
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = recomputed
+    for model in (policy.actor, policy.critic):
+        if model is not None:
+            checkpoint_activations(model, recomputed)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, **named)
+
+
+def checkpoint_activations(model: Any, recomputed: Callable[..., Any] = _recomputed) -> None:
+    """Let one model recompute the activations of its layers; `recomputed` calls a layer so that they are."""
+    # Of two names for the same, the second is on its way out where transformers has the first.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()  # transformers checkpoints in training mode alone; there is no dropout left to switch on
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = recomputed

@@ -8,181 +8,33 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import nn
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
-from proximo.algorithms.grpo import GRPO, PAPERS
+from proximo.algorithms.grpo import GRPO
 from proximo.algorithms.ppo import PPO
-from proximo.collect.data import OVER_LONG, PromptRow, read_prompts
-from proximo.collect.generate import Answers, GenerationConfig, generate
-from proximo.collect.judge import JudgeReward
-from proximo.collect.reward_model import RewardModel
-from proximo.collect.rewards import CallableReward, FunctionReward, Reward, WeightedReward
+from proximo.collect.data import PromptRow, read_prompts
+from proximo.collect.generate import Answers, check_ends, columns_of, generate
+from proximo.collect.rewards import Reward
 from proximo.core.batch import Batch
 from proximo.core.kl import ProportionalKL, ReferenceKL
-from proximo.errors import UserError, in_range, one_of
-from proximo.models.folders import context_length, load_causal_lm, load_scalar_model, load_tokenizer, save_model
-from proximo.models.language import (
-    LanguagePolicy,
-    LoraConfig,
-    Sharing,
-    add_adapter,
-    enable_gradient_checkpointing,
-    merged_state,
-)
+from proximo.errors import UserError
+from proximo.models.adapters import merged_state
+from proximo.models.folders import check_token_ids, context_length, load_tokenizer, save_model
+from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import append_metrics, sync_metrics
+from proximo.training.align_config import AlignConfig
+from proximo.training.roles import build_roles, gold_of, memory_in_words
 
 STAGE = "align"
 
 Metrics = dict[str, Any]
 Algorithm = PPO | GRPO
-
-ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": PPO(
-        learning_rate=1e-5,
-        learning_rate_schedule="linear",
-        n_epochs=4,
-        batch_size=64,
-        gamma=1.0,
-        value_coef=0.1,
-        value_clip_epsilon=0.2,
-        max_grad_norm=1.0,
-        update_path="eager",
-    ),
-    **PAPERS,
-}
-"""Settings to begin with, by the names that `--algorithm` takes. PPO's are those of Huang et al. 2024 (gamma 1, lambda
-0.95, 4 epochs, value coefficient 0.1, value clipping 0.2)."""
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """An AI judge behind an OpenAI-compatible endpoint, for --reward judge."""
-
-    judge_url: str = "http://127.0.0.1:8000/v1"
-    """Address of the endpoint; the key is read from the environment variable OPENAI_API_KEY."""
-    judge_model: str = ""
-    """Name of the model to ask."""
-    judge_rubric: str = ""
-    """A text file that says what counts."""
-    judge_mode: Literal["score", "pair"] = "score"
-    """`score`: each response by itself; `pair`: against another response to the same prompt."""
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """Everything that an alignment run needs to be run again."""
-
-    model: str = ""
-    """The model to begin with, a folder or hub id: usually what proximo sft made. It is the reference, too."""
-    reward: tuple[str, ...] = ()
-    """Where scores come from: a reward model's folder, my_file.py:function, package.module:function, or judge; several
-    are added up."""
-    reward_weights: tuple[float, ...] = ()
-    """A weight for each reward; by default 1."""
-    prompts: str = ""
-    """Prompts to answer: a .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
-    algorithm: Annotated[Algorithm, tyro.conf.Suppress] = field(default_factory=lambda: ALGORITHMS["ppo"])
-    generation: GenerationConfig = field(default_factory=GenerationConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    sharing: Sharing = "separate"
-    """How the roles share weights: `separate`, a model each; `trunk`, a value head on the policy; `lora`, adapters for
-    the policy and the critic on one frozen base, which is the reference."""
-    critic_from: Literal["auto", "reward", "model"] = "auto"
-    """What a separate critic begins as: the reward model, or the model with a new head; `auto` is the reward model
-    where there is one."""
-    beta: float = 0.05
-    """Weight of the KL to the reference; 0 keeps no reference in memory."""
-    beta_control: Literal["fixed", "adaptive"] = "fixed"
-    """`adaptive` moves beta so that the KL per response comes to beta_target (Ziegler et al. 2019)."""
-    beta_target: float = 6.0
-    """The KL per response (nats) that adaptive beta is steered to."""
-    beta_horizon: float = 10_000.0
-    """Responses over which adaptive beta may grow by a fifth."""
-    kl_in: Literal["reward", "loss_k2", "loss_k3"] = "reward"
-    """Where the KL counts: `reward`, per token, by log pi - log pi_ref; or in the loss, by the estimate named."""
-    n_iterations: int = 100
-    """Rollouts, each followed by an update."""
-    prompts_per_iteration: int = 64
-    """Prompts answered in each rollout."""
-    responses_per_prompt: int | None = None
-    """Responses to each prompt; by default 1 with a critic and 8 without one."""
-    value_pretraining_iterations: int = 0
-    """Rollouts at the beginning after which the critic alone learns (VC-PPO, Yuan et al. 2025)."""
-    max_prompt_tokens: int | None = None
-    """Longest prompt; by default what the model's context leaves beside max_new_tokens."""
-    over_long: Literal["error", "drop", "truncate"] = "error"
-    """What becomes of longer prompts: refused before training, left out, or cut on the left."""
-    max_missing_rewards: float = 0.2
-    """The run stops where more than this share of an iteration's responses got no score."""
-    reward_timeout: float = 60.0
-    """Seconds after which a reward function that has not answered is stopped."""
-    n_samples: int = 4
-    """Prompts whose responses are shown and kept in samples.jsonl, the same ones throughout."""
-    samples_every: int = 10
-    """Iterations between two looks at them."""
-    seed: int = 0
-    """Seeds the order of prompts, the sampling, the minibatches and new heads and adapters."""
-    checkpoint_every: int | None = None
-    """Iterations between checkpoints; by default a tenth of n_iterations."""
-    keep_checkpoints: int = 2
-    """How many checkpoints to keep."""
-    device: str = "cpu"
-    """Where the models are: cpu, cuda, cuda:1, ..."""
-    threads: int = 0
-    """CPU threads for torch; 0 is one per core."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`bfloat16` computes in it over float32 weights; `auto` is float32 on the CPU and bfloat16 on a GPU."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    debug: bool = False
-    """Check at each iteration that every probability ratio is 1 before the first update."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible settings."""
-        in_range("beta", self.beta, at_least=0.0, usual="0.05")
-        in_range("beta_target", self.beta_target, above=0.0, usual="6.0")
-        in_range("beta_horizon", self.beta_horizon, above=0.0, usual="10000")
-        for name in ("n_iterations", "prompts_per_iteration", "keep_checkpoints", "samples_every"):
-            in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(AlignConfig, name)))
-        for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every"):
-            in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
-        for name in ("seed", "threads", "n_samples", "value_pretraining_iterations"):
-            in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
-        in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
-        in_range("reward_timeout", self.reward_timeout, above=0.0, usual="60")
-        one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
-        one_of("kl_in", self.kl_in, ("reward", "loss_k2", "loss_k3"))
-        one_of("beta_control", self.beta_control, ("fixed", "adaptive"))
-        one_of("critic_from", self.critic_from, ("auto", "reward", "model"))
-        one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
-        one_of("over_long", self.over_long, OVER_LONG)
-        if self.reward_weights and len(self.reward_weights) != len(self.reward):
-            raise UserError(
-                f"There are {len(self.reward)} rewards and {len(self.reward_weights)} reward_weights. Give one each."
-            )
-
-    @property
-    def n_per_prompt(self) -> int:
-        """Responses to each prompt."""
-        return self.responses_per_prompt or (8 if isinstance(self.algorithm, GRPO) else 1)
-
-    @property
-    def responses_per_iteration(self) -> int:
-        """Rows of one rollout."""
-        return self.prompts_per_iteration * self.n_per_prompt
-
-    @property
-    def autocast(self) -> bool:
-        """Whether to compute in bfloat16."""
-        return self.precision == "bfloat16" or (self.precision == "auto" and self.device.startswith("cuda"))
 
 
 @dataclass
@@ -193,6 +45,8 @@ class AlignState:
     tokenizer: Any
     prompts: list[PromptRow]
     reward: Reward
+    gold: Reward | None
+    """A second opinion that is only looked at."""
     optimizer: FlatAdam
     sampling: torch.Generator
     shuffling: torch.Generator
@@ -224,16 +78,17 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
     if not config.model or not config.prompts:
         missing = "model" if not config.model else "prompts"
         raise UserError(f"align needs {missing}: proximo align --model MODEL --reward REWARD --prompts FILE")
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     prompts = read_prompts(
         Path(config.prompts), tokenizer, max_tokens=config.max_prompt_tokens, over_long=config.over_long
     )
-    source = CallableReward(reward, timeout=config.reward_timeout) if reward is not None else reward_of(config)
+    gold = gold_of(config)
+    policy, source = build_roles(config, reward)
     try:
-        policy = build_policy(config)
+        check_ends(policy.actor, tokenizer, config.generation)
         _check_context(config, policy, prompts)
     except BaseException:
-        source.close()  # a reward function's process would stay behind
+        source.close()
         raise
     streams = torch.Generator().manual_seed(config.seed)
     sampling, shuffling = (int(torch.randint(2**62, (), generator=streams)) for _ in range(2))
@@ -242,6 +97,7 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         tokenizer=tokenizer,
         prompts=prompts,
         reward=source,
+        gold=gold,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
         sampling=torch.Generator(config.device).manual_seed(sampling),
         shuffling=torch.Generator().manual_seed(shuffling),
@@ -265,87 +121,6 @@ def _check_together(config: AlignConfig) -> None:
         raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
 
 
-def build_policy(config: AlignConfig) -> LanguagePolicy:
-    """Load the roles as the config shares them."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)  # of new heads and adapters: libraries draw them from the global generator
-        actor: Any = load_causal_lm(config.model, device=config.device)
-        width = actor.config.get_text_config().hidden_size
-        critic = value_head = reference = None
-        wants_critic = isinstance(config.algorithm, PPO)
-        if config.sharing == "lora":
-            add_adapter(actor, "policy", config.lora)
-            if wants_critic:
-                add_adapter(actor, "value", config.lora)
-        else:
-            actor.requires_grad_(True)
-            if config.beta > 0:
-                reference = load_causal_lm(config.model, device=config.device).requires_grad_(False)
-        if wants_critic and config.sharing == "separate":
-            critic = _critic(config)
-        elif wants_critic:
-            value_head = nn.Linear(width, 1, device=config.device)
-            nn.init.zeros_(value_head.weight)
-            nn.init.zeros_(value_head.bias)
-    policy = LanguagePolicy(
-        actor,
-        sharing=config.sharing,
-        critic=critic,
-        value_head=value_head,
-        reference=reference,
-        temperature=config.generation.temperature,
-        autocast=config.autocast,
-    )
-    if config.gradient_checkpointing:
-        enable_gradient_checkpointing(policy)
-    return policy
-
-
-def _critic(config: AlignConfig) -> nn.Module:
-    """A value network of its own: from the reward model where there is one, else from the policy's own weights."""
-    folders = [place for place in config.reward if _is_reward_model(place)]
-    if config.critic_from == "reward" and not folders:
-        raise UserError("critic_from is 'reward', but no reward is a model. Use critic_from 'model'.")
-    if folders and config.critic_from != "model":
-        critic = load_scalar_model(folders[0], device=config.device)
-    else:
-        critic = load_scalar_model(config.model, device=config.device, fresh_head=True)
-        nn.init.zeros_(critic.score.weight)  # type: ignore[union-attr, arg-type]
-    return critic.requires_grad_(True)
-
-
-def _is_reward_model(place: str) -> bool:
-    return place != "judge" and ":" not in place
-
-
-def reward_of(config: AlignConfig) -> Reward:
-    """The rewards that a config names, added up.
-
-    Raises:
-        UserError: if none is named, or one cannot be had.
-    """
-    if not config.reward:
-        raise UserError(
-            "align needs a reward: --reward FOLDER (a reward model), --reward my_file.py:score (a function), or "
-            "--reward judge."
-        )
-    rewards = [_one_reward(config, place) for place in config.reward]
-    if len(rewards) == 1 and not config.reward_weights:
-        return rewards[0]
-    return WeightedReward(rewards, config.reward_weights or [1.0] * len(rewards))
-
-
-def _one_reward(config: AlignConfig, place: str) -> Reward:
-    if place == "judge":
-        judge = config.judge
-        if not judge.judge_model or not judge.judge_rubric:
-            raise UserError("--reward judge needs --judge-model NAME and --judge-rubric FILE (and --judge-url).")
-        return JudgeReward(judge.judge_url, judge.judge_model, Path(judge.judge_rubric), mode=judge.judge_mode)
-    if _is_reward_model(place):
-        return RewardModel(place, device=config.device)
-    return FunctionReward(place, timeout=config.reward_timeout)
-
-
 def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> None:
     limit = context_length(policy.actor)
     longest = max(len(row.token_ids) for row in prompts)
@@ -357,13 +132,7 @@ def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[Pr
             f"({new}) come to {longest + new}. Set {advice}, or max_prompt_tokens {max(1, limit - new)} with over_long "
             "drop or truncate."
         )
-    ids = max(max(row.token_ids) for row in prompts)
-    vocabulary = policy.actor.config.get_text_config().vocab_size
-    if ids >= vocabulary:
-        raise UserError(
-            f"The tokenizer of {config.model} gives the token id {ids}, but the model knows only {vocabulary}: the two "
-            "do not belong together."
-        )
+    check_token_ids(max(max(row.token_ids) for row in prompts), policy.actor.config, f"The tokenizer of {config.model}")
 
 
 def plan(config: AlignConfig, state: AlignState) -> dict[str, str]:
@@ -384,28 +153,6 @@ def plan(config: AlignConfig, state: AlignState) -> dict[str, str]:
     }
 
 
-def memory_in_words(policy: LanguagePolicy, reward: Reward) -> str:
-    """How much each role's weights take, with what learning adds: gradient and two moments for each that learns."""
-    learning = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
-
-    def size(module: nn.Module | None) -> float:
-        return 0.0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
-
-    head = size(policy.value_head)
-    roles = {"policy": size(policy.actor)}
-    if policy.sharing == "lora":
-        roles = {"base with adapters (policy, critic; reference is the base)": size(policy.actor) + head}
-    else:
-        roles["reference"] = size(policy.reference) if policy.reference is not None else 0.0
-        roles["critic"] = size(policy.critic) + head
-    roles["reward"] = size(getattr(reward, "model", None))
-    roles["gradients and Adam"] = 3 * learning / 2**20
-    used = {name: number for name, number in roles.items() if number}
-    return ", ".join(f"{name} {number:,.1f} MiB" for name, number in used.items()) + (
-        f": {sum(used.values()):,.1f} MiB, activations not counted"
-    )
-
-
 def _count(model: nn.Module) -> str:
     number = sum(parameter.numel() for parameter in model.parameters())
     return f"{number / 1e6:,.1f} M" if number >= 1e6 else f"{number:,}"
@@ -422,7 +169,7 @@ def iterate(config: AlignConfig, run: RunDirectory, state: AlignState) -> Iterat
     """
     while not finished(config, state):
         began = time.perf_counter()
-        batch, answers = _collect(config, state)
+        batch, answers, gold_mean = _collect(config, state)
         _check_answers(config, state, answers)
         collected = time.perf_counter()
         if config.debug:
@@ -435,7 +182,8 @@ def iterate(config: AlignConfig, run: RunDirectory, state: AlignState) -> Iterat
         state.n_responses += len(answers.texts)
         state.n_tokens += sum(answers.n_tokens)
         updated = time.perf_counter()
-        row = _row(config, state, batch, answers) | metrics | _clocks(state, answers, began, collected, updated)
+        row = _row(config, state, batch, answers) | gold_mean | metrics
+        row |= _clocks(state, answers, began, collected, updated)
         if config.beta_control == "adaptive" and row["kl_to_reference"] is not None:
             control = ProportionalKL(state.beta, config.beta_target, config.beta_horizon)
             state.beta = control.updated(row["kl_to_reference"], len(answers.texts)).coef
@@ -466,14 +214,15 @@ def _order(n: int, seed: int, one_pass: int) -> list[int]:
     return torch.randperm(n, generator=generator).tolist()
 
 
-def _collect(config: AlignConfig, state: AlignState) -> tuple[Batch, Answers]:
+def _collect(config: AlignConfig, state: AlignState) -> tuple[Batch, Answers, Metrics]:
     count = config.prompts_per_iteration
     chosen = next_prompts(len(state.prompts), state.n_prompts_used, count, config.seed)
     state.n_prompts_used += count
-    return generate(
+    rows = [state.prompts[number] for number in chosen]
+    batch, answers = generate(
         state.policy,
         state.tokenizer,
-        [state.prompts[number] for number in chosen],
+        rows,
         state.reward,
         config.generation,
         state.sampling,
@@ -481,6 +230,12 @@ def _collect(config: AlignConfig, state: AlignState) -> tuple[Batch, Answers]:
         reward_beta=state.beta if config.kl_in == "reward" else 0.0,
         with_reference=config.beta > 0,
     )
+    if state.gold is None:
+        return batch, answers, {}
+    asked = [row for row in rows for _ in range(config.n_per_prompt)]
+    found = state.gold(answers.prompts, answers.texts, columns_of(asked)).values
+    scores = [score for score in found if score is not None]
+    return batch, answers, {"gold_mean": sum(scores) / len(scores) if scores else None}
 
 
 def _update(config: AlignConfig, state: AlignState, batch: Batch) -> Metrics:

@@ -1,17 +1,19 @@
-"""Language models against each other: mean score, win rate, KL, best-of-n; and plain sampling from one."""
+"""Language models against each other: mean score, win rates, KL, best-of-n; and plain sampling from one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from proximo.collect.data import PromptRow
-from proximo.collect.generate import Answers, GenerationConfig, generate
+from proximo.collect.generate import Answers, GenerationConfig, end_tokens, generate
+from proximo.collect.judge import JudgeReward
 from proximo.collect.rewards import Reward, Scores
 from proximo.errors import UserError, in_range
-from proximo.models.folders import load_causal_lm
+from proximo.models.folders import check_token_ids, load_causal_lm
 from proximo.models.language import LanguagePolicy
 
 
@@ -27,6 +29,16 @@ class NoReward:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class WinRate(NamedTuple):
+    """How often one of two wins."""
+
+    mean: float
+    """Share of comparisons won; a tie is half a win."""
+    standard_error: float
+    missing: int
+    """Comparisons without a verdict, which are left out."""
 
 
 def load_for_sampling(place: str, *, temperature: float, device: str = "cpu", reference: Any = None) -> LanguagePolicy:
@@ -45,7 +57,14 @@ def answers_of(
     n_per_prompt: int,
     seed: int,
 ) -> Answers:
-    """Sample and score `n_per_prompt` responses to each prompt; fixed by `seed`."""
+    """Sample and score `n_per_prompt` responses to each prompt; fixed by `seed`.
+
+    Raises:
+        UserError: if the model does not know a token of the prompts.
+    """
+    check_token_ids(max(max(row.token_ids) for row in rows), policy.actor.config, "The tokenizer")
+    if not end_tokens(policy.actor, tokenizer):  # nothing is learned here: answers may all be as long as they can
+        generation = replace(generation, stop_at_eos=False)
     device = next(policy.parameters()).device
     _, answers = generate(
         policy,
@@ -65,54 +84,101 @@ def compare(
     against: str,
     tokenizer: Any,
     rows: Sequence[PromptRow],
-    reward: Reward,
+    reward: Reward | None,
     generation: GenerationConfig,
     *,
+    judge: JudgeReward | None = None,
     best_of: int = 4,
     seed: int = 0,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Let two models answer the same prompts, and score both.
+    """Let two models answer the same prompts; score both, or show both answers to a judge, or do either.
 
     Returns:
-        `reward_mean`, `reward_mean_against`; `win_rate`, the share of prompts on which the first scores higher (ties
-        count half); `win_rate_standard_error`; `kl_to_against` (nats per response, at the first model's samples);
-        `eos_fraction`, `response_length_mean` and those of the other; `best_of`, `best_of_reward_mean`: the mean
-        of the best score of so many responses of the other; `n_prompts`, `missing` scores, `seed`.
+        With a reward, else None: `reward_mean`, `reward_mean_against`; `win_rate`, the share of prompts on which the
+        first scores higher (ties count half); `win_rate_standard_error`; `missing` scores; `best_of_reward_mean`: the
+        mean of the best score of `best_of` responses of the other.
+        With a judge, else None: `judge_win_rate`, the share of prompts on which it finds the first answer better,
+        asked in both orders (ties, and verdicts that contradict each other, count half);
+        `judge_win_rate_standard_error`; `judge_missing` verdicts.
+        Always: `kl_to_against` (nats per response, at the first model's samples); `eos_fraction`,
+        `response_length_mean` and those of the other; `n_prompts`, `best_of`, `seed`.
 
     Raises:
-        UserError: if a model cannot be loaded, or no prompt got a score from both.
+        UserError: if a model cannot be loaded, or not one prompt got a score from both or a verdict.
     """
     in_range("best_of", best_of, at_least=1, whole=True, usual="4")
+    n_theirs = best_of if reward is not None else 1
+    source = NoReward() if reward is None else reward
     other = load_for_sampling(against, temperature=generation.temperature, device=device)
     policy = load_for_sampling(model, temperature=generation.temperature, device=device, reference=other.actor)
-    ours = answers_of(policy, tokenizer, rows, reward, generation, n_per_prompt=1, seed=seed)
-    theirs = answers_of(other, tokenizer, rows, reward, generation, n_per_prompt=best_of, seed=seed + 1)
-    groups = [theirs.scores[first : first + best_of] for first in range(0, len(theirs.scores), best_of)]
-    first_ones = zip(ours.scores, (group[0] for group in groups), strict=True)
-    pairs = [(a, b) for a, b in first_ones if a is not None and b is not None]
-    if not pairs:
-        raise UserError("No prompt got a score for both models. " + "; ".join((ours.problems + theirs.problems)[:3]))
-    wins = torch.tensor([1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs])
-    best = [max(scores) for group in groups if (scores := [s for s in group if s is not None])]
-    first = range(0, len(theirs.scores), best_of)
-    kl = ours.kl_to_reference or []
+    ours = answers_of(policy, tokenizer, rows, source, generation, n_per_prompt=1, seed=seed)
+    theirs = answers_of(other, tokenizer, rows, source, generation, n_per_prompt=n_theirs, seed=seed + 1)
+    first = range(0, len(theirs.texts), n_theirs)
+    scored: dict[str, Any] = dict.fromkeys(_SCORED)
+    if reward is not None:
+        groups = [theirs.scores[k : k + n_theirs] for k in first]
+        scored = compared_scores(ours.scores, groups, ours.problems + theirs.problems)
+    judged: dict[str, Any] = dict.fromkeys(_JUDGED)
+    if judge is not None:
+        verdicts = judge.compare(ours.prompts, ours.texts, [theirs.texts[k] for k in first])
+        rate = win_rate_of(verdicts.values, verdicts.problems, "verdict of the judge")
+        judged = dict(zip(_JUDGED, rate, strict=True))
     return {
         "n_prompts": len(rows),
-        "reward_mean": _mean([a for a, _ in pairs]),
-        "reward_mean_against": _mean([b for _, b in pairs]),
-        "win_rate": float(wins.mean()),
-        "win_rate_standard_error": float(wins.std(correction=0) / len(wins) ** 0.5),
-        "kl_to_against": _mean(kl),
+        **scored,
+        **judged,
+        "kl_to_against": _mean(ours.kl_to_reference or []),
         "eos_fraction": _mean([float(e) for e in ours.ended]),
         "eos_fraction_against": _mean([float(theirs.ended[k]) for k in first]),
         "response_length_mean": _mean([float(n) for n in ours.n_tokens]),
         "response_length_mean_against": _mean([float(theirs.n_tokens[k]) for k in first]),
         "best_of": best_of,
-        "best_of_reward_mean": _mean(best),
-        "missing": len(rows) - len(pairs),
         "seed": seed,
     }
+
+
+_SCORED = (
+    "reward_mean",
+    "reward_mean_against",
+    "win_rate",
+    "win_rate_standard_error",
+    "missing",
+    "best_of_reward_mean",
+)
+_JUDGED = ("judge_win_rate", "judge_win_rate_standard_error", "judge_missing")
+
+
+def compared_scores(
+    ours: Sequence[float | None], theirs: Sequence[Sequence[float | None]], problems: Sequence[str]
+) -> dict[str, Any]:
+    """Compare scores, one of ours and a group of theirs per prompt: our one with their first one, and their best.
+
+    Means and win rate are over the prompts that have a score from both.
+
+    Raises:
+        UserError: if there is no such prompt, with the problems.
+    """
+    pairs = [(a, group[0]) for a, group in zip(ours, theirs, strict=True)]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    wins = [None if a is None or b is None else 1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs]
+    rate = win_rate_of(wins, problems, "score for both models")
+    best = [max(scores) for group in theirs if (scores := [score for score in group if score is not None])]
+    means = (_mean([a for a, _ in known]), _mean([b for _, b in known]))
+    return dict(zip(_SCORED, (*means, *rate, _mean(best)), strict=True))
+
+
+def win_rate_of(shares: Sequence[float | None], problems: Sequence[str], what: str) -> WinRate:
+    """The win rate in comparisons that gave 1 (won), 0.5 (a tie), 0 (lost) or None.
+
+    Raises:
+        UserError: if all are None; `what` says what is missing, `problems` why.
+    """
+    known = torch.tensor([share for share in shares if share is not None])
+    if not len(known):
+        raise UserError(f"No prompt got a {what}. " + "; ".join(problems[:3]))
+    error = float(known.std(correction=0)) / len(known) ** 0.5
+    return WinRate(float(known.mean()), error, len(shares) - len(known))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,8 +19,9 @@ from proximo.algorithms.adam import FlatAdam
 from proximo.collect.data import Pair
 from proximo.core.losses import dpo
 from proximo.errors import UserError, in_range
+from proximo.models.adapters import merged_state
 from proximo.models.folders import save_model
-from proximo.models.language import LanguagePolicy, merged_state
+from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import append_metrics

@@ -18,8 +18,9 @@ from proximo.collect.data import Pair, pieces_within, read_preferences, right_pa
 from proximo.collect.reward_model import last_scores, score_rows
 from proximo.core.losses import pairwise
 from proximo.errors import in_range, one_of
+from proximo.models.adapters import add_adapter, merged_state, save_reward_adapter
 from proximo.models.folders import REWARD_SCALE, load_scalar_model, load_tokenizer, save_model
-from proximo.models.language import add_adapter, merged_state
+from proximo.models.language import checkpoint_activations
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import append_metrics
@@ -79,7 +80,7 @@ def start(config: RewardConfig) -> RewardState:
 def read_pairs(stage: str, config: SupervisedConfig) -> tuple[Any, list[Pair], list[Pair]]:
     """Read and check preferences; return the tokenizer, the pairs to learn from and those to measure on."""
     supervised.check_named(stage, config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     limit = supervised.longest_allowed(config)
     found = read_preferences(Path(config.data), tokenizer, max_tokens=limit, over_long=config.over_long)
     supervised.check_tokens(config, texts_of(found))
@@ -108,8 +109,7 @@ def _scalar_model(config: RewardConfig) -> Any:
             model.requires_grad_(True)
     model.score.requires_grad_(True)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints in training mode alone; there is no dropout left to switch on
+        checkpoint_activations(model)
     return model.to(config.device)
 
 
@@ -230,6 +230,8 @@ def finish(config: RewardConfig, run: RunDirectory, state: RewardState) -> dict[
     state.model.config.pad_token_id = state.tokenizer.eos_token_id if pad is None else pad
     weights = merged_state(state.model, "reward") if config.lora else None
     save_model(run.path, state.model, state.tokenizer, weights)
+    if config.lora:
+        save_reward_adapter(run.path, state.model, config.model, config.adapter)
     facts = {"model": str(run.path)}
     if scale is not None:
         facts["scores"] = f"mean {scale['mean']:.4g}, standard deviation {scale['std']:.4g}; normalized where used"

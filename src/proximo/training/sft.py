@@ -16,8 +16,9 @@ from proximo.algorithms.adam import FlatAdam
 from proximo.collect.data import Example, pieces_within, read_examples
 from proximo.core.losses import token_nll
 from proximo.errors import UserError
+from proximo.models.adapters import add_adapter, merged_state
 from proximo.models.folders import load_causal_lm, load_tokenizer, save_model
-from proximo.models.language import LanguagePolicy, add_adapter, enable_gradient_checkpointing, merged_state
+from proximo.models.language import LanguagePolicy, enable_gradient_checkpointing
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import append_metrics
@@ -67,7 +68,7 @@ def start(config: SFTConfig) -> SFTState:
         UserError: for whatever is missing or does not fit, before any weights are loaded where possible.
     """
     supervised.check_named(STAGE, config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     limit = supervised.longest_allowed(config)
     found = read_examples(Path(config.data), tokenizer, max_tokens=limit, over_long=config.over_long)
     supervised.check_tokens(config, [example.token_ids for example in found])

@@ -23,8 +23,9 @@ from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.collect.data import OVER_LONG, right_padded
 from proximo.core.batch import minibatch_indices
 from proximo.errors import UserError, in_range, one_of
-from proximo.models.folders import context_length, transformers_module
-from proximo.models.language import LanguagePolicy, LoraConfig
+from proximo.models.adapters import LoraConfig, in_use
+from proximo.models.folders import check_token_ids, context_length, transformers_module
+from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import sync_metrics
@@ -43,6 +44,9 @@ class SupervisedConfig:
     """The model to begin with: a folder or hub id."""
     data: str = ""
     """What to learn from: a .jsonl or .parquet file, or a folder that datasets saved."""
+    chat_template: str = ""
+    """A Jinja file that says how messages are written; it takes the place of the tokenizer's own template, if any, and
+    is saved with the result."""
     n_epochs: int = 1
     """Passes over the data, each in a fresh random order."""
     batch_size: int = 32
@@ -140,12 +144,7 @@ def longest_allowed(config: SupervisedConfig) -> int | None:
 def check_tokens(config: SupervisedConfig, texts: Iterable[Sequence[int]]) -> None:
     """Raise UserError if the model does not know a token that the tokenizer has given."""
     highest = max(max(text) for text in texts)
-    known = int(model_config(config.model).get_text_config().vocab_size)
-    if highest >= known:
-        raise UserError(
-            f"The tokenizer of {config.model} gives the token id {highest}, but the model knows only {known}: the two "
-            "do not belong together. Use the tokenizer that the model was made with, or resize its embeddings."
-        )
+    check_token_ids(highest, model_config(config.model), f"The tokenizer of {config.model}")
 
 
 def check_named(stage: str, config: SupervisedConfig) -> None:
@@ -293,12 +292,13 @@ def token_log_probs(policy: LanguagePolicy, rows: Rows) -> Tensor:
     """Log-probability `[R, L]` of each scored token given those before it in its text; 0 elsewhere."""
     policy_model = policy.actor
     inputs = dict(input_ids=rows.tokens, attention_mask=_mask(policy_model, rows), position_ids=rows.positions)
-    with policy._adapter("policy"), policy._precision():
+    with in_use(policy._adapted, "policy"), policy._precision():
         if policy._plain_head:
             hidden = policy_model.base_model(**inputs, use_cache=False).last_hidden_state
         else:
             hidden = policy_model(**inputs, use_cache=False).logits
-    scores, _ = policy._token_scores(hidden[:, :-1][rows.scored[:, 1:]], rows.tokens[rows.scored])
+    states = hidden[:, :-1][rows.scored[:, 1:]]
+    scores, _ = policy._token_scores(states, rows.tokens[rows.scored], with_entropy=False)
     return torch.zeros(rows.tokens.shape, device=scores.device).masked_scatter(rows.scored, scores)
 
 

@@ -1,0 +1,165 @@
+"""The settings of an alignment run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from proximo.algorithms.grpo import GRPO, PAPERS
+from proximo.algorithms.ppo import PPO
+from proximo.collect.data import OVER_LONG
+from proximo.collect.generate import GenerationConfig
+from proximo.errors import UserError, in_range, one_of
+from proximo.models.adapters import LoraConfig
+from proximo.models.language import Sharing
+
+Algorithm = PPO | GRPO
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": PPO(
+        learning_rate=1e-5,
+        learning_rate_schedule="linear",
+        n_epochs=4,
+        batch_size=64,
+        gamma=1.0,
+        value_coef=0.1,
+        value_clip_epsilon=0.2,
+        max_grad_norm=1.0,
+        update_path="eager",
+    ),
+    **PAPERS,
+}
+"""Settings to begin with, by the names that `--algorithm` takes. PPO's are those of Huang et al. 2024 (gamma 1, lambda
+0.95, 4 epochs, value coefficient 0.1, value clipping 0.2)."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """An AI judge behind an OpenAI-compatible endpoint, for --reward judge."""
+
+    judge_url: str = "http://127.0.0.1:8000/v1"
+    """Address of the endpoint; the key is read from the environment variable OPENAI_API_KEY."""
+    judge_model: str = ""
+    """Name of the model to ask."""
+    judge_rubric: str = ""
+    """A text file that says what counts."""
+    judge_mode: Literal["score", "pair"] = "score"
+    """`score`: each response by itself; `pair`: against another response to the same prompt."""
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """Everything that an alignment run needs to be run again."""
+
+    model: str = ""
+    """The model to begin with, a folder or hub id: usually what proximo sft made. It is the reference, too."""
+    reward: tuple[str, ...] = ()
+    """Where scores come from: a reward model's folder, my_file.py:function, package.module:function, or judge; several
+    are added up."""
+    reward_weights: tuple[float, ...] = ()
+    """A weight for each reward; by default 1."""
+    gold: tuple[str, ...] = ()
+    """A second opinion that is only looked at, never learned from: sources as for reward. Its mean is `gold_mean` in
+    the metrics, and the report says where the reward goes on rising while it falls."""
+    prompts: str = ""
+    """Prompts to answer: a .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
+    chat_template: str = ""
+    """A Jinja file that says how messages are written; it takes the place of the tokenizer's own template, if any, and
+    is saved with the result."""
+    algorithm: Annotated[Algorithm, tyro.conf.Suppress] = field(default_factory=lambda: ALGORITHMS["ppo"])
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sharing: Sharing = "separate"
+    """How the roles share weights: `separate`, a model each; `trunk`, a value head on the policy; `lora`, adapters for
+    the policy and the critic on one frozen base, which is the reference."""
+    critic_from: Literal["auto", "reward", "model"] = "auto"
+    """What a separate critic begins as: the reward model, or the model with a new head; `auto` is the reward model
+    where there is one."""
+    beta: float = 0.05
+    """Weight of the KL to the reference; 0 keeps no reference in memory."""
+    beta_control: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` moves beta so that the KL per response comes to beta_target (Ziegler et al. 2019)."""
+    beta_target: float = 6.0
+    """The KL per response (nats) that adaptive beta is steered to."""
+    beta_horizon: float = 10_000.0
+    """Responses over which adaptive beta may grow by a fifth."""
+    kl_in: Literal["reward", "loss_k2", "loss_k3"] = "reward"
+    """Where the KL counts: `reward`, per token, by log pi - log pi_ref; or in the loss, by the estimate named."""
+    n_iterations: int = 100
+    """Rollouts, each followed by an update."""
+    prompts_per_iteration: int = 64
+    """Prompts answered in each rollout."""
+    responses_per_prompt: int | None = None
+    """Responses to each prompt; by default 1 with a critic and 8 without one."""
+    value_pretraining_iterations: int = 0
+    """Rollouts at the beginning after which the critic alone learns (VC-PPO, Yuan et al. 2025)."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt; by default what the model's context leaves beside max_new_tokens."""
+    over_long: Literal["error", "drop", "truncate"] = "error"
+    """What becomes of longer prompts: refused before training, left out, or cut on the left."""
+    max_missing_rewards: float = 0.2
+    """The run stops where more than this share of an iteration's responses got no score."""
+    reward_timeout: float = 60.0
+    """Seconds after which a reward function that has not answered is stopped."""
+    n_samples: int = 4
+    """Prompts whose responses are shown and kept in samples.jsonl, the same ones throughout."""
+    samples_every: int = 10
+    """Iterations between two looks at them."""
+    seed: int = 0
+    """Seeds the order of prompts, the sampling, the minibatches and new heads and adapters."""
+    checkpoint_every: int | None = None
+    """Iterations between checkpoints; by default a tenth of n_iterations."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep."""
+    device: str = "cpu"
+    """Where the models are: cpu, cuda, cuda:1, ..."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one per core."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`bfloat16` computes in it over float32 weights; `auto` is float32 on the CPU and bfloat16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    debug: bool = False
+    """Check at each iteration that every probability ratio is 1 before the first update."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        in_range("beta", self.beta, at_least=0.0, usual="0.05")
+        in_range("beta_target", self.beta_target, above=0.0, usual="6.0")
+        in_range("beta_horizon", self.beta_horizon, above=0.0, usual="10000")
+        for name in ("n_iterations", "prompts_per_iteration", "keep_checkpoints", "samples_every"):
+            in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(AlignConfig, name)))
+        for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every"):
+            in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
+        for name in ("seed", "threads", "n_samples", "value_pretraining_iterations"):
+            in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
+        in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
+        in_range("reward_timeout", self.reward_timeout, above=0.0, usual="60")
+        one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
+        one_of("kl_in", self.kl_in, ("reward", "loss_k2", "loss_k3"))
+        one_of("beta_control", self.beta_control, ("fixed", "adaptive"))
+        one_of("critic_from", self.critic_from, ("auto", "reward", "model"))
+        one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+        one_of("over_long", self.over_long, OVER_LONG)
+        if self.reward_weights and len(self.reward_weights) != len(self.reward):
+            raise UserError(
+                f"There are {len(self.reward)} rewards and {len(self.reward_weights)} reward_weights. Give one each."
+            )
+
+    @property
+    def n_per_prompt(self) -> int:
+        """Responses to each prompt."""
+        return self.responses_per_prompt or (8 if isinstance(self.algorithm, GRPO) else 1)
+
+    @property
+    def responses_per_iteration(self) -> int:
+        """Rows of one rollout."""
+        return self.prompts_per_iteration * self.n_per_prompt
+
+    @property
+    def autocast(self) -> bool:
+        """Whether to compute in bfloat16."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and self.device.startswith("cuda"))

@@ -1,0 +1,188 @@
+"""The four roles of an alignment run: policy, reference, critic and reward, loaded and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from proximo.algorithms.ppo import PPO
+from proximo.collect.judge import JudgeReward
+from proximo.collect.reward_model import RewardModel, scale_of
+from proximo.collect.rewards import CallableReward, FunctionReward, Reward, WeightedReward, kind_of_reward
+from proximo.errors import UserError
+from proximo.models.adapters import adapter_state, add_adapter, copy_adapter, has_reward_adapter
+from proximo.models.folders import load_causal_lm, load_scalar_model
+from proximo.models.language import LanguagePolicy, enable_gradient_checkpointing
+from proximo.training.align_config import AlignConfig
+
+
+def build_roles(config: AlignConfig, function: Callable[..., Any] | None = None) -> tuple[LanguagePolicy, Reward]:
+    """Load policy, reference, critic and reward as the config shares them.
+
+    Args:
+        config: the settings.
+        function: scores responses, in place of `config.reward`.
+
+    Raises:
+        UserError: if one of them cannot be had; a reward that is no model is tried before any weights are loaded.
+    """
+    on_base = config.sharing == "lora" and any(has_reward_adapter(place) for place in config.reward)
+    reward: Reward | None = None
+    if function is not None:
+        reward = CallableReward(function, timeout=config.reward_timeout)
+    elif not on_base:
+        reward = reward_of(config)
+    try:
+        policy = build_policy(config)
+        if reward is None:
+            reward = reward_of(config, base=policy.actor)
+            _begin_critic(config, policy, reward)
+    except BaseException:
+        if reward is not None:
+            reward.close()  # a reward function's process would stay behind
+        raise
+    return policy, reward
+
+
+def build_policy(config: AlignConfig) -> LanguagePolicy:
+    """Load the roles as the config shares them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # of new heads and adapters: libraries draw them from the global generator
+        actor: Any = load_causal_lm(config.model, device=config.device)
+        width = actor.config.get_text_config().hidden_size
+        critic = value_head = reference = None
+        wants_critic = isinstance(config.algorithm, PPO)
+        if config.sharing == "lora":
+            add_adapter(actor, "policy", config.lora)
+            if wants_critic:
+                add_adapter(actor, "value", config.lora)
+        else:
+            actor.requires_grad_(True)
+            if config.beta > 0:
+                reference = load_causal_lm(config.model, device=config.device).requires_grad_(False)
+        if wants_critic and config.sharing == "separate":
+            critic = _critic(config)
+        elif wants_critic:
+            value_head = nn.Linear(width, 1, device=config.device)
+            nn.init.zeros_(value_head.weight)
+            nn.init.zeros_(value_head.bias)
+    policy = LanguagePolicy(
+        actor,
+        sharing=config.sharing,
+        critic=critic,
+        value_head=value_head,
+        reference=reference,
+        temperature=config.generation.temperature,
+        autocast=config.autocast,
+    )
+    if config.gradient_checkpointing:
+        enable_gradient_checkpointing(policy)
+    return policy
+
+
+@torch.no_grad()
+def _critic(config: AlignConfig) -> nn.Module:
+    """A value network of its own: from the reward model where there is one, else from the policy's own weights."""
+    places = [place for place in config.reward if kind_of_reward(place) == "model"]
+    if config.critic_from == "reward" and not places:
+        raise UserError("critic_from is 'reward', but no reward is a model. Use critic_from 'model'.")
+    if places and config.critic_from != "model":
+        critic: Any = load_scalar_model(places[0], device=config.device)
+        critic.score.weight /= scale_of(critic.config, places[0])[1]  # to begin in the units that scores come in
+    else:
+        critic = load_scalar_model(config.model, device=config.device, fresh_head=True)
+        nn.init.zeros_(critic.score.weight)
+    return critic.requires_grad_(True)
+
+
+@torch.no_grad()
+def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -> None:
+    """Let the adapter of the critic, and its head, begin as those of the reward where they are of one size."""
+    models = [model for model in models_of(reward) if model.on_base]
+    if policy.value_head is None or not models or config.critic_from == "model":
+        return
+    actor, model = policy.actor, models[0]
+    theirs, ours = (
+        sorted(tuple(weight.shape) for weight in adapter_state(actor, name).values()) for name in ("reward", "value")
+    )
+    if theirs != ours or model.lora_alpha != config.lora.lora_alpha:
+        return
+    copy_adapter(actor, "reward", "value")
+    score = model.model.score
+    policy.value_head.weight.copy_(score.weight / model.std)
+    own = torch.zeros(1, device=score.weight.device) if score.bias is None else score.bias
+    policy.value_head.bias.copy_((own - model.mean) / model.std)
+
+
+def reward_of(config: AlignConfig, base: Any = None) -> Reward:
+    """The rewards that a config names, added up.
+
+    `base` is a causal model with adapters: a reward model that is an adapter of the same base is put on it.
+
+    Raises:
+        UserError: if none is named, or one cannot be had.
+    """
+    if not config.reward:
+        raise UserError(
+            "align needs a reward: --reward FOLDER (a reward model), --reward my_file.py:score (a function), or "
+            "--reward judge."
+        )
+    rewards = [_one_reward(config, place, base) for place in config.reward]
+    if len(rewards) == 1 and not config.reward_weights:
+        return rewards[0]
+    return WeightedReward(rewards, config.reward_weights or [1.0] * len(rewards))
+
+
+def gold_of(config: AlignConfig) -> Reward | None:
+    """The judge that is only looked at, if there is one."""
+    if not config.gold:
+        return None
+    rewards = [_one_reward(config, place, None) for place in config.gold]
+    return rewards[0] if len(rewards) == 1 else WeightedReward(rewards, [1.0] * len(rewards))
+
+
+def _one_reward(config: AlignConfig, place: str, base: Any) -> Reward:
+    kind = kind_of_reward(place)
+    if kind == "function":
+        return FunctionReward(place, timeout=config.reward_timeout)
+    if kind == "model":
+        return RewardModel(place, device=config.device, autocast=config.autocast, base=base)
+    judge = config.judge
+    if not judge.judge_model or not judge.judge_rubric:
+        raise UserError("--reward judge needs --judge-model NAME and --judge-rubric FILE (and --judge-url).")
+    return JudgeReward(judge.judge_url, judge.judge_model, Path(judge.judge_rubric), mode=judge.judge_mode)
+
+
+def models_of(reward: Reward) -> list[RewardModel]:
+    """The reward models among the sources of a reward."""
+    parts = reward.rewards if isinstance(reward, WeightedReward) else [reward]
+    return [part for part in parts if isinstance(part, RewardModel)]
+
+
+def memory_in_words(policy: LanguagePolicy, reward: Reward) -> str:
+    """How much each role's weights take, with what learning adds: gradient and two moments for each that learns."""
+    learning = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+
+    def size(module: Any) -> float:
+        return 0.0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters()) / 2**20
+
+    head = size(policy.value_head)
+    models = models_of(reward)
+    roles = {"policy": size(policy.actor)}
+    if policy.sharing == "lora":
+        also = ", critic" if policy.has_critic else ""
+        also += ", reward" if any(model.on_base for model in models) else ""
+        roles = {f"base with adapters (policy{also}; reference is the base)": size(policy.actor) + head}
+    else:
+        roles["reference"] = size(policy.reference)
+        roles["critic"] = size(policy.critic) + head
+    roles["reward"] = sum(size(model.model) for model in models)
+    roles["gradients and Adam"] = 3 * learning / 2**20
+    used = {name: number for name, number in roles.items() if number}
+    return ", ".join(f"{name} {number:,.1f} MiB" for name, number in used.items()) + (
+        f": {sum(used.values()):,.1f} MiB, activations not counted"
+    )
