@@ -377,7 +377,8 @@ class DemoArguments:
     seed: int = 0
     """Seeds everything."""
     long: bool = False
-    """The longer setting that the numbers of docs/benchmarks.md come from: about four times the work."""
+    """The longer setting behind the numbers of docs/benchmarks.md: more data, and PPO with four betas, drawn as a
+    frontier of reward against KL; ten times the work."""
     threads: int = 0
     """CPU threads for torch; 0 is one per core."""
     quiet: bool = False
@@ -414,12 +415,22 @@ def _demo_in_words(result: dict[str, Any]) -> dict[str, str]:
         "reward model": f"right on {100 * accuracy:.1f} % of held-out pairs; label noise allows {100 * ceiling:.1f} %",
         "gold score": f"{result['reward_mean']:+.2f} after PPO, {result['reward_mean_against']:+.2f} after SFT, "
         f"{result['best_of_reward_mean']:+.2f} best of {result['best_of']} of SFT (0 is the corpus, 1 its spread)",
-        "win rate": f"{100 * result['win_rate']:.1f} % over SFT on {result['n_prompts']} unseen prompts",
+        "win rate": f"{100 * result['win_rate']:.1f} % over SFT on {result['n_judged']} unseen prompts",
         "KL to SFT": f"{result['kl_to_against']:.2f} nats per response",
         "ended": f"{100 * result['eos_fraction']:.1f} % of responses, {result['response_length_mean']:.0f} tokens long",
+        **_frontier_in_words(result),
         "took": f"{result['seconds']:.0f} s",
         "everything": result["folder"],
     }
+
+
+def _frontier_in_words(result: dict[str, Any]) -> dict[str, str]:
+    if "frontier" not in result:
+        return {}
+    points = ", ".join(
+        f"beta {p['beta']:g}: {p['reward_mean']:+.2f} at {p['kl_to_against']:.1f} nats" for p in result["frontier"]
+    )
+    return {"frontier": f"{points}; drawn in {result['folder']}/frontier.png"}
 
 
 def _demo_next(folder: Path) -> list[str]:

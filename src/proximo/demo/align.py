@@ -7,6 +7,7 @@ gold judge is never shown to the policy: it labels preferences, with Bradley-Ter
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ import torch
 
 from proximo.collect.data import read_prompts
 from proximo.collect.generate import GenerationConfig
+from proximo.collect.reward_model import RewardModel
 from proximo.collect.rewards import Scores
 from proximo.demo.stories import (
     build_tokenizer,
@@ -29,7 +31,7 @@ from proximo.demo.stories import (
 from proximo.language import StageRun, config_of, run_stage
 from proximo.models.folders import load_tokenizer, save_model, transformers_module
 from proximo.stage_display import StageDisplay
-from proximo.training.compare import compare
+from proximo.training.compare import answers_of, compare, load_for_sampling
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class DemoConfig:
     """Preference pairs for the reward model."""
     noise: float = 0.5
     """Bradley-Terry temperature of the labels, in standard deviations of the gold score."""
-    beta: float = 0.05
-    """Weight of the KL to the SFT model."""
+    betas: tuple[float, ...] = (0.05,)
+    """Weights of the KL to the SFT model: a run of PPO each. The first is the one that is judged and kept as `ppo`;
+    several are drawn as a frontier of reward against KL, beside best-of-n."""
     n_iterations: int = 30
     """Rollouts of PPO."""
     n_prompts: int = 1000
@@ -56,10 +59,13 @@ class DemoConfig:
     """CPU threads for torch; 0 is one per core."""
 
 
-LONG = DemoConfig(n_stories=24_000, n_pairs=16_000, n_iterations=100, n_judged=512)
+LONG = DemoConfig(n_stories=24_000, n_pairs=20_000, betas=(0.05, 0.02, 0.15, 0.5), n_iterations=60, n_judged=512)
 """What the numbers of docs/benchmarks.md come from."""
 
 GENERATION = GenerationConfig(max_new_tokens=56)
+
+MOST_SAMPLES = 64
+"""Responses per prompt that best-of-n chooses among, at most."""
 
 Label = Callable[[list[tuple[str, str, str]], int, float], list[dict[str, str]]]
 
@@ -86,18 +92,25 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
     sft = train_sft(folder, data["stories"], config, display)
     display.say(f"2 of 4  a reward model from {config.n_pairs:,} noisy preferences (proximo reward)")
     reward, ceiling = train_reward(folder, config, display, sft.path)
-    display.say("3 of 4  PPO against the reward model (proximo align)")
-    aligned = train_ppo(folder / "ppo", data["prompts"], config, display, sft.path, str(reward.path))
-    display.say(f"4 of 4  the gold judge reads {config.n_judged} unseen prompts (proximo evaluate)")
-    judged = judge(aligned.path, sft.path, data["held_out"], config)
+    judged = []
+    for number, beta in enumerate(config.betas):
+        display.say(f"3 of 4  PPO against the reward model, beta {beta:g} (proximo align)")
+        path = folder / (f"ppo-beta-{beta:g}" if number else "ppo")
+        aligned = train_ppo(path, data["prompts"], config, display, sft.path, str(reward.path), beta=beta)
+        display.say(f"4 of 4  the gold judge reads {config.n_judged} unseen prompts (proximo evaluate)")
+        judged.append({"beta": beta} | judge(aligned.path, sft.path, data["held_out"], config))
     result = {
         **asdict(config),
         "reward_accuracy": reward.metrics.get("held_out_accuracy"),
         "reward_accuracy_ceiling": ceiling,
-        **judged,
-        "seconds": time.monotonic() - began,
-        "folder": str(folder),
+        **{name: value for name, value in judged[0].items() if name not in ("n_prompts", "seed", "beta")},
     }
+    if len(judged) > 1:
+        kept = ("beta", "kl_to_against", "reward_mean", "win_rate", "eos_fraction")
+        result["frontier"] = [{name: one[name] for name in kept} for one in judged]
+        result["best_of_n"] = best_of_n(sft.path, reward.path, data["held_out"], config)
+        draw_frontier(folder / "frontier.png", result["frontier"], result["best_of_n"])
+    result |= {"seconds": time.monotonic() - began, "folder": str(folder)}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -178,13 +191,14 @@ def train_ppo(
     reward: str,
     **changes: Any,
 ) -> StageRun:
-    """PPO with a value head on the policy's trunk."""
+    """PPO with a value head on the policy's trunk; the gold judge looks on."""
     settings = dict(
         model=str(sft),
         reward=(reward,),
+        gold=("proximo.demo.stories:gold_scores",),
         prompts=str(prompts),
         sharing="trunk",
-        beta=config.beta,
+        beta=config.betas[0],
         n_iterations=config.n_iterations,
         prompts_per_iteration=128,
         batch_size=64,
@@ -204,6 +218,49 @@ def judge(model: Path, against: Path, prompts: Path, config: DemoConfig) -> dict
     tokenizer = load_tokenizer(model)
     rows = read_prompts(prompts, tokenizer, max_tokens=None, over_long="error")[: config.n_judged]
     return compare(str(model), str(against), tokenizer, rows, GoldJudge(), GENERATION, best_of=4, seed=config.seed)
+
+
+def best_of_n(model: Path, reward: Path, prompts: Path, config: DemoConfig) -> list[dict[str, float]]:
+    """Gold score and KL (nats) of the response that the reward model likes best among n of `model`.
+
+    The KL of best-of-n is at most log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3).
+    """
+    tokenizer = load_tokenizer(model)
+    rows = read_prompts(prompts, tokenizer, max_tokens=None, over_long="error")[: config.n_judged // 4]
+    policy = load_for_sampling(str(model), temperature=1.0)
+    source = RewardModel(reward)
+    answers = answers_of(policy, tokenizer, rows, source, GENERATION, n_per_prompt=MOST_SAMPLES, seed=config.seed)
+    gold = [gold_score(str(prompt), text) for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
+    proxy = [-math.inf if score is None else score for score in answers.scores]
+    found = []
+    for n in (2**k for k in range(MOST_SAMPLES.bit_length())):
+        best = [max(range(first, first + n), key=proxy.__getitem__) for first in range(0, len(gold), n)]
+        kl = math.log(n) - (n - 1) / n
+        found.append({"n": n, "kl": kl, "reward_mean": sum(gold[row] for row in best) / len(best)})
+    return found
+
+
+def draw_frontier(path: Path, frontier: list[dict[str, Any]], best: list[dict[str, float]]) -> None:
+    """Gold score against KL: PPO with several betas, and best-of-n of the SFT model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    points = sorted(frontier, key=lambda one: one["kl_to_against"])
+    series = (
+        ("PPO", [(p["kl_to_against"], p["reward_mean"], f"beta {p['beta']:g}") for p in points], "o-", "#0072B2"),
+        ("best of n by the reward model", [(b["kl"], b["reward_mean"], f"{b['n']}") for b in best], "s--", "#D55E00"),
+    )
+    for label, places, style, colour in series:
+        axes.plot([p[0] for p in places], [p[1] for p in places], style, color=colour, label=label)
+        for x, y, words in places:
+            axes.annotate(words, (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8, color=colour)
+    axes.set_xlabel("KL to the SFT model (nats per response)")
+    axes.set_ylabel("gold score (standard deviations of the corpus)")
+    axes.set_title("Reward against KL, on unseen prompts")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120)
 
 
 def smaller(config: DemoConfig) -> DemoConfig:
