@@ -422,12 +422,6 @@ def _report(words: list[str]) -> Outcome:
     if not given.runs:
         raise UserError("proximo report needs one or more run directories.")
     runs = [open_run(path) for path in given.runs]
-    for run in runs:
-        if _is_language_run(run.path):
-            raise UserError(
-                f"{run.path} is a language run, for which there are no pictures yet. Its numbers are in "
-                f"{run.metrics_path}, and what it wrote is in {run.path / 'samples.jsonl'}."
-            )
     report = write_report(runs, given.out)
     return EXIT_DONE, json.dumps(report_json(report)) if given.json else report.text
 

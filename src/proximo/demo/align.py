@@ -101,6 +101,7 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
         judged.append({"beta": beta} | judge(aligned.path, sft.path, data["held_out"], config))
     result = {
         **asdict(config),
+        "betas": list(config.betas),
         "reward_accuracy": reward.metrics.get("held_out_accuracy"),
         "reward_accuracy_ceiling": ceiling,
         **{name: value for name, value in judged[0].items() if name not in ("n_prompts", "seed", "beta")},

@@ -165,8 +165,8 @@ def over_optimization(evidence: Evidence) -> Finding | None:
         f"(means of {gold.window} iterations).{distance}",
         "The policy exploits the reward: it finds what scores high and is not better. What was learned after the peak "
         "is not worth having.",
-        f"Go back to about {peak}: a checkpoint from there, or a new run with n_iterations "
-        f"{evidence.iterations[gold.peak_row]:.0f}; {_hold_nearer(evidence)}.",
+        f"Go back to about {peak}: a checkpoint from there (keep_checkpoints keeps more of them), or a new run with "
+        f"n_iterations {evidence.iterations[gold.peak_row]:.0f}; {_hold_nearer(evidence)}.",
     )
 
 
@@ -174,7 +174,7 @@ def kl_ran_away(evidence: Evidence) -> Finding | None:
     """The policy is far from the reference, or on its way there; where a gold score agrees, it may be."""
     kl, reward = course_of(evidence, "kl_to_reference"), course_of(evidence, "reward_mean")
     gold, _ = _gold_and_reward(evidence)
-    if kl is None or gold is not None:
+    if kl is None or (gold is not None and (gold.has_risen or over_optimization(evidence))):
         return None
     halfway = float(kl.means[len(kl.means) // 2])
     is_steep = kl.late >= STEEP_KL and kl.late >= STEEP_RISE * max(halfway, 0.0)
@@ -193,7 +193,7 @@ def kl_ran_away(evidence: Evidence) -> Finding | None:
             "warning",
             f"{how}. The reward rose from {number(reward.early)} to {number(reward.late)}.",
             "So far from where it began, a policy has usually begun to exploit the reward: scores go up, and answers "
-            "get worse. Read report/samples.md.",
+            "get worse. Read samples.md.",
             f"{_sentence(_hold_nearer(evidence))}; compare an earlier checkpoint; set gold to a second judge, and the "
             "report will say where the two part.",
         )

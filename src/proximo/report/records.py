@@ -16,6 +16,9 @@ from proximo.runs.metrics import MetricValue, read_metrics
 
 Row = dict[str, MetricValue]
 
+LANGUAGE_STAGES = ("sft", "reward", "align", "dpo")
+"""The setting `stage` of a language run; a control run has none."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -43,8 +46,16 @@ class RunRecord:
 
     @property
     def task(self) -> str:
-        """What was learned: the environment's id."""
-        return str(self.settings.get("env_id", "unknown task"))
+        """What was learned: the environment's id, or the stage of a language run with its algorithm."""
+        if self.stage is None:
+            return str(self.settings.get("env_id", "unknown task"))
+        return f"{self.stage} ({self.settings['algorithm']})" if "algorithm" in self.settings else self.stage
+
+    @property
+    def stage(self) -> str | None:
+        """The stage of a language run; None for a control run."""
+        stage = self.settings.get("stage")
+        return stage if stage in LANGUAGE_STAGES else None
 
 
 def read_records(runs: Sequence[RunDirectory]) -> list[RunRecord]:

@@ -12,15 +12,29 @@ from typing import Any
 
 import numpy as np
 
-from proximo.report.charts import CHARTS
+from proximo.errors import UserError
+from proximo.report.charts import CHARTS, Chart
+from proximo.report.diagnosis import Finding
 from proximo.report.folder import MARK, prepare_folder, write_ours
+from proximo.report.language_pictures import draw_language_records, language_charts, samples_text
 from proximo.report.pictures import draw_records
 from proximo.report.records import RunRecord, read_records
-from proximo.report.summary import RunSummary, finding_lines, summarize, summary_json, what_curves_show, what_happened
+from proximo.report.summary import (
+    LanguageSummary,
+    RunSummary,
+    finding_lines,
+    summarize,
+    summarize_language,
+    summary_json,
+    what_curves_show,
+    what_happened,
+    what_happened_in_language,
+)
 from proximo.report.words import duration, number
 from proximo.runs.directory import RUNS_ROOT, RunDirectory
 
 _TEXT_NAME = "report.md"
+_SAMPLES_NAME = "samples.md"
 _NOT_COMPARED = frozenset({"seed", "env_id"})  # they have columns of their own
 
 
@@ -31,10 +45,12 @@ class Report:
     folder: Path
     pictures: tuple[Path, ...]
     """The overview first."""
-    runs: tuple[RunSummary, ...]
+    runs: tuple[RunSummary, ...] | tuple[LanguageSummary, ...]
     """Results and findings of each run, in the order they were named."""
     text: str
     """The words of `report.md`, as Markdown without the pictures."""
+    samples: Path | None = None
+    """`samples.md`, where language runs have kept samples."""
 
     @property
     def path(self) -> Path:
@@ -45,23 +61,60 @@ class Report:
 def write_report(runs: list[RunDirectory], folder: Path | None = None) -> Report:
     """Write pictures and `report.md` about one run, or several compared, and return what they say.
 
+    Language runs are compared within a stage; those that have kept samples get a `samples.md` besides.
+
     The folder is the run's own `report/`, or, for several runs, a new `report-<date and time>` beside them,
     unless `folder` names another. An older report there is replaced; a file that Proximo did not write never is.
 
     Raises:
-        UserError: if there is nothing to report yet, a run cannot be read, the folder cannot be written to,
-            or a file of another origin is in the way.
+        UserError: if there is nothing to report yet, a run cannot be read, runs of different stages are named, the
+            folder cannot be written to, or a file of another origin is in the way.
     """
     records = read_records(runs)
+    _check_comparable(records)
     if folder is None:
         folder = records[0].run.report if len(records) == 1 else _new_folder(records)
+    if records[0].stage is not None:
+        return _write_language(records, folder)
     summaries = tuple(summarize(record) for record in records)
     text = _text(records, summaries)
     path = folder / _TEXT_NAME
     prepare_folder(folder, [path])
     pictures = tuple(draw_records(records, folder))
-    write_ours(path, f"{MARK}\n{text}\n{_gallery(pictures)}".encode())
+    write_ours(path, f"{MARK}\n{text}\n{_gallery(pictures, CHARTS)}".encode())
     return Report(folder, pictures, summaries, text)
+
+
+def write_language_report(run_path: Path | str) -> tuple[Finding, ...]:
+    """Write the report of one language run into its `report/`, and return the findings, worst first.
+
+    Raises:
+        UserError: as `write_report` does.
+    """
+    return write_report([RunDirectory(Path(run_path))]).runs[0].findings
+
+
+def _check_comparable(records: Sequence[RunRecord]) -> None:
+    kinds = {record.stage or "control": record.name for record in reversed(records)}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{name} ({kind})" for kind, name in reversed(kinds.items()))
+        raise UserError(
+            f"These runs cannot be compared, for they have been trained for different ends: {listed}. Name runs of one "
+            "stage at a time."
+        )
+
+
+def _write_language(records: Sequence[RunRecord], folder: Path) -> Report:
+    summaries = tuple(summarize_language(record) for record in records)
+    text, told = _text(records, summaries), samples_text(records)
+    path, samples = folder / _TEXT_NAME, folder / _SAMPLES_NAME
+    prepare_folder(folder, [path, samples] if told else [path])
+    pictures = tuple(draw_language_records(records, folder))
+    if told:
+        write_ours(samples, f"{MARK}\n{told}".encode())
+        text += f"\nWhat the fixed prompts were answered, over the iterations, is in {_SAMPLES_NAME}.\n"
+    write_ours(path, f"{MARK}\n{text}\n{_gallery(pictures, language_charts(records))}".encode())
+    return Report(folder, pictures, summaries, text, samples if told else None)
 
 
 def report_json(report: Report) -> dict[str, Any]:
@@ -69,6 +122,7 @@ def report_json(report: Report) -> dict[str, Any]:
     return {
         "folder": str(report.folder),
         "report": str(report.path),
+        **({"samples": str(report.samples)} if report.samples else {}),
         "pictures": [str(picture) for picture in report.pictures],
         "runs": [summary_json(summary) for summary in report.runs],
     }
@@ -84,7 +138,7 @@ def settings_that_differ(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
 # --- text -----------------------------------------------------------------------------------------------------
 
 
-def _text(records: Sequence[RunRecord], summaries: Sequence[RunSummary]) -> str:
+def _text(records: Sequence[RunRecord], summaries: Sequence[RunSummary] | Sequence[LanguageSummary]) -> str:
     if len(records) == 1:
         lines = [f"# {summaries[0].task}: {summaries[0].name}", "", *_about(records[0], summaries[0])]
     else:
@@ -95,20 +149,26 @@ def _text(records: Sequence[RunRecord], summaries: Sequence[RunSummary]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _about(record: RunRecord, summary: RunSummary) -> list[str]:
+def _about(record: RunRecord, summary: RunSummary | LanguageSummary) -> list[str]:
     """What there is to say of one run."""
-    lines = [what_happened(summary), ""]
-    curves = what_curves_show(record.rows)
-    if curves:
-        lines += ["What the curves show:", "", *(f"- {sentence}" for sentence in curves), ""]
-    lines += ["Diagnosis:", ""]
+    if isinstance(summary, LanguageSummary):
+        lines = [what_happened_in_language(summary), ""]
+        ends = [[name, number(summary.first[name]), number(value)] for name, value in summary.final.items()]
+        if ends:
+            lines += [*_table([["median over", "first tenth", "last tenth"], *ends]), ""]
+    else:
+        lines = [what_happened(summary), ""]
+        curves = what_curves_show(record.rows)
+        if curves:
+            lines += ["What the curves show:", "", *(f"- {sentence}" for sentence in curves), ""]
+    lines += ["Diagnosis:", ""] if summary.findings else []
     for finding in summary.findings:
         first, *others = finding_lines(finding)
         lines += [f"- {first}", *(f"  {line}" for line in others)]
     return [*lines, ""]
 
 
-def _comparison(records: Sequence[RunRecord], summaries: Sequence[RunSummary]) -> list[str]:
+def _comparison(records: Sequence[RunRecord], summaries: Sequence[RunSummary] | Sequence[LanguageSummary]) -> list[str]:
     several_tasks = len({summary.task for summary in summaries}) > 1
     header = ["run", *(["task"] if several_tasks else []), "seed", "final return", "best return", "at step", "steps"]
     table = [[*header, "time", "steps/s", "diagnosis"]]

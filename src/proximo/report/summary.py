@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from proximo.report.diagnosis import Finding, diagnose
+from proximo.report.language_diagnosis import diagnose_align
 from proximo.report.progress import WINDOW_EPISODES, progress_of
 from proximo.report.records import Row, RunRecord, column
 from proximo.report.words import duration, number, percent, plural
@@ -68,6 +69,84 @@ def summarize(record: RunRecord) -> RunSummary:
         collecting_share=collecting / (collecting + updating) if collecting + updating > 0 else None,
         findings=tuple(diagnose(rows, settings)),
     )
+
+
+LEARNING_METRICS = (
+    "loss",
+    "held_out_loss",
+    "accuracy",
+    "held_out_accuracy",
+    "margin_mean",
+    "chosen_log_ratio",
+    "rejected_log_ratio",
+)
+ALIGN_METRICS = (
+    "reward_mean",
+    "gold_mean",
+    "reward_std",
+    "kl_to_reference",
+    "beta",
+    "response_length_mean",
+    "eos_fraction",
+    "entropy",
+    "approx_kl",
+    "clip_fraction",
+    "explained_variance",
+)
+"""What is told of a language run, in this order, where it is measured."""
+
+
+@dataclass(frozen=True)
+class LanguageSummary:
+    """A language run's results and diagnosis."""
+
+    name: str
+    path: Path
+    task: str
+    """The stage, and the algorithm of align."""
+    seed: int | None
+    n_iterations: int
+    planned_iterations: int | None
+    n_responses: int | None
+    """Responses that were scored; None for stages that sample none."""
+    seconds: float | None
+    first: dict[str, float]
+    """Each metric's median over the first tenth of the run."""
+    final: dict[str, float]
+    """And over the last tenth."""
+    findings: tuple[Finding, ...]
+    """Of align alone."""
+
+
+def summarize_language(record: RunRecord) -> LanguageSummary:
+    """Sum a language run up; one without finished iterations has no numbers."""
+    rows = record.rows
+    is_align = record.stage == "align"
+    ends = {name: _ends(rows, name, share=0.1) for name in (ALIGN_METRICS if is_align else LEARNING_METRICS)}
+    return LanguageSummary(
+        name=record.name,
+        path=record.run.path,
+        task=record.task,
+        seed=_whole(record.settings.get("seed")),
+        n_iterations=len(rows),
+        planned_iterations=_whole(_last(rows, "n_iterations")),
+        n_responses=_whole(_last(rows, "n_responses")),
+        seconds=_last(rows, "seconds"),
+        first={name: found[0] for name, found in ends.items() if found},
+        final={name: found[1] for name, found in ends.items() if found},
+        findings=tuple(diagnose_align(rows, record.settings)) if is_align else (),
+    )
+
+
+def what_happened_in_language(summary: LanguageSummary) -> str:
+    """Tell in a sentence or two how much was done."""
+    if summary.n_iterations == 0:
+        return "No iteration has finished yet."
+    told = f"It took {plural(summary.n_iterations, 'iteration')}"
+    told += f", {plural(summary.n_responses, 'response')}" if summary.n_responses is not None else ""
+    told += f" and {duration(summary.seconds)}." if summary.seconds is not None else "."
+    planned = summary.planned_iterations
+    return told + (f" {planned:,} iterations were planned." if planned and summary.n_iterations < planned else "")
 
 
 def what_happened(summary: RunSummary) -> str:
@@ -136,7 +215,7 @@ def finding_lines(finding: Finding) -> list[str]:
     return [*lines, f"*What to do:* {finding.advice}"] if finding.advice else lines
 
 
-def summary_json(summary: RunSummary) -> dict[str, Any]:
+def summary_json(summary: RunSummary | LanguageSummary) -> dict[str, Any]:
     """Return the summary as values that JSON holds."""
     values = dict(vars(summary))
     values["path"] = str(summary.path)
