@@ -218,7 +218,14 @@ class TestCommandLine:
         code, _, error = said_by(capsys, "evaluate", "sft")
         assert code == 2
         assert "--against" in error
-        for word, said in (("watch", "proximo chat"), ("report", "metrics.jsonl")):
-            code, _, error = said_by(capsys, word, "sft")
-            assert code == 2
-            assert said in error
+        code, _, error = said_by(capsys, "watch", "sft")
+        assert code == 2
+        assert "proximo chat" in error
+
+    def test_a_language_run_has_a_report(self, model, folder, capsys):
+        proximo.sft(model, "texts.jsonl", run_dir="sft", quiet=True, threads=1, batch_size=2)
+        code, out, _ = said_by(capsys, "report", "sft")
+        assert code == 0
+        assert out.startswith("# sft: sft")
+        assert "held_out_loss" in out
+        assert (folder / "sft" / "report" / "loss.png").is_file()

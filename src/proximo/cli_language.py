@@ -148,12 +148,14 @@ class SampleArguments:
     """A .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
     n: int = 1
     """Responses to each prompt."""
-    max_new_tokens: int = 128
-    """Longest response, in tokens."""
-    temperature: float = 1.0
-    """Of sampling; below 1 is more predictable."""
-    stop: tuple[str, ...] = ()
-    """A response also ends where one of these appears."""
+    max_new_tokens: int | None = None
+    """Longest response, in tokens; by default what the run was trained with, or 128."""
+    temperature: float | None = None
+    """Of sampling; below 1 is more predictable; by default what the run was trained with, or 1."""
+    stop: tuple[str, ...] | None = None
+    """A response also ends where one of these appears; by default what the run was trained with."""
+    batch_size: int | None = None
+    """Responses sampled side by side; by default as many as have room for 131,072 tokens."""
     chat_template: str = ""
     """A Jinja file that says how messages are written, in place of the tokenizer's own template."""
     seed: int = 0
@@ -170,12 +172,13 @@ def sample_command(words: list[str]) -> Outcome:
     from proximo.training.compare import NoReward, answers_of, load_for_sampling
 
     given = tyro.cli(SampleArguments, args=words, prog="proximo sample")
-    generation = GenerationConfig(max_new_tokens=given.max_new_tokens, temperature=given.temperature, stop=given.stop)
+    generation = _generation_of(given, GenerationConfig(max_new_tokens=128))
+    generation = replace(generation, generation_batch_size=given.batch_size)
     tokenizer = load_tokenizer(given.model, given.chat_template)
     with StageDisplay.choose(quiet=False).notes():
         rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")
-    policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
-    _check_room(context_length(policy.actor), max(len(row.token_ids) for row in rows), given.max_new_tokens)
+    policy = load_for_sampling(given.model, temperature=generation.temperature, device=given.device)
+    _check_room(context_length(policy.actor), max(len(row.token_ids) for row in rows), generation.max_new_tokens)
     answers = answers_of(policy, tokenizer, rows, NoReward(), generation, n_per_prompt=given.n, seed=given.seed)
     names = ("prompt", "response", "n_tokens", "ended")
     columns = (answers.prompts, answers.texts, answers.n_tokens, answers.ended)
@@ -201,10 +204,10 @@ class ChatArguments:
     """A system message to begin with, for models with a chat template."""
     chat_template: str = ""
     """A Jinja file that says how messages are written, in place of the tokenizer's own template."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.7
-    """Of sampling; below 1 is more predictable."""
+    max_new_tokens: int | None = None
+    """Longest answer, in tokens; by default what the run was trained with, or 256."""
+    temperature: float | None = None
+    """Of sampling; below 1 is more predictable; by default what the run was trained with, or 0.7."""
     seed: int = 0
     """Fixes the answers."""
     device: str = "cpu"
@@ -222,7 +225,8 @@ def chat_command(words: list[str]) -> Outcome:
 
     given = tyro.cli(ChatArguments, args=words, prog="proximo chat")
     tokenizer = load_tokenizer(given.model, given.chat_template)
-    policy = load_for_sampling(given.model, temperature=given.temperature, device=given.device)
+    settings = _generation_of(given, GenerationConfig(max_new_tokens=256, temperature=0.7))
+    policy = load_for_sampling(given.model, temperature=settings.temperature, device=given.device)
     generator = torch.Generator(given.device).manual_seed(given.seed)
     limit = context_length(policy.actor)
     talks = tokenizer.chat_template is not None
@@ -232,13 +236,12 @@ def chat_command(words: list[str]) -> Outcome:
     while line := _asked():
         messages.append({"role": "user", "content": line})
         ids = encode_prompt(tokenizer, messages if talks else line)
-        room = given.max_new_tokens if limit is None else min(given.max_new_tokens, limit - len(ids))
+        room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - len(ids))
         if room < 1:
             print(f"The conversation has filled the model's context of {limit} tokens.", file=sys.stderr)
             break
-        generation = GenerationConfig(max_new_tokens=room, temperature=given.temperature)
-        responses = sample(policy, tokenizer, [ids], generation, generator)
-        (text,) = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), ())
+        responses = sample(policy, tokenizer, [ids], replace(settings, max_new_tokens=room), generator)
+        (text,) = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), settings.stop)
         messages.append({"role": "assistant", "content": text})
         print(text, flush=True)
     return EXIT_DONE, ""
@@ -287,6 +290,7 @@ class CompareArguments:
 def compare_command(words: list[str]) -> Outcome:
     """`proximo evaluate MODEL --against MODEL --reward REWARD --prompts FILE`, or --judge in place of the reward."""
     from proximo.collect.data import read_prompts
+    from proximo.collect.generate import GenerationConfig
     from proximo.models.folders import load_tokenizer
     from proximo.training.compare import compare
 
@@ -304,7 +308,7 @@ def compare_command(words: list[str]) -> Outcome:
             tokenizer,
             rows,
             reward,
-            _generation_of(given),
+            _generation_of(given, GenerationConfig()),
             judge=judge,
             best_of=given.best_of,
             seed=given.seed,
@@ -329,17 +333,14 @@ def _sources(given: CompareArguments, opened: ExitStack) -> tuple[Any, Any]:
     return source(given.reward, "score") if given.reward else None, judge
 
 
-def _generation_of(given: CompareArguments) -> Any:
-    """How to sample: as the run was trained, but for what is given."""
-    from proximo.collect.generate import GenerationConfig
-
-    generation = GenerationConfig()
+def _generation_of(given: SampleArguments | ChatArguments | CompareArguments, generation: Any) -> Any:
+    """How to sample: as the run was trained, but for what is given; `generation` is for what is no run."""
     directory = RunDirectory(Path(given.model))
     if directory.config_path.is_file():
         stage, config = read_stage_config(directory)
         generation = config.generation if stage == "align" else generation
-    for name in ("max_new_tokens", "temperature"):
-        if getattr(given, name) is not None:
+    for name in ("max_new_tokens", "temperature", "stop"):
+        if getattr(given, name, None) is not None:
             generation = replace(generation, **{name: getattr(given, name)})
     return generation
 

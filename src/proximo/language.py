@@ -21,6 +21,7 @@ from proximo.runs.lock import locked
 from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.stage_display import StageDisplay
 from proximo.training.config import settings_of, with_settings
+from proximo.training.memory import check_fits, enough_memory
 
 STAGES = ("sft", "reward", "align", "dpo")
 
@@ -173,10 +174,15 @@ def algorithm_named(name: Any) -> Any:
 
 
 def written_settings(stage: str, config: Any) -> dict[str, Any]:
-    """What config.toml holds: the stage, the algorithm's kind, and every setting by its name."""
-    settings = settings_of(config)
+    """What config.toml holds: the stage, the algorithm's kind, and every setting by its name.
+
+    TOML has no None: it is left out, and written as "none" where something else is the default.
+    """
     kind = {"algorithm": type(config.algorithm).__name__.lower()} if stage == "align" else {}
-    return {"stage": stage} | kind | settings
+    defaults = settings_of(config_of(stage, kind, where="the defaults"))
+    settings = settings_of(config)
+    nones = {name: "none" for name, value in settings.items() if value is None and defaults.get(name) is not None}
+    return {"stage": stage} | kind | settings | nones
 
 
 def stage_of(run: RunDirectory) -> str | None:
@@ -231,7 +237,9 @@ def run_stage(
     """Train a new run of a stage; a run directory that nothing was written to does not stay behind."""
     module = stage_module(stage)
     config = _absolute(config)
-    with _threads(config):
+    with _threads(config), enough_memory(stage, config):
+        if config.model:
+            check_fits(stage, config)
         directory = new_run(stage, config.seed, None if run_dir is None else Path(run_dir))
         try:
             state = module.start(config, function) if stage == "align" else module.start(config)
@@ -272,7 +280,7 @@ def resume_stage(
             "--allow-import."
         )
     module = stage_module(stage)
-    with _threads(config), locked(directory):
+    with _threads(config), enough_memory(stage, config), locked(directory):
         checkpoint = newest_checkpoint(directory.checkpoints)
         state = module.restore(config, checkpoint, function) if stage == "align" else module.restore(config, checkpoint)
         truncate_metrics(directory.metrics_path, state.iteration)

@@ -165,3 +165,40 @@ def test_gradients_that_were_replaced_are_noticed():
     module.zero_grad()  # sets them to None
     with pytest.raises(RuntimeError, match="zero_grad"):
         optimizer.clipped_step(1.0)
+
+
+def test_after_a_restart_weights_that_begin_to_learn_take_steps_of_the_learning_rate():
+    """The first of two weights learns alone for long; then both do. Adam's first step is the learning rate long."""
+    ways = {}
+    for restarts in (True, False):
+        module = scalar(0.0, 0.0)
+        adam = FlatAdam(module, learning_rate=1.0, eps=1e-8)
+        for _ in range(200):
+            adam.gradient.copy_(torch.tensor([1.0, 0.0]))
+            adam.clipped_step(1e9)
+        if restarts:
+            adam.restart()
+        before = module.weight.detach().clone()
+        lengths = []
+        for _ in range(20):
+            adam.gradient.copy_(torch.tensor([1.0, 1.0]))
+            adam.clipped_step(1e9)
+            lengths.append(float((before - module.weight)[1]))
+            before = module.weight.detach().clone()
+        ways[restarts] = lengths
+    assert ways[True] == pytest.approx([1.0] * 20, rel=1e-6)
+    assert max(ways[False]) > 2.0  # what it is for
+
+
+def test_steps_in_pieces_are_the_same_bit_for_bit(monkeypatch):
+    found = []
+    for at_once in (2**26, 3):
+        monkeypatch.setattr("proximo.algorithms.adam.AT_ONCE", at_once)
+        module = Scattered()
+        adam = FlatAdam(module, learning_rate=0.01)
+        for step in range(5):
+            adam.zero_grad()
+            module.loss(step).backward()
+            adam.clipped_step(0.5)
+        found.append(adam.weights.clone())
+    assert torch.equal(*found)

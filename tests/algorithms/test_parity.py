@@ -206,7 +206,8 @@ def test_losses_and_gradients_of_an_update_are_those_of_trl(case):
     policy_gradients = {name: p.grad.clone() for name, p in case.new.actor.named_parameters()}
 
     batch = with_step_after(case.batch)
-    critic = ppo(SETTINGS["vf_coef"] / 2).update(case.new, optimizer, batch, order, learn_policy=False)
+    critic_alone = replace(ppo(SETTINGS["vf_coef"] / 2), value_gae_lambda=SETTINGS["lam"])
+    critic = critic_alone.update(case.new, optimizer, batch, order, learn_policy=False)
     assert critic["value_loss"] / 2 == pytest.approx(TRL["value_loss"], rel=1e-5)
     for name, weight in case.new.actor.named_parameters():
         assert not weight.grad.any()

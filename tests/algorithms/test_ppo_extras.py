@@ -124,11 +124,19 @@ def test_a_perceptron_takes_the_kl_in_the_loss_too_and_not_the_path_that_knows_n
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_critic_alone_learns_where_the_policy_is_not_to(normalize):
-    settings = dataclasses.replace(PLAIN, normalize_advantages=normalize)
+    settings = dataclasses.replace(PLAIN, normalize_advantages=normalize, value_gae_lambda=0.9)
     (both,), _ = update(settings, ONE)
     (alone,), _ = update(settings, ONE, learn_policy=False)
     assert alone["log_probs"].abs().max() == 0
     assert torch.equal(alone["values"], both["values"])
+
+
+def test_alone_the_critic_learns_the_rewards_that_followed_and_no_estimates_of_its_own():
+    (by_default,), _ = update(PLAIN, ONE, learn_policy=False)
+    (followed,), _ = update(dataclasses.replace(PLAIN, value_gae_lambda=1.0), ONE, learn_policy=False)
+    (estimated,), _ = update(dataclasses.replace(PLAIN, value_gae_lambda=PLAIN.gae_lambda), ONE, learn_policy=False)
+    assert torch.equal(by_default["values"], followed["values"])
+    assert not torch.equal(by_default["values"], estimated["values"])
 
 
 def test_nor_does_the_entropy_bonus_move_a_policy_that_is_not_to_learn():

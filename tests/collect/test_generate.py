@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from proximo.collect import generate as generate_module
 from proximo.collect.generate import (
     GenerationConfig,
     Responses,
     _assemble,
+    _has_stop,
     draw,
     end_tokens,
     generate,
@@ -284,3 +286,35 @@ def test_the_same_seed_draws_the_same_tokens_and_another_seed_others():
     rows = torch.zeros(64, 30).log_softmax(-1)
     one, again, other = (draw(rows, torch.Generator().manual_seed(seed)).tolist() for seed in (1, 1, 2))
     assert one == again != other
+
+
+def test_a_group_larger_than_the_passes_keeps_its_rows_side_by_side():
+    policy, tokenizer = policy_of("llama"), tiny_tokenizer()
+    config = GenerationConfig(max_new_tokens=2, generation_batch_size=3)
+    prompts = [[7, 8], [9]]
+    responses = sample(policy, tokenizer, prompts, config, torch.Generator().manual_seed(0), n_per_prompt=4)
+    assert len(responses.tokens) == 8
+    found = [row[mask & ~own].tolist() for row, mask, own in zip(*responses[:3], strict=True)]
+    assert found == [[7, 8]] * 4 + [[9]] * 4
+
+
+def test_the_default_bounds_how_many_are_sampled_side_by_side(monkeypatch):
+    widths = []
+    policy, tokenizer = policy_of("llama"), tiny_tokenizer()
+    asked = policy.next_logits
+
+    def noting(tokens, *rest):
+        widths.append(len(tokens))
+        return asked(tokens, *rest)
+
+    monkeypatch.setattr(policy, "next_logits", noting)
+    monkeypatch.setattr(generate_module, "TOKENS_SIDE_BY_SIDE", 10)  # two rows of 3 + 2 tokens
+    sample(policy, tokenizer, [[7, 8, 9]] * 5, GenerationConfig(max_new_tokens=2), torch.Generator().manual_seed(0))
+    assert max(widths) == 2
+
+
+def test_a_stop_string_is_found_at_the_end_of_a_long_text():
+    tokenizer = tiny_tokenizer()
+    long = tokenizer("the cat runs " * 60)["input_ids"]
+    rows = torch.tensor([long + tokenizer("dog sees")["input_ids"], long + tokenizer("sees dog")["input_ids"]])
+    assert _has_stop(tokenizer, rows, ("dog sees",)).tolist() == [True, False]

@@ -10,9 +10,7 @@ import torch
 
 from proximo.models import vocabulary
 from proximo.models.folders import without_dropout
-from proximo.models.language import (
-    position_ids,
-)
+from proximo.models.rows import position_ids
 from tests.models.roles import (
     PPO_ONCE,
     PROMPTS,

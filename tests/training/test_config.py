@@ -153,6 +153,10 @@ class TestUnknownNames:
 
 
 class TestTypes:
+    def test_none_is_a_word_for_files_that_have_no_none(self) -> None:
+        config = with_settings(ControlConfig(), dict(target_kl=0.1), where="test")
+        assert settings_of(with_settings(config, dict(target_kl="none"), where="test"))["target_kl"] is None
+
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
@@ -163,7 +167,6 @@ class TestTypes:
             (dict(gamma=True), "gamma is True; it must be float"),
             (dict(normalize_rewards=1), "normalize_rewards is 1; it must be bool"),
             (dict(normalize_rewards="yes"), "normalize_rewards is 'yes'; it must be bool"),
-            (dict(target_kl="none"), "target_kl is 'none'; it must be float or none"),
             (dict(hidden_sizes=64), "hidden_sizes is 64; it must be"),
             (dict(hidden_sizes=["64"]), "hidden_sizes is ('64',)"),
             (dict(env_kwargs="size=3"), "env_kwargs is 'size=3'; it must be"),

@@ -8,6 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+AT_ONCE = 2**26
+"""Weights that a step is made for at a time: it needs room for so many numbers more, however large the model."""
+
 
 class Optimizer(Protocol):
     """What an update asks of an optimizer."""
@@ -53,7 +56,8 @@ class FlatAdam:
         self.eps = eps
         self.n_steps = 0
         parameters = [p for p in module.parameters() if p.requires_grad]
-        self.weights = torch.cat([p.detach().flatten() for p in parameters])
+        size = sum(parameter.numel() for parameter in parameters)
+        self.weights = torch.empty(size, dtype=parameters[0].dtype, device=parameters[0].device)
         self.gradient = torch.zeros_like(self.weights)
         self.first_moment = torch.zeros_like(self.weights)
         self.second_moment = torch.zeros_like(self.weights)
@@ -61,7 +65,8 @@ class FlatAdam:
         offset = 0
         for parameter in parameters:
             size = parameter.numel()
-            parameter.data = self.weights[offset : offset + size].view(parameter.shape)
+            own = self.weights[offset : offset + size].view(parameter.shape)
+            parameter.data = own.copy_(parameter.detach())  # one after the other: never two of every weight
             parameter.grad = self.gradient[offset : offset + size].view(parameter.shape)
             offset += size
 
@@ -86,9 +91,21 @@ class FlatAdam:
         self.n_steps += 1
         self.first_moment.lerp_(self.gradient, 1.0 - beta1)
         self.second_moment.mul_(beta2).addcmul_(self.gradient, self.gradient, value=1.0 - beta2)
-        root = self.second_moment.sqrt().div_(math.sqrt(1.0 - beta2**self.n_steps)).add_(self.eps)
-        self.weights.addcdiv_(self.first_moment, root, value=-self.learning_rate / (1.0 - beta1**self.n_steps))
+        size, correction = -self.learning_rate / (1.0 - beta1**self.n_steps), math.sqrt(1.0 - beta2**self.n_steps)
+        vectors = (self.weights, self.first_moment, self.second_moment)
+        for weights, first, second in zip(*(vector.split(AT_ONCE) for vector in vectors), strict=True):
+            weights.addcdiv_(first, second.sqrt().div_(correction).add_(self.eps), value=size)
         return norm
+
+    def restart(self) -> None:
+        """Forget the moments, for when other weights begin to learn.
+
+        Theirs are 0 still, and the correction for that has run out with the steps that were taken: their first steps
+        would be several times too long.
+        """
+        self.first_moment.zero_()
+        self.second_moment.zero_()
+        self.n_steps = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Moments and step count."""

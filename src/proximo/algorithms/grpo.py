@@ -58,7 +58,7 @@ class GRPO:
     """End the update of a rollout once a minibatch's approx_kl exceeds 1.5 times this; never by default."""
     microbatch_size: int | None = None
     """Cut minibatches into pieces of this many responses to save memory; the gradient stays the same."""
-    microbatch_tokens: int | None = None
+    microbatch_tokens: int | None = 16_384
     """Cut minibatches into pieces of at most this many tokens, padding counted."""
 
     def __post_init__(self) -> None:

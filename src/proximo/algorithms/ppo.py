@@ -169,17 +169,21 @@ class PPO:
             batch: experience with values; with `ref_log_probs` for `reference_kl`.
             generator: draws the order of rows.
             reference_kl: a penalty in the loss for the distance to the reference.
-            learn_policy: False fits the critic alone (its weights must not be shared with the actor).
+            learn_policy: False fits the critic alone, to the rewards that followed (VC-PPO, Yuan et al. 2025)
+                where value_gae_lambda says nothing else; its weights must not be shared with the actor.
 
         Raises:
             NonFiniteUpdateError: if the loss or gradient is not finite; the weights stay finite.
             UserError: if a setting does not fit this policy.
         """
         optimizer.learning_rate = self.learning_rate
-        everything, quality = self._estimated(policy, batch)
         if not learn_policy:
+            value_lambda = 1.0 if self.value_gae_lambda is None else self.value_gae_lambda
+            alone = replace(self, entropy_coef=0.0, value_gae_lambda=value_lambda)
+            everything, quality = alone._estimated(policy, batch)
             everything = replace(everything, advantages=torch.zeros_like(everything.advantages))
-            return replace(self, entropy_coef=0.0)._learn(policy, optimizer, everything, generator, None, quality)
+            return alone._learn(policy, optimizer, everything, generator, None, quality)
+        everything, quality = self._estimated(policy, batch)
         return self._learn(policy, optimizer, everything, generator, reference_kl, quality)
 
     def _learn(

@@ -15,10 +15,17 @@ from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical
 from proximo.core.kl import k1
 from proximo.errors import UserError, in_range, one_of
-from proximo.models.language import LanguagePolicy, Scored, position_ids
+from proximo.models.language import LanguagePolicy, Scored
+from proximo.models.rows import position_ids
 
 TOKENS_AT_ONCE = 32_768
 """Tokens, padding counted, that are scored in one forward pass without gradient."""
+
+STOP_SLACK = 16
+"""Tokens looked at for a stop string beyond one for each of its bytes: special ones have no text."""
+
+TOKENS_SIDE_BY_SIDE = 131_072
+"""Tokens, of prompts and responses, that a cache has room for where nothing else is said."""
 
 DROP_SHARE = 0.1
 """Rows that have finished leave the batch once they are this share of it: leaving costs a copy of the cache."""
@@ -42,7 +49,7 @@ class GenerationConfig:
     missing_eos_penalty: float = 0.0
     """Subtracted from the score of a response that was cut off."""
     generation_batch_size: int | None = None
-    """Responses sampled side by side; by default all of an iteration."""
+    """Responses sampled side by side; by default as many as have room for 131,072 tokens."""
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
@@ -98,7 +105,11 @@ def sample(
     logits, so that the recorded log-probabilities are those of the policy.
     """
     device = next(policy.parameters()).device
-    size = config.generation_batch_size or len(prompts) * n_per_prompt
+    longest = max(len(prompt) for prompt in prompts) + config.max_new_tokens
+    size = config.generation_batch_size or max(1, TOKENS_SIDE_BY_SIDE // longest)
+    if size < n_per_prompt:  # a group that does not fit side by side is sampled one response after the other
+        prompts = [prompt for prompt in prompts for _ in range(n_per_prompt)]
+        n_per_prompt = 1
     per_pass = max(1, size // n_per_prompt)
     passes = [
         _sample_together(policy, tokenizer, prompts[first : first + per_pass], config, generator, n_per_prompt, device)
@@ -210,7 +221,9 @@ def check_ends(model: Any, tokenizer: Any, config: GenerationConfig) -> None:
 
 
 def _has_stop(tokenizer: Any, rows: Tensor, stop: tuple[str, ...]) -> Tensor:
-    texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
+    """Whether the text of each row has come to a stop string with its last token; only its end is looked at."""
+    longest = max(len(word.encode()) for word in stop)
+    texts = tokenizer.batch_decode(rows[:, -(longest + STOP_SLACK) :].tolist(), skip_special_tokens=True)
     return torch.tensor([any(word in text for word in stop) for text in texts], device=rows.device)
 
 

@@ -89,14 +89,15 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
     began = time.monotonic()
     data = write_corpus(folder / "data", n_stories=config.n_stories, n_prompts=config.n_prompts, seed=config.seed)
     display.say(f"1 of 4  {config.n_stories:,} stories learned by a transformer from scratch (proximo sft)")
-    sft = train_sft(folder, data["stories"], config, display)
+    sft = _finished(train_sft(folder, data["stories"], config, display))
     display.say(f"2 of 4  a reward model from {config.n_pairs:,} noisy preferences (proximo reward)")
     reward, ceiling = train_reward(folder, config, display, sft.path)
+    _finished(reward)
     judged = []
     for number, beta in enumerate(config.betas):
         display.say(f"3 of 4  PPO against the reward model, beta {beta:g} (proximo align)")
         path = folder / (f"ppo-beta-{beta:g}" if number else "ppo")
-        aligned = train_ppo(path, data["prompts"], config, display, sft.path, str(reward.path), beta=beta)
+        aligned = _finished(train_ppo(path, data["prompts"], config, display, sft.path, str(reward.path), beta=beta))
         display.say(f"4 of 4  the gold judge reads {config.n_judged} unseen prompts (proximo evaluate)")
         judged.append({"beta": beta} | judge(aligned.path, sft.path, data["held_out"], config))
     result = {
@@ -114,6 +115,13 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
     result |= {"seconds": time.monotonic() - began, "folder": str(folder)}
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _finished(run: StageRun) -> StageRun:
+    """Raise KeyboardInterrupt if a stage was: the next ones have nothing to stand on."""
+    if run.interrupted_by is not None:
+        raise KeyboardInterrupt(f"the demo stopped in {run.path}; begin it again: proximo demo align")
+    return run
 
 
 def train_sft(folder: Path, stories: Path, config: DemoConfig, display: StageDisplay) -> StageRun:

@@ -23,6 +23,7 @@ from proximo.core.batch import Batch
 from proximo.core.policy import Evaluation
 from proximo.models.adapters import adapted_layers, in_use
 from proximo.models.folders import context_length
+from proximo.models.rows import rows_of
 from proximo.models.vocabulary import token_scores
 
 Sharing = Literal["separate", "trunk", "lora"]
@@ -176,22 +177,23 @@ class LanguagePolicy(nn.Module):
 
     def _hidden(self, model: Any, tokens: Tensor, attention: Tensor, role: str | None) -> tuple[Tensor, Tensor]:
         """Last hidden states `[B, L, H]`, and what scores are made of: the same, or, if the head is more, logits."""
-        positions = position_ids(attention)
-        plain = tokens.masked_fill(~attention, 0)  # whatever id stands for padding, the embedding need not know it
-        mask = None if bool(attention.all()) else attention.long()
+        rows = rows_of(tokens, attention)
         with in_use(self._adapted, role), self._precision():
             if self._plain_head:
                 trunk = model.base_model
-                output = trunk(input_ids=plain, attention_mask=mask, position_ids=positions, use_cache=False)
-                return output.last_hidden_state, output.last_hidden_state
+                output = trunk(
+                    input_ids=rows.tokens, attention_mask=rows.mask, position_ids=rows.positions, use_cache=False
+                )
+                hidden = rows.back(output.last_hidden_state)
+                return hidden, hidden
             output = model(
-                input_ids=plain,
-                attention_mask=mask,
-                position_ids=positions,
+                input_ids=rows.tokens,
+                attention_mask=rows.mask,
+                position_ids=rows.positions,
                 use_cache=False,
                 output_hidden_states=True,
             )
-            return output.hidden_states[-1], output.logits
+            return rows.back(output.hidden_states[-1]), rows.back(output.logits)
 
     def _token_scores(
         self, hidden: Tensor, targets: Tensor, model: Any = None, *, with_entropy: bool = True
@@ -224,19 +226,13 @@ class LanguagePolicy(nn.Module):
         return torch.autocast(next(self.actor.parameters()).device.type, torch.bfloat16)
 
 
-def position_ids(attention: Tensor) -> Tensor:
-    """The number of real tokens before each one `[B, L]`: 0 at a prompt's first token, however it is padded."""
-    return (attention.long().cumsum(-1) - attention.long()).clamp(min=0)
-
-
 def scalar_values(model: Any, tokens: Tensor, attention: Tensor) -> Tensor:
     """The number that a scalar model gives at every position `[B, L]`, float32."""
-    plain = tokens.masked_fill(~attention, 0)
-    mask = None if bool(attention.all()) else attention.long()
+    rows = rows_of(tokens, attention)
     output = model.base_model(
-        input_ids=plain, attention_mask=mask, position_ids=position_ids(attention), use_cache=False
+        input_ids=rows.tokens, attention_mask=rows.mask, position_ids=rows.positions, use_cache=False
     )
-    return model.score(output.last_hidden_state).squeeze(-1).float()
+    return rows.back(model.score(output.last_hidden_state)).squeeze(-1).float()
 
 
 def _used_columns(attention: Tensor) -> slice:

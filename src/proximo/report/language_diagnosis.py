@@ -22,7 +22,7 @@ from proximo.report.diagnosis import (
     REACHED_SHARE,
     Finding,
 )
-from proximo.report.evidence import FEWEST_ITERATIONS, FLAT_AFTER_SHARE, Evidence, is_number
+from proximo.report.evidence import FEWEST_ITERATIONS, FLAT_AFTER_SHARE, Evidence
 from proximo.report.records import Row
 from proximo.report.words import number, percent, plural
 
@@ -179,9 +179,9 @@ def kl_ran_away(evidence: Evidence) -> Finding | None:
     halfway = float(kl.means[len(kl.means) // 2])
     is_steep = kl.late >= STEEP_KL and kl.late >= STEEP_RISE * max(halfway, 0.0)
     limit = KL_LIMIT
-    target = evidence.settings.get("beta_target")
-    if evidence.settings.get("beta_control") == "adaptive" and is_number(target):
-        limit = TARGET_FACTOR * float(target)
+    target = _number_set(evidence, "beta_target")
+    if evidence.settings.get("beta_control") == "adaptive" and target is not None:
+        limit = TARGET_FACTOR * target
         is_steep = False  # it is steered, and may still be on its way to the target
     if not (is_steep or kl.late >= limit):
         return None
@@ -211,8 +211,8 @@ def responses_do_not_end(evidence: Evidence) -> Finding | None:
     ends, lengths = course_of(evidence, "eos_fraction"), course_of(evidence, "response_length_mean")
     if ends is None or lengths is None or evidence.settings.get("stop_at_eos") is False:
         return None
-    most = evidence.settings.get("max_new_tokens")
-    has_grown = is_number(most) and lengths.late >= NEAR_LIMIT * float(most) and lengths.late >= GROWN * lengths.early
+    near = NEAR_LIMIT * (_number_set(evidence, "max_new_tokens") or math.inf)
+    has_grown = lengths.late >= near and lengths.late >= GROWN * lengths.early
     has_lost = ends.early - ends.late >= max(LOST_ENDS, ends.chance)
     if not (has_grown or has_lost or ends.late < ENDS_RARELY):
         return None
@@ -226,8 +226,8 @@ def responses_do_not_end(evidence: Evidence) -> Finding | None:
         if has_grown or has_lost
         else "The model does not know how to end, or has too little room to; what is cut off is scored unfinished.",
         f"Set {evidence.setting('missing_eos_penalty', '1')}, in the reward's own units; raise "
-        f"{evidence.setting('max_new_tokens')}; see that the reward does not grow with length, and that sft learned the "
-        "end token.",
+        f"{evidence.setting('max_new_tokens')}; see that the reward does not grow with length, and that sft learned "
+        "the end token.",
     )
 
 
@@ -297,10 +297,11 @@ def rewards_missing(evidence: Evidence) -> Finding | None:
     return Finding(
         "rewards_missing",
         "warning",
-        f"{percent(missing)} of all responses got no score; most in {evidence.at(worst)}, {number(float(counts[worst]))}.",
+        f"{percent(missing)} of all responses got no score; most in {evidence.at(worst)}, "
+        f"{number(float(counts[worst]))}.",
         "They count for nothing; if it is always the same kind of response, the policy learns nothing about that kind.",
-        f"Mend the reward: it fails, answers too late or says nothing; raise {evidence.setting('reward_timeout')} if it "
-        "is slow.",
+        f"Mend the reward: it fails, answers too late or says nothing; raise {evidence.setting('reward_timeout')} if "
+        "it is slow.",
     )
 
 
@@ -386,11 +387,12 @@ def reward_flat(evidence: Evidence) -> Finding | None:
         "reward_flat",
         "problem",
         f"The reward was {number(reward.early)} at {evidence.at(reward.first_row)}, is {number(reward.late)} at "
-        f"{evidence.at(reward.last_row)}, and never passed {number(reward.peak)} (means of {reward.window} iterations).",
+        f"{evidence.at(reward.last_row)}, and never passed {number(reward.peak)} (means of {reward.window} "
+        "iterations).",
         "The policy does not improve, unless this is the best that the reward allows.",
         f"First mend what the other findings show. Raise {evidence.setting('learning_rate')} or "
-        f"{evidence.setting('prompts_per_iteration')}; lower {evidence.setting('beta')}; see by proximo sample that the "
-        "model answers well at times.",
+        f"{evidence.setting('prompts_per_iteration')}; lower {evidence.setting('beta')}; see by proximo sample that "
+        "the model answers well at times.",
     )
 
 
@@ -405,14 +407,16 @@ def critic_explains_nothing(evidence: Evidence) -> Finding | None:
     if middle > 0.0:
         return None
     first = evidence.at(int(np.flatnonzero(late)[0]))
+    can_pretrain = evidence.settings.get("sharing") != "trunk"
+    pretrain = f"raise {evidence.setting('value_pretraining_iterations', '10')}; " if can_pretrain else ""
     return Finding(
         "critic_explains_nothing",
         "note" if reward.has_risen else "warning",
         f"The explained variance is {number(middle)} (median from {first} on).",
         "The value function foresees scores no better than their mean, so advantages are noisier than they need be."
         + (" This run learned nonetheless." if reward.has_risen else ""),
-        f"Raise {evidence.setting('value_coef')} or {evidence.setting('n_epochs')}; set value_pretraining_iterations to "
-        "10 (not with sharing trunk); or do without a critic: --algorithm grpo or rloo.",
+        f"Raise {evidence.setting('value_coef')} or {evidence.setting('n_epochs')}; {pretrain}or do without a critic: "
+        "--algorithm grpo or rloo.",
     )
 
 
@@ -456,8 +460,12 @@ def _is_flat(evidence: Evidence) -> bool:
 
 
 def _share_done(evidence: Evidence, row: int) -> float:
-    planned = evidence.settings.get("n_iterations")
-    return float(evidence.iterations[row]) / (float(planned) if is_number(planned) and planned else len(evidence.rows))
+    return float(evidence.iterations[row]) / (_number_set(evidence, "n_iterations") or len(evidence.rows))
+
+
+def _number_set(evidence: Evidence, name: str) -> float | None:
+    value = evidence.settings.get(name)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _share_missing(evidence: Evidence) -> float | None:

@@ -20,6 +20,7 @@ from proximo.report.language_pictures import draw_language_records, language_cha
 from proximo.report.pictures import draw_records
 from proximo.report.records import RunRecord, read_records
 from proximo.report.summary import (
+    COMPARED_METRICS,
     LanguageSummary,
     RunSummary,
     finding_lines,
@@ -143,7 +144,8 @@ def _text(records: Sequence[RunRecord], summaries: Sequence[RunSummary] | Sequen
         lines = [f"# {summaries[0].task}: {summaries[0].name}", "", *_about(records[0], summaries[0])]
     else:
         tasks = ", ".join(sorted({summary.task for summary in summaries}))
-        lines = [f"# {tasks}: {len(summaries)} runs", "", *_comparison(records, summaries)]
+        lines = [f"# {tasks}: {len(summaries)} runs", "", *_comparison(summaries), *_differences(records)]
+        lines += [] if settings_that_differ(records) else _over_seeds(summaries)
         for record, summary in zip(records, summaries, strict=True):
             lines += [f"## {summary.name}", "", *_about(record, summary)]
     return "\n".join(lines).rstrip() + "\n"
@@ -168,7 +170,28 @@ def _about(record: RunRecord, summary: RunSummary | LanguageSummary) -> list[str
     return [*lines, ""]
 
 
-def _comparison(records: Sequence[RunRecord], summaries: Sequence[RunSummary] | Sequence[LanguageSummary]) -> list[str]:
+def _comparison(summaries: Sequence[RunSummary] | Sequence[LanguageSummary]) -> list[str]:
+    """A line for each run."""
+    own = [summary for summary in summaries if isinstance(summary, RunSummary)]
+    return _control_comparison(own) if own else _language_comparison(summaries)  # type: ignore[arg-type]
+
+
+def _language_comparison(summaries: Sequence[LanguageSummary]) -> list[str]:
+    names = [name for name in COMPARED_METRICS if any(name in summary.final for summary in summaries)]
+    table = [["run", "task", "seed", *names, "iterations", "time", "diagnosis"]]
+    for summary in summaries:
+        values = [number(summary.final.get(name)) for name in names]
+        seed = "-" if summary.seed is None else str(summary.seed)
+        done = [number(summary.n_iterations), duration(summary.seconds), _names(summary.findings)]
+        table.append([summary.name, summary.task, seed, *values, *done])
+    return [*_table(table), "", "Metrics are medians over the last tenth of each run.", ""]
+
+
+def _names(findings: Sequence[Finding]) -> str:
+    return ", ".join(finding.name for finding in findings if finding.severity != "note") or "nothing to note"
+
+
+def _control_comparison(summaries: Sequence[RunSummary]) -> list[str]:
     several_tasks = len({summary.task for summary in summaries}) > 1
     header = ["run", *(["task"] if several_tasks else []), "seed", "final return", "best return", "at step", "steps"]
     table = [[*header, "time", "steps/s", "diagnosis"]]
@@ -184,27 +207,32 @@ def _comparison(records: Sequence[RunRecord], summaries: Sequence[RunSummary] | 
                 number(summary.env_steps),
                 duration(summary.seconds),
                 number(summary.steps_per_second),
-                ", ".join(finding.name for finding in summary.findings if finding.severity != "note")
-                or "nothing to note",
+                _names(summary.findings),
             ]
         )
     lines = [*_table(table), ""]
     if several_tasks:
         lines += ["The runs learn different tasks, so their returns cannot be compared with each other.", ""]
-    differing = settings_that_differ(records)
-    if not differing:
-        return [*lines, *_over_seeds(summaries, several_tasks)]
-    rows = [[name, *(_value(value) for value in values)] for name, values in differing.items()]
-    return [*lines, "Settings that differ:", "", *_table([["setting", *(s.name for s in summaries)], *rows]), ""]
+    return lines
 
 
-def _over_seeds(summaries: Sequence[RunSummary], several_tasks: bool) -> list[str]:
+def _differences(records: Sequence[RunRecord]) -> list[str]:
+    rows = [[name, *map(_value, values)] for name, values in settings_that_differ(records).items()]
+    head = ["setting", *(record.name for record in records)]
+    return ["Settings that differ:", "", *_table([head, *rows]), ""] if rows else []
+
+
+def _over_seeds(summaries: Sequence[RunSummary] | Sequence[LanguageSummary]) -> list[str]:
     """What the runs have in common, where they are the same but for the seed."""
-    returns = [summary.final_return for summary in summaries if summary.final_return is not None]
-    if several_tasks or len(returns) < 2:
+    if isinstance(summaries[0], LanguageSummary):
+        what, found = "reward", [s.final.get("reward_mean") for s in summaries if isinstance(s, LanguageSummary)]
+    else:
+        what, found = "return", [s.final_return for s in summaries if isinstance(s, RunSummary)]
+    returns = [value for value in found if value is not None]
+    if len({summary.task for summary in summaries}) > 1 or len(returns) < 2:
         return []
     return [
-        f"The runs differ in their seeds alone. Over {len(returns)} runs the final return is "
+        f"The runs differ in their seeds alone. Over {len(returns)} runs the final {what} is "
         f"{number(float(np.mean(returns)))} on average, between {number(min(returns))} and {number(max(returns))}, "
         f"with a standard deviation of {number(float(np.std(returns, ddof=1)))}.",
         "",
@@ -225,8 +253,8 @@ def _value(value: Any) -> str:
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _gallery(pictures: Sequence[Path]) -> str:
-    titles = {chart.name: " and ".join(panel.title.lower() for panel in chart.panels) for chart in CHARTS}
+def _gallery(pictures: Sequence[Path], charts: Sequence[Chart]) -> str:
+    titles = {chart.name: " and ".join(panel.title.lower() for panel in chart.panels) for chart in charts}
     lines = [f"![{titles.get(picture.stem, picture.stem)}]({picture.name})" for picture in pictures]
     return "\n\n".join(["## Pictures", *lines]) + "\n"
 

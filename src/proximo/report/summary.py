@@ -94,6 +94,16 @@ ALIGN_METRICS = (
     "explained_variance",
 )
 """What is told of a language run, in this order, where it is measured."""
+COMPARED_METRICS = (
+    *LEARNING_METRICS,
+    "reward_mean",
+    "gold_mean",
+    "kl_to_reference",
+    "response_length_mean",
+    "eos_fraction",
+    "entropy",
+)
+"""What has a column where language runs are compared."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         value_clip_epsilon=0.2,
         max_grad_norm=1.0,
         update_path="eager",
+        microbatch_tokens=16_384,
     ),
     **PAPERS,
 }

@@ -189,6 +189,8 @@ def _replaced(config: Any, settings: dict[str, Any], where: str) -> Any:
 def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
     """Check a value against its annotation: exact, but an integer may stand for a float."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value == "none" and type(None) in options and str not in options:
+        return None  # for TOML, which has no other word for it
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is Literal and value in typing.get_args(option):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from proximo.runs.metrics import append_metrics
 from proximo.training import supervised
 from proximo.training.reward import pair_pieces, read_pairs, texts_of
 from proximo.training.sft import causal_policy
-from proximo.training.supervised import Metrics, SupervisedConfig, Text
+from proximo.training.supervised import EVALUATION_TOKENS, Metrics, SupervisedConfig, Text
 
 STAGE = "dpo"
 
@@ -99,7 +99,8 @@ def score_pairs(config: DPOConfig, policy: LanguagePolicy, pairs: Sequence[Pair]
         UserError: if one of them is not finite.
     """
     found = torch.zeros(len(pairs), 2)
-    for piece in pair_pieces(config, pairs):
+    cut = replace(config, microbatch_tokens=config.microbatch_tokens or EVALUATION_TOKENS)
+    for piece in pair_pieces(cut, pairs):
         found[piece] = torch.stack(_answers(config, policy, [pairs[number] for number in piece]), 1).cpu()
     bad = int((~found.isfinite()).any(1).sum())
     if bad:

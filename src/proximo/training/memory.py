@@ -1,0 +1,112 @@
+"""Will it fit? The weights that a language run needs, against the memory there is, before any of them are loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proximo.errors import UserError
+from proximo.models.folders import transformers_module
+
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
+"""How torch says that memory ran out."""
+
+
+def check_fits(stage: str, config: Any) -> None:
+    """Refuse a model whose weights, gradients and moments alone are more than the memory that is free.
+
+    Raises:
+        UserError: with the numbers, and the settings that need less.
+    """
+    size = n_parameters(config.model)
+    free = free_memory(config.device)
+    if size is None or free is None:
+        return
+    needed = 4 * copies(stage, config) * size
+    if needed > free:
+        raise UserError(
+            f"{config.model} has {size / 1e9:.2f} billion parameters: this {stage} run needs {_gib(needed)} for its "
+            f"weights, gradients and Adam's moments alone, and {_gib(free)} are free on {config.device}. "
+            + _advice(stage, config)
+        )
+
+
+def n_parameters(place: str) -> int | None:
+    """Parameters of a causal model, from its config alone; None where that cannot be told."""
+    transformers = transformers_module()
+    with suppress(Exception):  # whatever is wrong with it, loading will say
+        config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return sum(parameter.numel() for parameter in model.parameters())
+    return None
+
+
+def copies(stage: str, config: Any) -> int:
+    """Numbers of float32 kept per parameter of the model; what learns has a gradient and two moments beside it."""
+    learns = 4
+    if stage in ("sft", "reward"):
+        return 1 if config.lora else learns
+    if stage == "dpo":  # what the reference says is asked once, before
+        return 1 if config.lora else learns
+    if config.sharing == "lora":
+        return 1
+    reference = 1 if config.beta > 0 else 0
+    critic = learns if config.sharing == "separate" and hasattr(config.algorithm, "value_coef") else 0
+    return learns + reference + critic
+
+
+def free_memory(device: str) -> int | None:
+    """Free bytes on a device: of the machine or of the container around this process; None if unknown."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    free = [int(found[1]) * 1024] if found else []
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        free.append(int(limit) - int(used))
+    return min(free) if free else None
+
+
+@contextmanager
+def enough_memory(stage: str, config: Any) -> Iterator[None]:
+    """Say which settings to lower where memory runs out after all.
+
+    Raises:
+        UserError: in place of the error of the library that noticed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in OUT_OF_MEMORY):
+            raise
+        said = str(error).splitlines()[0] if str(error) else "it ran out"
+        raise UserError(f"There is not enough memory ({said}). {_advice(stage, config)}") from error
+
+
+def _advice(stage: str, config: Any) -> str:
+    has_lora = config.sharing == "lora" if stage == "align" else config.lora
+    ways = [] if has_lora else ["sharing lora (or trunk)" if stage == "align" else "lora"]
+    if stage == "align":
+        ways += ["beta 0 (no reference)"] if config.beta > 0 and not has_lora else []
+        ways.append(f"generation_batch_size (now {config.generation.generation_batch_size or 'all'})")
+    tokens = config.algorithm.microbatch_tokens if stage == "align" else config.microbatch_tokens
+    ways += [f"a smaller microbatch_tokens (now {tokens or 'all'})"]
+    ways += [] if config.gradient_checkpointing else ["gradient_checkpointing"]
+    return f"What needs less: {', '.join(ways)}, or a smaller model."
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:,.1f} GiB"
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
