@@ -109,13 +109,30 @@ def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outc
         facts = {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
         display.result(facts, [f"proximo resume {path}"])
     else:
-        display.result(run.facts, _next(run.stage, path, run.config))
+        drawn, findings = _reported(run)
+        display.result(run.facts | drawn, _next(run.stage, path, run.config), findings)
     numbers = {name: value for name, value in run.metrics.items() if isinstance(value, int | float | None)}
     row = {"run": path, "stage": run.stage, "interrupted": run.interrupted_by is not None} | numbers
     text = json.dumps(row) if as_json else ""
     if run.interrupted_by is None:
         return EXIT_DONE, text
     return (EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by), text
+
+
+def _reported(run: StageRun) -> tuple[dict[str, str], list[str]]:
+    """Draw the pictures of a run, and say what they show."""
+    from proximo.report.report import write_language_report
+
+    try:
+        findings = write_language_report(run.path)
+    except Exception as error:  # whatever it is: the run itself is done and saved
+        return {}, [f"! No pictures: {error if isinstance(error, UserError) else repr(error)}"]
+    lines = [
+        f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
+        f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
+        for finding in findings
+    ]
+    return {"pictures": str(run.path / "report")}, lines
 
 
 def _next(stage: str, path: str, config: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -127,10 +127,12 @@ class StageDisplay:
 
         yield show_line
 
-    def result(self, facts: dict[str, str], next_commands: list[str]) -> None:
-        """Say what came out of it, and what may be typed next."""
+    def result(self, facts: dict[str, str], next_commands: list[str], findings: Sequence[str] = ()) -> None:
+        """Say what came out of it, what the curves show, and what may be typed next."""
         self.console.print()
         self.facts(facts)
+        for finding in findings:
+            self.console.print(f"  {escape(finding)}", soft_wrap=True)
         if next_commands:
             self.console.print("\nNext:")
         for command in next_commands:

@@ -30,6 +30,7 @@ from proximo.demo.stories import (
 )
 from proximo.language import StageRun, config_of, run_stage
 from proximo.models.folders import load_tokenizer, save_model, transformers_module
+from proximo.report.report import write_language_report
 from proximo.stage_display import StageDisplay
 from proximo.training.compare import answers_of, compare, load_for_sampling
 
@@ -99,6 +100,7 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
         path = folder / (f"ppo-beta-{beta:g}" if number else "ppo")
         aligned = _finished(train_ppo(path, data["prompts"], config, display, sft.path, str(reward.path), beta=beta))
         display.say(f"4 of 4  the gold judge reads {config.n_judged} unseen prompts (proximo evaluate)")
+        write_language_report(aligned.path)
         judged.append({"beta": beta} | judge(aligned.path, sft.path, data["held_out"], config))
     result = {
         **asdict(config),
