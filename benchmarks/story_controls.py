@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from proximo.demo.align import DemoConfig, judge, train_ppo, train_reward, train_sft
+from proximo.demo.align import DemoConfig, judge, reward_accuracy, train_ppo, train_reward, train_sft
 from proximo.demo.stories import label_preferences, shuffled_labels, write_corpus
 from proximo.errors import UserError
 from proximo.report.report import write_language_report
@@ -43,25 +43,25 @@ def main(seed: int, threads: int) -> None:
             kept = {"win_rate": found["win_rate"], "gold": found["reward_mean"], "kl": found["kl_to_against"]}
             return {"control": called} | kept, run.path
 
-        good, _ = train_reward(folder, config, display, sft)
+        good = train_reward(folder, config, display, sft)
 
         def at_random(*given: Any) -> list[dict[str, str]]:
             return shuffled_labels(label_preferences(*given), seed)
 
-        shuffled, _ = train_reward(folder, config, display, sft, label=at_random, name="bad")
+        shuffled = train_reward(folder, config, display, sft, label=at_random, name="bad")
         controls = []
         row, _ = aligned("shuffled labels", str(shuffled.path))
-        controls.append(row | {"reward_accuracy": shuffled.metrics["held_out_accuracy"]})
+        controls.append(row | {"reward_accuracy": reward_accuracy(shuffled.path, config)[0]})
         row, _ = aligned(f"beta {HUGE_BETA:g}", str(good.path), beta=HUGE_BETA)
-        controls.append(row | {"reward_accuracy": good.metrics["held_out_accuracy"]})
+        controls.append(row | {"reward_accuracy": reward_accuracy(good.path, config)[0]})
         try:
             aligned("constant reward", f"{__file__}:constant")
         except UserError as error:
             controls.append({"control": "constant reward", "said": "refused: " + str(error).split(":")[0]})
         few = DemoConfig(n_pairs=FEW_PAIRS, seed=seed, threads=threads)
-        weak, _ = train_reward(folder, few, display, sft, name="few")
+        weak = train_reward(folder, few, display, sft, name="few")
         row, path = aligned(f"{FEW_PAIRS} pairs, beta 0", str(weak.path), beta=0.0, n_iterations=MANY_ITERATIONS)
-        controls.append(row | {"reward_accuracy": weak.metrics["held_out_accuracy"]} | over_optimization(path))
+        controls.append(row | {"reward_accuracy": reward_accuracy(weak.path, config)[0]} | over_optimization(path))
     print(json.dumps({"seed": seed, "controls": controls}))
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from proximo.demo.align import DemoConfig, run_demo, smaller
+from proximo.collect.rewards import Scores
+from proximo.demo import align
+from proximo.demo.align import DemoConfig, GoldJudge, run_demo, smaller
 from proximo.demo.stories import noise_ceiling
 from proximo.stage_display import StageDisplay
 
@@ -48,3 +51,16 @@ def test_several_betas_make_a_frontier_beside_best_of_n(tmp_path):
     assert result["best_of_n"][2]["kl"] == pytest.approx(math.log(4) - 0.75)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "ppo-beta-0.5" / "model.safetensors").exists()
+
+
+def test_the_accuracy_of_the_judge_itself_is_the_ceiling_and_that_of_its_opposite_what_is_left(monkeypatch):
+    class Opposite(GoldJudge):
+        def __call__(self, *given):
+            return Scores([-(score or 0.0) for score in super().__call__(*given).values], [])
+
+    config = smaller(DemoConfig())
+    monkeypatch.setattr(align, "RewardModel", lambda place: GoldJudge())
+    accuracy, ceiling = align.reward_accuracy(Path("anywhere"), config)
+    assert accuracy == pytest.approx(ceiling)
+    monkeypatch.setattr(align, "RewardModel", lambda place: Opposite())
+    assert align.reward_accuracy(Path("anywhere"), config)[0] == pytest.approx(1 - ceiling)

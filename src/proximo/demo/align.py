@@ -43,8 +43,11 @@ class DemoConfig:
     """Stories to learn to write from."""
     n_pairs: int = 5000
     """Preference pairs for the reward model."""
+    pairs_per_step: int = 16
+    """Pairs that the reward model takes a step from."""
     noise: float = 0.5
-    """Bradley-Terry temperature of the labels, in standard deviations of the gold score."""
+    """Bradley-Terry temperature of the labels, in standard deviations of the gold score: with 1, the best possible
+    reward model is right about 73 % of the time, as often as people agree with each other (Ouyang et al. 2022)."""
     betas: tuple[float, ...] = (0.05,)
     """Weights of the KL to the SFT model: a run of PPO each. The first is the one that is judged and kept as `ppo`;
     several are drawn as a frontier of reward against KL, beside best-of-n."""
@@ -60,7 +63,15 @@ class DemoConfig:
     """CPU threads for torch; 0 is one per core."""
 
 
-LONG = DemoConfig(n_stories=24_000, n_pairs=20_000, betas=(0.05, 0.02, 0.15, 0.5), n_iterations=60, n_judged=512)
+LONG = DemoConfig(
+    n_stories=24_000,
+    n_pairs=40_000,
+    pairs_per_step=32,
+    noise=1.0,
+    betas=(0.05, 0.02, 0.15, 0.5),
+    n_iterations=60,
+    n_judged=512,
+)
 """What the numbers of docs/benchmarks.md come from."""
 
 GENERATION = GenerationConfig(max_new_tokens=56)
@@ -92,8 +103,8 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
     display.say(f"1 of 4  {config.n_stories:,} stories learned by a transformer from scratch (proximo sft)")
     sft = _finished(train_sft(folder, data["stories"], config, display))
     display.say(f"2 of 4  a reward model from {config.n_pairs:,} noisy preferences (proximo reward)")
-    reward, ceiling = train_reward(folder, config, display, sft.path)
-    _finished(reward)
+    reward = _finished(train_reward(folder, config, display, sft.path))
+    accuracy, ceiling = reward_accuracy(reward.path, config)
     judged = []
     for number, beta in enumerate(config.betas):
         display.say(f"3 of 4  PPO against the reward model, beta {beta:g} (proximo align)")
@@ -105,7 +116,7 @@ def run_demo(folder: Path, config: DemoConfig, display: StageDisplay) -> dict[st
     result = {
         **asdict(config),
         "betas": list(config.betas),
-        "reward_accuracy": reward.metrics.get("held_out_accuracy"),
+        "reward_accuracy": accuracy,
         "reward_accuracy_ceiling": ceiling,
         **{name: value for name, value in judged[0].items() if name not in ("n_prompts", "seed", "beta")},
     }
@@ -175,22 +186,38 @@ def train_reward(
     *,
     label: Label = label_preferences,
     name: str = "reward",
-) -> tuple[StageRun, float]:
-    """A reward model from pairs of stories that begin alike, and the accuracy that label noise allows at most."""
+) -> StageRun:
+    """A reward model from pairs of stories that begin alike."""
     pairs = generate_pairs(config.n_pairs, config.seed)
     path = folder / "data" / f"preferences-{name}.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in label(pairs, config.seed, config.noise)))
     settings = dict(
         model=str(sft),
         data=str(path),
-        batch_size=16,
+        batch_size=config.pairs_per_step,
         learning_rate=7e-4,
         hold_out=0.1,
         seed=config.seed,
         threads=config.threads,
     )
-    run = run_stage("reward", config_of("reward", settings, where="demo"), display, folder / name)
-    return run, noise_ceiling(pairs, config.noise)
+    return run_stage("reward", config_of("reward", settings, where="demo"), display, folder / name)
+
+
+def reward_accuracy(model: Path, config: DemoConfig) -> tuple[float, float]:
+    """How often a reward model agrees with a noisy label on pairs it has not seen, and how often it could at best.
+
+    Both are expectations over the label, so that nothing but the pairs themselves is drawn.
+    """
+    pairs = generate_pairs(4 * config.n_judged, config.seed + 1_000_003)
+    source = RewardModel(model)
+    prompts = [prompt for prompt, _, _ in pairs]
+    first, second = (source(list(prompts), [pair[k] for pair in pairs], {}).values for k in (1, 2))
+    gaps = [gold_score(prompt, one) - gold_score(prompt, other) for prompt, one, other in pairs]
+    chances = [1 / (1 + math.exp(-gap / config.noise)) for gap in gaps]  # that the first is preferred
+    agrees = [
+        chance if (a or 0.0) > (b or 0.0) else 1 - chance for a, b, chance in zip(first, second, chances, strict=True)
+    ]
+    return sum(agrees) / len(agrees), noise_ceiling(pairs, config.noise)
 
 
 def train_ppo(
