@@ -86,6 +86,7 @@ class TestChatTemplate:
         assert code == 0, error
         assert load_tokenizer("run").chat_template == CHAT_TEMPLATE
         against = ("--against", model, "--prompts", "asked.jsonl", "--reward", "rewards.py:score")
+        against += ("--max-new-tokens", "5")
         assert said_by(capsys, "evaluate", model, *against)[0] == 2
         assert said_by(capsys, "evaluate", model, *against, *template)[0] == 0
         asked = ("sample", model, "--prompts", "asked.jsonl", "--max-new-tokens", "3")

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
     from proximo.api import Run as Run
     from proximo.api import evaluate as evaluate
     from proximo.api import load as load
-    from proximo.api import resume as resume
     from proximo.api import train as train
     from proximo.errors import UserError as UserError
     from proximo.language import StageRun as StageRun
     from proximo.language import align as align
     from proximo.language import dpo as dpo
+    from proximo.language import resume as resume
     from proximo.language import reward as reward
     from proximo.language import sft as sft
     from proximo.models.control import ActorCritic as ActorCritic
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "train": "proximo.api",
-    "resume": "proximo.api",
+    "resume": "proximo.language",
     "load": "proximo.api",
     "evaluate": "proximo.api",
     "Run": "proximo.api",

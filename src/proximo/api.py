@@ -112,7 +112,7 @@ def resume(
     total_steps: int | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Go on exactly where a run stopped.
+    """Go on exactly where a control run stopped; `proximo.resume` (in language.py) takes runs of both kinds.
 
     Args:
         run: the run, or its directory.
@@ -192,9 +192,22 @@ def load(run: str | Path | Run, *, checkpoint: str = "latest") -> ActorCritic:
         UserError: if there is no such run or checkpoint, or it is damaged. A damaged latest one is passed over
             with a warning.
     """
-    found = _checkpoint(_directory(run), checkpoint)
+    directory = _directory(run)
+    _refuse_language_run(directory)
+    found = _checkpoint(directory, checkpoint)
     _warn_of_skipped(found)
     return control.load_policy(found)
+
+
+def _refuse_language_run(directory: RunDirectory) -> None:
+    """Say what loads the result of a language run, which has no policy for environments."""
+    stage = read_config(directory).get("stage")
+    if stage is not None:
+        kind = "SequenceClassification" if stage == "reward" else "CausalLM"
+        raise UserError(
+            f"{directory.path} is a language run ({stage}). Once it is whole, its folder is a transformers model: load "
+            f"it with transformers.AutoModelFor{kind}.from_pretrained({str(directory.path)!r})."
+        )
 
 
 def evaluate(
@@ -271,8 +284,9 @@ def open_policy(run: str | Path | Run, checkpoint: str) -> tuple[RunDirectory, C
     The caller must show the checkpoint's `skipped` to the person.
     """
     directory = _directory(run)
+    config = read_run_config(directory)
     found = _checkpoint(directory, checkpoint)
-    return directory, read_run_config(directory), control.load_policy(found), found
+    return directory, config, control.load_policy(found), found
 
 
 def skipped_in_words(checkpoint: Checkpoint) -> str:
@@ -288,7 +302,8 @@ def _warn_of_skipped(checkpoint: Checkpoint) -> None:
 
 
 def _directory(run: str | Path | Run) -> RunDirectory:
-    return open_run(run.path if isinstance(run, Run) else run)
+    path: Any = getattr(run, "path", run)  # of a language run too, which is then refused in words
+    return open_run(path)
 
 
 def read_run_config(directory: RunDirectory) -> ControlConfig:

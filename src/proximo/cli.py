@@ -277,7 +277,9 @@ def _resume(words: list[str]) -> Outcome:
     given = _parse(ResumeArguments, words, "resume")
     if _is_language_run(given.run):
         from proximo.cli_language import resume_command
+        from proximo.language import refuse_control_settings
 
+        refuse_control_settings(given.run, env=given.env, total_steps=given.total_steps)
         return resume_command(given.run, allow_import=given.allow_import, quiet=given.quiet, as_json=given.json)
     display = Display.choose(quiet=given.quiet)
     run = resume_with(given.run, given.env, display, allow_import=given.allow_import, total_steps=given.total_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import tomllib
@@ -13,13 +14,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from proximo.errors import UserError
+from proximo.api import check_device
+from proximo.errors import HIGHEST_SEED, UserError, in_range
 from proximo.language import (
     StageRun,
     config_class,
     config_of,
     read_stage_config,
     resume_stage,
+    resume_words,
     run_stage,
 )
 from proximo.runs.directory import RunDirectory
@@ -107,7 +110,7 @@ def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outc
     path = str(run.path)
     if run.interrupted_by is not None:
         facts = {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
-        display.result(facts, [f"proximo resume {path}"])
+        display.result(facts, [resume_words(run.path, run.stage, run.config)])
     else:
         drawn, findings = _reported(run)
         display.result(run.facts | drawn, _next(run.stage, path, run.config), findings)
@@ -136,6 +139,7 @@ def _reported(run: StageRun) -> tuple[dict[str, str], list[str]]:
 
 
 def _next(stage: str, path: str, config: Any) -> list[str]:
+    path, model = shlex.quote(path), shlex.quote(config.model)
     if stage == "sft":
         return [
             f"proximo chat {path}",
@@ -143,12 +147,12 @@ def _next(stage: str, path: str, config: Any) -> list[str]:
             f"proximo align --model {path} --reward REWARD --prompts PROMPTS.jsonl",
         ]
     if stage == "reward":
-        return [f"proximo align --model {config.model} --reward {path} --prompts PROMPTS.jsonl"]
-    rewards = " ".join(getattr(config, "reward", ())) or "REWARD"
-    prompts = getattr(config, "prompts", "") or "PROMPTS.jsonl"
+        return [f"proximo align --model {model} --reward {path} --prompts PROMPTS.jsonl"]
+    rewards = shlex.join(getattr(config, "reward", ())) or "REWARD"
+    prompts = shlex.quote(getattr(config, "prompts", "") or "PROMPTS.jsonl")
     return [
         f"proximo chat {path}",
-        f"proximo evaluate {path} --against {config.model} --reward {rewards} --prompts {prompts}",
+        f"proximo evaluate {path} --against {model} --reward {rewards} --prompts {prompts}",
     ]
 
 
@@ -189,6 +193,8 @@ def sample_command(words: list[str]) -> Outcome:
     from proximo.training.compare import NoReward, answers_of, load_for_sampling
 
     given = tyro.cli(SampleArguments, args=words, prog="proximo sample")
+    _check_given(given)
+    in_range("n", given.n, at_least=1, whole=True, usual="1")
     generation = _generation_of(given, GenerationConfig(max_new_tokens=128))
     generation = replace(generation, generation_batch_size=given.batch_size)
     tokenizer = load_tokenizer(given.model, given.chat_template)
@@ -203,12 +209,32 @@ def sample_command(words: list[str]) -> Outcome:
     return EXIT_DONE, "\n".join(lines)
 
 
-def _check_room(limit: int | None, longest: int, new: int) -> None:
+def _check_given(given: SampleArguments | ChatArguments | CompareArguments) -> None:
+    """Refuse what no model is needed to see through."""
+    in_range("seed", given.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
+    check_device(given.device)
+
+
+def _check_room(limit: int | None, longest: int, new: int, whose: str = "The model") -> None:
     if limit is not None and longest + new > limit:
+        set_lower = f"Set --max-new-tokens {limit - longest}, or shorten" if longest < limit else "Shorten"
         raise UserError(
-            f"The model's context is {limit} tokens, but the longest prompt ({longest}) and --max-new-tokens ({new}) "
-            f"come to {longest + new}. Set --max-new-tokens {max(1, limit - longest)}, or shorten the prompts."
+            f"{whose}'s context is {limit} tokens, but the longest prompt ({longest}) and --max-new-tokens ({new}) "
+            f"come to {longest + new}. {set_lower} the prompts."
         )
+
+
+def _context_of(place: str) -> int | None:
+    """The context of a model whose weights are not loaded yet; loading will say what is wrong with it, if anything."""
+    from types import SimpleNamespace
+
+    from proximo.models.folders import context_length
+    from proximo.training.supervised import model_config
+
+    try:
+        return context_length(SimpleNamespace(config=model_config(place)))
+    except UserError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -237,22 +263,25 @@ def chat_command(words: list[str]) -> Outcome:
 
     from proximo.collect.data import encode_prompt
     from proximo.collect.generate import GenerationConfig, end_tokens, response_texts, sample
-    from proximo.models.folders import context_length, load_tokenizer
+    from proximo.models.folders import check_token_ids, context_length, load_tokenizer
     from proximo.training.compare import load_for_sampling
 
     given = tyro.cli(ChatArguments, args=words, prog="proximo chat")
+    _check_given(given)
     tokenizer = load_tokenizer(given.model, given.chat_template)
     settings = _generation_of(given, GenerationConfig(max_new_tokens=256, temperature=0.7))
     policy = load_for_sampling(given.model, temperature=settings.temperature, device=given.device)
     generator = torch.Generator(given.device).manual_seed(given.seed)
     limit = context_length(policy.actor)
     talks = tokenizer.chat_template is not None
-    messages = [{"role": "system", "content": given.system}] if given.system and talks else []
+    messages = [{"role": "system", "content": _whole(given.system)}] if given.system and talks else []
     if not talks:
-        print("This model has no chat template: it goes on with each line by itself.", file=sys.stderr)
+        unheard = ", and the system message is left out" if given.system else ""
+        print(f"This model has no chat template: it goes on with each line by itself{unheard}.", file=sys.stderr)
     while line := _asked():
         messages.append({"role": "user", "content": line})
         ids = encode_prompt(tokenizer, messages if talks else line)
+        check_token_ids(max(ids), policy.actor.config, f"The tokenizer of {given.model}")
         room = settings.max_new_tokens if limit is None else min(settings.max_new_tokens, limit - len(ids))
         if room < 1:
             print(f"The conversation has filled the model's context of {limit} tokens.", file=sys.stderr)
@@ -265,10 +294,17 @@ def chat_command(words: list[str]) -> Outcome:
 
 
 def _asked() -> str:
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return _whole(input("> " if sys.stdin.isatty() else "").strip())
     except (EOFError, KeyboardInterrupt):
         return ""
+
+
+def _whole(text: str) -> str:
+    """Text with a replacement character for each half of a surrogate pair, which no tokenizer takes."""
+    return "".join("\ufffd" if "\ud800" <= letter <= "\udfff" else letter for letter in text)
 
 
 @dataclass(frozen=True)
@@ -314,9 +350,15 @@ def compare_command(words: list[str]) -> Outcome:
     given = tyro.cli(CompareArguments, args=words, prog="proximo evaluate")
     if not given.reward and not given.judge:
         raise UserError("Comparing two models needs --reward REWARD (as for proximo align), or --judge, or both.")
+    _check_given(given)
+    in_range("episodes", given.episodes, at_least=1, whole=True, usual="256")
+    generation = _generation_of(given, GenerationConfig())
     tokenizer = load_tokenizer(given.model, given.chat_template)
     with StageDisplay.choose(quiet=False).notes():
         rows = read_prompts(given.prompts, tokenizer, max_tokens=None, over_long="error")[: given.episodes]
+    longest = max(len(row.token_ids) for row in rows)
+    for place in (given.model, given.against):
+        _check_room(_context_of(place), longest, generation.max_new_tokens, f"The model {place}")
     with ExitStack() as opened:
         reward, judge = _sources(given, opened)
         result = compare(
@@ -325,7 +367,7 @@ def compare_command(words: list[str]) -> Outcome:
             tokenizer,
             rows,
             reward,
-            _generation_of(given, GenerationConfig()),
+            generation,
             judge=judge,
             best_of=given.best_of,
             seed=given.seed,
@@ -418,6 +460,13 @@ def demo_command(words: list[str]) -> Outcome:
     from proximo.runs.directory import new_run
 
     given = tyro.cli(DemoArguments, args=words[1:], prog="proximo demo align")
+    in_range("seed", given.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
+    in_range("threads", given.threads, at_least=0, whole=True, usual="0")
+    if given.run_dir is not None and given.run_dir.is_dir() and any(given.run_dir.iterdir()):
+        raise UserError(
+            f"{given.run_dir} exists and is not empty. The demo begins from nothing each time and writes over nothing: "
+            "choose a new folder with --run-dir, or delete this one."
+        )
     size = LONG if given.long else DemoConfig()
     config = replace(size, seed=given.seed, threads=given.threads)
     display = StageDisplay.choose(quiet=given.quiet)
@@ -430,7 +479,7 @@ def demo_command(words: list[str]) -> Outcome:
 def _demo_in_words(result: dict[str, Any]) -> dict[str, str]:
     accuracy, ceiling = result["reward_accuracy"], result["reward_accuracy_ceiling"]
     return {
-        "reward model": f"right on {100 * accuracy:.1f} % of held-out pairs; label noise allows {100 * ceiling:.1f} %",
+        "reward model": f"right on {100 * accuracy:.1f} % of unseen pairs; label noise allows {100 * ceiling:.1f} %",
         "gold score": f"{result['reward_mean']:+.2f} after PPO, {result['reward_mean_against']:+.2f} after SFT, "
         f"{result['best_of_reward_mean']:+.2f} best of {result['best_of']} of SFT (0 is the corpus, 1 its spread)",
         "win rate": f"{100 * result['win_rate']:.1f} % over SFT on {result['n_judged']} unseen prompts",
@@ -452,7 +501,8 @@ def _frontier_in_words(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _demo_next(folder: Path) -> list[str]:
-    return [f"proximo sample {folder}/ppo --prompts {folder}/data/held_out.jsonl", f"proximo chat {folder}/ppo"]
+    ppo, prompts = shlex.quote(f"{folder}/ppo"), shlex.quote(f"{folder}/data/held_out.jsonl")
+    return [f"proximo sample {ppo} --prompts {prompts}", f"proximo chat {ppo}"]
 
 
 # --- words ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ import math
 import sys
 from collections.abc import Iterable
 
+HIGHEST_SEED = 2**63 - 1
+"""Torch's generators take no larger numbers, and TOML holds none."""
+
 
 class UserError(Exception):
     """Bad input: what is wrong, where, why, and how to mend it, in one readable message.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
-from proximo.api import check_device, noted_signals
+from proximo import api
+from proximo.api import Env, Run, check_device, noted_signals
 from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest
 from proximo.models.folders import tokenizer_in_words
@@ -60,7 +62,7 @@ def sft(model: str | Path, data: str | Path, *, run_dir: str | Path | None = Non
     Raises:
         UserError: for whatever does not fit, before training where possible.
     """
-    return _run("sft", {"model": str(model), "data": str(data)}, run_dir, settings)
+    return _run("sft", {"model": _place("model", model), "data": _place("data", data)}, run_dir, settings)
 
 
 def reward(model: str | Path, data: str | Path, *, run_dir: str | Path | None = None, **settings: Any) -> StageRun:
@@ -68,7 +70,7 @@ def reward(model: str | Path, data: str | Path, *, run_dir: str | Path | None = 
 
     Args and errors are those of `sft`.
     """
-    return _run("reward", {"model": str(model), "data": str(data)}, run_dir, settings)
+    return _run("reward", {"model": _place("model", model), "data": _place("data", data)}, run_dir, settings)
 
 
 def dpo(model: str | Path, data: str | Path, *, run_dir: str | Path | None = None, **settings: Any) -> StageRun:
@@ -76,7 +78,7 @@ def dpo(model: str | Path, data: str | Path, *, run_dir: str | Path | None = Non
 
     Args and errors are those of `sft`.
     """
-    return _run("dpo", {"model": str(model), "data": str(data)}, run_dir, settings)
+    return _run("dpo", {"model": _place("model", model), "data": _place("data", data)}, run_dir, settings)
 
 
 def align(
@@ -102,14 +104,86 @@ def align(
     Raises:
         UserError: for whatever does not fit, before training where possible.
     """
-    named: dict[str, Any] = {"model": str(model), "prompts": str(prompts)}
+    named: dict[str, Any] = {"model": _place("model", model), "prompts": _place("prompts", prompts)}
     function = None
     if callable(reward):
         function = reward
     else:
-        places = [reward] if isinstance(reward, str | Path) else list(reward)
-        named["reward"] = tuple(str(place) for place in places)
+        named["reward"] = _reward_places(reward)
     return _run("align", named, run_dir, settings | {"algorithm": algorithm}, function)
+
+
+@overload
+def resume(
+    run: str | Path | Run,
+    env: Env | None = None,
+    *,
+    allow_import: bool = False,
+    total_steps: int | None = None,
+    quiet: bool = False,
+) -> Run: ...
+
+
+@overload
+def resume(
+    run: str | Path | StageRun, *, reward: Callable[..., Any] | None, allow_import: bool = False, quiet: bool = False
+) -> StageRun: ...
+
+
+def resume(
+    run: str | Path | Run | StageRun,
+    env: Env | None = None,
+    *,
+    reward: Callable[..., Any] | None = None,
+    allow_import: bool = False,
+    total_steps: int | None = None,
+    quiet: bool = False,
+) -> Run | StageRun:
+    """Go on exactly where a run stopped, of control or of a language stage.
+
+    Args:
+        run: the run, or its directory.
+        env: the environment, where the run's own name for it is not a registered Gymnasium id.
+        reward: the function that scores responses, where `proximo.align` was given one; for language runs only.
+        allow_import: import the file or module that the run names; only for runs of your own.
+        total_steps: train a control run up to this many steps instead of the number it was begun with.
+        quiet: print nothing.
+
+    Raises:
+        UserError: if there is no run, no sound checkpoint, or the environment or the reward cannot be had.
+    """
+    directory = open_run(run if isinstance(run, str | Path) else run.path)
+    if stage_of(directory) is None:
+        if reward is not None:
+            raise UserError(f"{directory.path} is a control run: its rewards are its environment's. Leave reward out.")
+        return api.resume(directory.path, env, allow_import=allow_import, total_steps=total_steps, quiet=quiet)
+    refuse_control_settings(directory.path, env=env, total_steps=total_steps)
+    display = StageDisplay.choose(quiet=quiet)
+    return unless_interrupted(resume_stage(directory.path, display, reward, allow_import=allow_import))
+
+
+def _place(name: str, value: Any) -> str:
+    """A folder, a file or a hub id as text."""
+    if not isinstance(value, str | Path):
+        saved = " Save it with its save_pretrained, its tokenizer beside it." if name == "model" else ""
+        raise UserError(f"{name} is a {type(value).__name__}; it must be a folder, a file or a hub id, as text.{saved}")
+    return str(value)
+
+
+def _reward_places(reward: Any) -> tuple[str, ...]:
+    """Where rewards come from, if they are no function of the caller's."""
+    places = list(reward) if isinstance(reward, list | tuple) else [reward]
+    if any(callable(place) for place in places):
+        raise UserError(
+            "reward is a list with a function in it, but a function object stands alone. Call the others inside of "
+            "it, or name each by its place: reward=['my_file.py:first', 'my_file.py:second']."
+        )
+    if not places or not all(isinstance(place, str | Path) for place in places):
+        raise UserError(
+            f"reward is {reward!r}; it must be a reward model's folder, 'my_file.py:function', 'judge', a list of "
+            "these, or a function."
+        )
+    return tuple(str(place) for place in places)
 
 
 def _run(
@@ -123,9 +197,28 @@ def _run(
     display = StageDisplay.choose(quiet=bool(settings.pop("quiet", False)))
     config = config_of(stage, named | settings, where=f"proximo.{stage}()")
     run = run_stage(stage, config, display, run_dir, function)
+    return unless_interrupted(run)
+
+
+def unless_interrupted(run: StageRun) -> StageRun:
+    """What a signal asked for is done (all is saved): now let Python callers have their KeyboardInterrupt."""
     if run.interrupted_by is not None:
-        raise KeyboardInterrupt(f"{run.path} is saved")
+        raise KeyboardInterrupt(f"{run.path} is saved. Go on with it: {resume_words(run.path, run.stage, run.config)}")
     return run
+
+
+def resume_words(path: Path, stage: str, config: Any) -> str:
+    """What to type to go on with a run; Python where its reward is a function object."""
+    if stage == "align" and not config.reward:
+        return f"proximo.resume({str(path)!r}, reward=function)"
+    trust = ["--allow-import"] if _named_functions(config) else []
+    return shlex.join(["proximo", "resume", str(path), *trust])
+
+
+def _named_functions(config: Any) -> list[str]:
+    """The functions of files and modules that a run calls."""
+    places = getattr(config, "reward", ()) + getattr(config, "gold", ())
+    return [place for place in places if kind_of_reward(place) == "function"]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
@@ -151,10 +244,24 @@ def config_of(stage: str, settings: dict[str, Any], *, where: str) -> Any:
         UserError: for an unknown name or an impossible value.
     """
     settings = dict(settings)
+    for name in set(settings) & set(_LISTS_OF_WORDS):
+        settings[name] = _words(name, settings[name], where)
     base = config_class(stage)()
     if stage == "align":
         base = replace(base, algorithm=algorithm_named(settings.pop("algorithm", "ppo")))
     return with_settings(base, settings, where=where)
+
+
+_LISTS_OF_WORDS = ("reward", "gold", "stop")
+"""Settings of several words, which may be given as a single one."""
+
+
+def _words(name: str, value: Any, where: str) -> Any:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple) and not all(isinstance(word, str) for word in value):
+        raise UserError(f"{where}: {name} is {value!r}; it must be text, or a list of texts.")
+    return value
 
 
 def algorithm_named(name: Any) -> Any:
@@ -272,13 +379,7 @@ def resume_stage(
     """
     directory = open_run(run)
     stage, config = read_stage_config(directory)
-    named = getattr(config, "reward", ()) + getattr(config, "gold", ())
-    places = [place for place in named if kind_of_reward(place) == "function"]
-    if places and not allow_import and function is None:
-        raise UserError(
-            f"This run's reward is {places[0]!r}: resuming it runs that code. If the run is your own, add "
-            "--allow-import."
-        )
+    _check_rewards(directory, stage, config, function, allow_import=allow_import)
     module = stage_module(stage)
     with _threads(config), enough_memory(stage, config), locked(directory):
         checkpoint = newest_checkpoint(directory.checkpoints)
@@ -291,6 +392,38 @@ def resume_stage(
             {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": exact}
         )
         return _to_the_end(stage, module, config, directory, state, display)
+
+
+def _check_rewards(
+    directory: RunDirectory, stage: str, config: Any, function: Callable[..., Any] | None, *, allow_import: bool
+) -> None:
+    """Refuse to resume without the reward that the run had, or to run code that nobody has allowed."""
+    if function is not None and not callable(function):
+        raise UserError(f"reward is {function!r}; to resume a run it must be a function, or left out.")
+    if function is not None and stage != "align":
+        raise UserError(f"{directory.path} is a run of proximo {stage}, which asks for no reward. Leave reward out.")
+    if stage == "align" and function is None and not config.reward:
+        raise UserError(
+            "This run's reward was a function of the program that began it. Go on from there: "
+            f"{resume_words(directory.path, stage, config)}"
+        )
+    asked = config.gold if stage == "align" and function is not None else None
+    places = [place for place in _named_functions(config) if asked is None or place in asked]
+    if places and not allow_import:
+        raise UserError(
+            f"This run's reward is {places[0]!r}: resuming it runs that code. If the run is your own, add "
+            "--allow-import (Python: allow_import=True)."
+        )
+
+
+def refuse_control_settings(run: Path, **given: Any) -> None:
+    """Raise UserError for settings of `resume` that mean something for control runs only."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(
+                f"{run} is a language run, where {name} means nothing: it ends after the iterations or epochs that it "
+                f"was begun with. Leave {name} out; to train longer, begin a new run from {run} as its model."
+            )
 
 
 def _to_the_end(

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from proximo.collect import generate as module
 from proximo.collect.generate import (
@@ -34,6 +33,7 @@ def test_the_reward_is_asked_in_the_order_of_rows_and_groups_are_those_of_a_prom
     batch, answers = generate(policy_of(), TOKENIZER, rows_of(), reward, config, seeded(), n_per_prompt=2)
     ((prompts, texts, columns),) = reward.asked
     assert columns == {"number": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]}
+    assert batch.group is not None
     assert batch.group.tolist() == columns["number"]
     assert prompts == answers.prompts == [row.prompt for row in rows_of() for _ in range(2)]
     assert texts == answers.texts
@@ -64,16 +64,19 @@ def test_a_reward_that_reads_the_same_tokens_is_given_them():
         def same_tokens(self, tokenizer: Any) -> bool:
             return tokenizer is TOKENIZER
 
-        def score_tokens(self, tokens: Tensor, attention: Tensor) -> Tensor:
-            sums = (tokens * attention).sum(1).float()
-            return torch.where(torch.arange(5) == 1, torch.nan, torch.where(torch.arange(5) == 3, -torch.inf, sums))
+        def score_texts(self, prompts: Any, texts: Any, ended: Any, sampled: Any) -> Scores:
+            self.told = (prompts, texts, ended)
+            sums = [float(sum(prompt) + sum(response)) for prompt, response in sampled]
+            return Scores([None if k in (1, 3) else each for k, each in enumerate(sums)], ["no idea"])
 
-    config = GenerationConfig(max_new_tokens=4)
-    batch, answers = generate(policy_of(), TOKENIZER, rows_of(), Reader(), config, seeded())
-    for row in range(5):
+    config, reader = GenerationConfig(max_new_tokens=9), Reader()
+    batch, answers = generate(policy_of(ends=2), TOKENIZER, rows_of(), reader, config, seeded(1))
+    for row in (0, 2, 4):
         ids = PROMPTS[row] + batch.actions[row, batch.mask[row]].tolist()
-        assert answers.scores[row] == (None if row in (1, 3) else float(sum(ids)))
-    assert "NaN" in answers.problems[0]
+        assert answers.scores[row] == float(sum(ids))
+    assert (answers.scores[1], answers.scores[3], answers.problems) == (None, None, ["no idea"])
+    assert reader.told == (answers.prompts, answers.texts, answers.ended)
+    assert len(set(answers.ended)) == 2
 
 
 def test_scoring_in_parts_is_scoring(monkeypatch):
@@ -82,7 +85,8 @@ def test_scoring_in_parts_is_scoring(monkeypatch):
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", 25)
     parts, _ = generate(policy_of(), TOKENIZER, rows_of(), Told(), config, seeded(), reward_beta=0.1)
     for name in ("rewards", "values", "next_values", "ref_log_probs"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0.0, atol=1e-5)
+        found, expected = (getattr(batch, name)[whole.mask] for batch in (parts, whole))  # elsewhere nobody looks
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
 
 
 def test_without_a_reference_there_is_no_kl():
@@ -124,9 +128,9 @@ class Tokens:
     def same_tokens(self, tokenizer: object) -> bool:
         return tokenizer is TOKENIZER
 
-    def score_tokens(self, tokens: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
-        self.asked.append("tokens")
-        return attention.sum(1).float()
+    def score_texts(self, prompts: Any, texts: Any, ended: Any, sampled: Any) -> Scores:
+        self.asked.append("tokens" if sampled else "text")
+        return Scores([float(len(prompt) + len(response)) for prompt, response in sampled], [])
 
     def __call__(self, prompts: list, responses: list[str], columns: dict) -> Scores:
         self.asked.append("text")

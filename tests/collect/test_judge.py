@@ -208,8 +208,27 @@ class TestTrouble:
         monkeypatch.setenv("ODD_KEY", f"{KEY}\nwith: more")
         for variable, word in (("NO_SUCH_KEY", "which is not set"), ("ODD_KEY", "characters that no key has")):
             with pytest.raises(UserError, match=f"{variable}.*{word}") as caught:
-                JudgeReward(endpoint.url, "m", rubric, api_key_variable=variable)
+                JudgeReward("https://judge.invalid/v1", "m", rubric, api_key_variable=variable)
             assert KEY not in str(caught.value)
+
+    def test_a_server_on_this_machine_needs_no_key_and_gets_one_where_there_is_one(
+        self, endpoint: Endpoint, judge: Callable[..., JudgeReward], monkeypatch: pytest.MonkeyPatch
+    ):
+        reward = judge()
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert reward(["p"], ["r"], {}).values == judge()(["p"], ["r"], {}).values == [0.5]
+        assert endpoint.keys == [None, None]
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        assert reward(["p"], ["r"], {}).values == [0.5]
+        assert endpoint.keys[2] == f"Bearer {KEY}"
+
+    def test_without_a_key_the_refusal_names_the_setting(
+        self, endpoint: Endpoint, judge: Callable[..., JudgeReward], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.delenv("OPENAI_API_KEY")
+        endpoint.reply = lambda message: 401
+        with pytest.raises(UserError, match=r"a request without a key .* with judge_api_key_variable"):
+            judge()(["p"], ["r"], {})
 
     def test_addresses_and_rubrics(self, endpoint: Endpoint, rubric: Path, tmp_path: Path):
         with pytest.raises(UserError, match="'localhost:8000'; it must be an address"):

@@ -180,3 +180,12 @@ def test_a_soft_cap_is_seen_also_where_untrained_logits_are_small():
     scored = policy.score(*rows_of(), with_reference=False)
     for row in range(4):
         assert scored.log_probs[row, response[row]] == pytest.approx(alone(policy.actor, row)[0], abs=1e-4)
+
+
+def test_values_and_scores_are_float32_numbers_also_under_autocast():
+    """In bfloat16 numbers between 2 and 4 are 0.016 apart: groups of responses would have false ties."""
+    policy = policy_of("llama")
+    policy.autocast = True
+    values = policy.score(*rows_of(), with_reference=False).values
+    assert values.dtype == torch.float32
+    assert not torch.equal(values, values.bfloat16().float())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from proximo.algorithms.adam import FlatAdam
+from proximo.collect.generate import GenerationConfig, sample
 from proximo.errors import UserError
 from proximo.models.adapters import LoraConfig, adapter_state, add_adapter, merged_state
 from proximo.models.folders import load_causal_lm, load_tokenizer, save_model
@@ -205,3 +206,26 @@ def test_gradient_checkpointing_gives_the_same_gradient(kind, sharing):
 def test_adapters_that_fit_nowhere_are_refused():
     with pytest.raises(UserError, match="Adapters do not fit"):
         add_adapter(nn.Sequential(nn.ReLU()), "policy", LoraConfig())
+
+
+@kinds
+@sharings
+@pytest.mark.parametrize("prompts", [PROMPTS, [PROMPTS[0], PROMPTS[0]]], ids=["padded", "of one length"])
+def test_sampling_is_the_same_with_gradient_checkpointing(kind, sharing, prompts):
+    """In training mode transformers would drop the cache, and each token would see only itself."""
+    found = []
+    for checkpointing in (False, True):
+        policy = policy_of(kind, sharing)
+        if checkpointing:
+            enable_gradient_checkpointing(policy)
+            gradient_and_metrics(policy, batch_of(policy), PPO_ONCE)  # an update in between
+            policy = policy_of(kind, sharing)
+            enable_gradient_checkpointing(policy)
+        config = GenerationConfig(max_new_tokens=6)
+        generator = torch.Generator().manual_seed(0)
+        responses = sample(policy, tiny_tokenizer(), prompts, config, generator, n_per_prompt=2)
+        scored = policy.score(*responses[:3], with_reference=False)
+        torch.testing.assert_close(scored.log_probs, responses.log_probs, rtol=1e-4, atol=1e-5)
+        found.append(responses)
+    for plain, checkpointed in zip(*found, strict=True):
+        assert torch.equal(plain, checkpointed)

@@ -20,13 +20,14 @@ from proximo.runs.checkpoint import newest_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.training.align import (
     AlignState,
+    _keep_samples,
     finish,
     iterate,
     next_prompts,
     restore,
     start,
 )
-from tests.tiny_language import save_tiny, tiny_model
+from tests.tiny_language import save_tiny, tiny_model, tiny_tokenizer
 from tests.training.aligning import (
     GENERATION,
     everything_of,
@@ -81,6 +82,55 @@ def test_a_resumed_run_insists_on_its_model_and_its_shapes(config_with, tmp_path
     with pytest.raises(UserError, match="lora_rank"):
         restore(dataclasses.replace(config, lora=LoraConfig(lora_rank=3)), checkpoint, share_of_wanted)
     assert restore(config, checkpoint, share_of_wanted).iteration == 1
+
+
+def test_a_resumed_run_insists_on_its_prompts(config_with, tmp_path, prompts):
+    config = config_with(n_iterations=1)
+    trained(config, tmp_path / "run")
+    checkpoint = newest_checkpoint(RunDirectory(tmp_path / "run").checkpoints)
+    lines = prompts.read_text().splitlines()
+    other = tmp_path / "prompts.jsonl"
+    for changed in ([*lines[1:], lines[0]], lines[:-1], [*lines[:-1], '{"prompt": "bird"}']):
+        other.write_text("\n".join(changed))
+        with pytest.raises(UserError, match="does not hold the prompts that this run began with"):
+            restore(dataclasses.replace(config, prompts=str(other)), checkpoint, share_of_wanted)
+    other.write_text("\n".join(lines))  # the same ones in another place
+    assert restore(dataclasses.replace(config, prompts=str(other)), checkpoint, share_of_wanted).iteration == 1
+
+
+def test_a_reference_with_two_weights_exchanged_is_another(config_with, tmp_path, model):
+    config = config_with(n_iterations=1)
+    trained(config, tmp_path / "run")
+    checkpoint = newest_checkpoint(RunDirectory(tmp_path / "run").checkpoints)
+    other = tiny_model()
+    with torch.no_grad():  # far below what a sum in float64 would notice
+        other.model.layers[0].input_layernorm.weight[3] += torch.finfo(torch.float32).eps
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="its weights differ"):
+        restore(dataclasses.replace(config, model=str(tmp_path / "other")), checkpoint, share_of_wanted)
+
+
+def test_samples_are_replaced_whole_and_broken_lines_left_out(config_with, tmp_path, monkeypatch):
+    config = config_with(n_samples=2, samples_every=1, n_iterations=2)
+    state, run = start(config, share_of_wanted), run_in(tmp_path / "run")
+    rows = iterate(config, run, state)
+    next(rows)
+    file = run.path / "samples.jsonl"
+    known = file.read_bytes()
+    file.write_bytes(known + b'{"iteration": 1, "prompt": "\xff\n{"iteration"')
+    next(rows)
+    assert file.read_bytes().startswith(known)
+    assert [json.loads(line)["iteration"] for line in file.read_text().splitlines()] == [1, 1, 2, 2]
+    whole = file.read_bytes()
+
+    def crash(*arguments: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("proximo.runs.files.write_synced", crash)
+    with pytest.raises(OSError, match="no space"):
+        _keep_samples(file, state)
+    assert file.read_bytes() == whole
 
 
 @settings(max_examples=60, deadline=None)
@@ -254,3 +304,24 @@ def test_the_result_is_a_plain_model_folder_with_the_policys_logits(config_with,
         before = tiny_model()(input_ids=tokens).logits[:, -1] / GENERATION.temperature
     torch.testing.assert_close(logits, expected, rtol=0.0, atol=1e-5)
     assert (logits - before).abs().max() > 1e-2
+
+
+def test_the_share_of_groups_whose_responses_score_alike_is_told(config_with, tmp_path):
+    def score(prompts, responses):
+        first = prompts[0]
+        return [0.5 if prompt == first else float(number) for number, prompt in enumerate(prompts)]
+
+    config = config_with("grpo", prompts_per_iteration=4, responses_per_prompt=2, n_iterations=1)
+    _, rows = trained(config, tmp_path / "grpo", score)
+    assert rows[0]["groups_alike"] == 0.25
+    _, rows = trained(config_with(n_iterations=1), tmp_path / "ppo", lengths)
+    assert "groups_alike" not in rows[0]
+
+
+def test_the_policy_begins_with_fresh_moments_after_the_critic_has_learned_alone(config_with, tmp_path):
+    config = config_with(value_pretraining_iterations=2, n_iterations=3, batch_size=8, n_epochs=1)
+    state = start(config, share_of_wanted)
+    steps = []
+    for _ in iterate(config, run_in(tmp_path / "run"), state):
+        steps.append(state.optimizer.n_steps)
+    assert steps == [1, 2, 1]

@@ -17,7 +17,7 @@ from proximo.errors import UserError
 from proximo.models.folders import load_tokenizer
 from proximo.training.compare import NoReward, answers_of, compare, compared_scores, load_for_sampling, win_rate_of
 from tests.chat_endpoint import Endpoint, longer_is_better
-from tests.tiny_language import SPECIAL, WORDS, save_tiny, tiny_model
+from tests.tiny_language import SPECIAL, WORDS, save_tiny, tiny_model, tiny_tokenizer
 
 N_PROMPTS = 12
 GENERATION = GenerationConfig(max_new_tokens=8)
@@ -124,6 +124,19 @@ class TestModels:
         rows[3] = rows[3]._replace(token_ids=[7, len(SPECIAL + WORDS)])
         with pytest.raises(UserError, match="the model knows only"):
             compare(*models, load_tokenizer(models[0]), rows, CallableReward(length), GENERATION)
+
+    def test_a_model_with_another_tokenizer_is_refused(self, tmp_path, models, rows):
+        place = save_tiny(tmp_path / "other", seed=1)
+        other = tiny_tokenizer()
+        vocabulary = other.get_vocab()
+        file = place / "tokenizer.json"
+        read = json.loads(file.read_text())
+        first, second = WORDS[:2]  # as many tokens, two of them exchanged
+        read["model"]["vocab"] |= {first: vocabulary[second], second: vocabulary[first]}
+        file.write_text(json.dumps(read))
+        for pair in ((models[0], str(place)), (str(place), models[0])):
+            with pytest.raises(UserError, match="another tokenizer than"):
+                compare(*pair, load_tokenizer(pair[0]), rows, CallableReward(length), GENERATION)
 
     def test_without_an_end_token_answers_are_as_long_as_they_may_be(self, tmp_path, models, rows):
         model = tiny_model()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.collect.data import Pair, left_padded, right_padded
+from proximo.collect.data import Pair, right_padded
 from proximo.collect.reward_model import RewardModel, last_scores, score_rows
 from proximo.errors import UserError
 from proximo.models.folders import REWARD_SCALE, load_scalar_model
@@ -161,8 +161,7 @@ def test_pairs_are_told_apart_and_the_model_is_saved(tmp_path: Path, data: Path,
     pairs = state.held_out + state.pairs
     raw = score_rows(state.model, reward.texts_of(pairs), budget=None)
     assert torch.allclose(score_rows(loaded.model, reward.texts_of(pairs), budget=None), raw, atol=1e-5)
-    tokens, attention = left_padded(reward.texts_of(pairs))
-    scores = loaded.score_tokens(tokens, attention)
+    scores = (score_rows(loaded.model, reward.texts_of(pairs), budget=None) - loaded.mean) / loaded.std
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-4)
 
@@ -219,7 +218,8 @@ def test_text_and_tokens_get_the_same_scores_whatever_the_pieces(tmp_path: Path)
     raw = [float(model.model(torch.tensor([row])).logits.detach()) for row in rows]
     assert values == pytest.approx([(score - 2.0) / 0.5 for score in raw], abs=1e-5)
     assert in_pieces(prompts, responses, {}).values == pytest.approx(values, abs=1e-5)
-    assert model.score_tokens(*left_padded(rows, pad=7)).tolist() == pytest.approx(values, abs=1e-5)
+    sampled = [(rows[0][:2], rows[0][2:]), (rows[1][:4], rows[1][4:])]
+    assert model.score_texts(prompts, responses, [True, True], sampled).values == pytest.approx(values, abs=1e-5)
     assert model([], [], {}).values == []
 
 

@@ -6,7 +6,7 @@ as they do when a model writes them. Completions end with the EOS token.
 
 from __future__ import annotations
 
-import math
+import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -58,6 +58,9 @@ class Pair(NamedTuple):
     """By how much the chosen one is better, where the data says so; else 0."""
 
 
+HIGHEST_MARGIN = 1e6
+"""Scores stand around 0 with a spread of about 1: a margin above this is a mistake in the data."""
+
 Row = TypeVar("Row")
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -75,9 +78,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         alike = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
         hint = f" Did you mean {' or '.join(str(path.parent / name) for name in alike)}?" if alike else ""
         raise UserError(f"There is no data file {path}.{hint}")
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         rows = _rows_of_parquet(path)
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".jsonl":
         rows = _rows_of_jsonl(path)
     else:
         raise UserError(
@@ -91,7 +94,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _rows_of_jsonl(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_bytes().rstrip().split(b"\n")
+        # Some editors put a mark in front, which is no part of the JSON.
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {files.reason(error)}.") from error
     rows = []
@@ -106,8 +110,23 @@ def _rows_of_jsonl(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{where} is no JSON: {said}. Each line must hold one JSON object.") from error
         if not isinstance(row, dict):
             raise UserError(f'{where} is a {type(row).__name__}; it must be a JSON object, such as {{"prompt": ...}}.')
+        if b"\\ud" in line.lower():
+            _check_characters(where, row)
         rows.append(row)
     return rows
+
+
+def _check_characters(where: str, row: dict[str, Any]) -> None:
+    """Refuse halves of surrogate pairs, which JSON can write, and which are no text."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(
+                f"{where}, column {name!r} holds {half}, half of a surrogate pair, which is no character. Take it out; "
+                "a text that was cut in the middle of an emoji often ends so."
+            ) from error
 
 
 def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
@@ -262,7 +281,7 @@ def _each(path: Path, rows: list[dict[str, Any]], read: Callable[[str, dict[str,
     """Read every row; errors that do not know their place get it."""
     found = []
     for number, row in enumerate(rows, start=1):
-        place = f"{path}, {'line' if path.suffix == '.jsonl' else 'row'} {number}"
+        place = f"{path}, {'line' if path.suffix.lower() == '.jsonl' else 'row'} {number}"
         try:
             found.append(read(place, row))
         except UserError as error:
@@ -295,16 +314,21 @@ def _fitting(
     if most is None or not n_over:
         return rows
     what = f"{path}: {n_over} of {len(rows)} rows have more than {limit.setting} = {most} tokens; the longest has"
-    mend = f"Raise {limit.setting} to {max(lengths)}"
     if limit.over_long == "error":
-        raise UserError(f"{what} {max(lengths)}. {mend}, or set over_long to drop or truncate.")
+        raise UserError(
+            f"{what} {max(lengths)}. Raise {limit.setting}, as far as the model's context goes, or set over_long to "
+            "drop or truncate."
+        )
     fit: list[Row] = []
     for row, each in zip(rows, lengths, strict=True):
         shorter = row if each <= most else (cut(row, most) if limit.over_long == "truncate" else None)
         if shorter is not None:
             fit.append(shorter)
     if not fit:
-        raise UserError(f"{what} {max(lengths)}, and no row is left. {mend}.")
+        raise UserError(
+            f"{what} {max(lengths)}, and no row is left. Shorten the texts, or raise {limit.setting}, as far as the "
+            "model's context goes."
+        )
     n_dropped = len(rows) - len(fit)
     _note(f"{what} {max(lengths)}. {n_over - n_dropped} were truncated and {n_dropped} dropped.")
     return fit
@@ -383,8 +407,11 @@ def _margin_of(place: str, row: dict[str, Any]) -> float:
     value = row.get("margin")
     if value is None:
         return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{place}, column 'margin' is {value!r}; it must be a finite number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= HIGHEST_MARGIN:
+        raise UserError(
+            f"{place}, column 'margin' is {value!r}; it must be a finite number, from {-HIGHEST_MARGIN:g} to "
+            f"{HIGHEST_MARGIN:g}. Margins are in the units of scores, of which the spread is about 1."
+        )
     return float(value)
 
 
@@ -489,11 +516,26 @@ def _templated(tokenizer: Any, messages: list[dict[str, str]], *, continues: boo
             "with one (chat_template, a file in Jinja; it is saved with the result), use an instruct model's "
             "tokenizer, or use text prompts"
         )
-    try:
+
+    def rendered(messages: list[dict[str, str]]) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=continues)
+
+    try:
+        text = rendered(messages)
+        last = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None or messages[last]["content"].strip() in text:
+            return text
+        other = {"role": "user", "content": messages[last]["content"] + " Hello"}
+        said = rendered([*messages[:last], other, *messages[last + 1 :]]) != text  # in other letters, or not at all
     except Exception as error:  # the template may be anyone's, and raises what it likes
         roles = ", ".join(message["role"] for message in messages)
         raise UserError(f"the chat template refuses the messages (by {roles}): {error}") from error
+    if not said:
+        raise UserError(
+            "the chat template leaves out what the user says. Name a file with a template that writes "
+            "message['content'] (chat_template), or use text prompts"
+        )
+    return text
 
 
 def _eos(tokenizer: Any) -> int:

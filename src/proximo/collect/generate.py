@@ -58,6 +58,12 @@ class GenerationConfig:
         in_range("missing_eos_penalty", self.missing_eos_penalty, at_least=0.0, usual="1.0")
         in_range("generation_batch_size", self.generation_batch_size, optional=True, at_least=1, whole=True, usual="64")
         one_of("truncation", self.truncation, ("terminate", "bootstrap", "mask"))
+        for word in self.stop:
+            if not isinstance(word, str) or not word:
+                raise UserError(
+                    f"stop has {word!r}, but a response ends where a text appears, and each must have at least one "
+                    r"letter. A usual value is '\n'."
+                )
 
 
 class Responses(NamedTuple):
@@ -189,13 +195,28 @@ def _sample_together(
 
 
 def draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
-    """A token `[B]` for each row of log-probabilities `[B, V]`."""
+    """A token `[B]` for each row of log-probabilities `[B, V]`.
+
+    Raises:
+        UserError: if a row is NaN, which a softmax makes of any NaN, or infinity, among its logits.
+    """
     if log_p.device.type != "cpu":
+        _refuse_nan(log_p[:, 0])
         return Categorical(log_p).sample(generator)
     # Noise for every token of the vocabulary costs a CPU more than all else here: one number per row will do.
     cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    _refuse_nan(cumulative[:, -1])
     points = torch.rand(len(log_p), 1, dtype=torch.float64, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, points, right=True).squeeze(-1).clamp_(max=log_p.shape[-1] - 1)
+
+
+def _refuse_nan(numbers: Tensor) -> None:
+    if bool(numbers.isnan().any()):
+        raise UserError(
+            "The model gives NaN for the next token, so that nothing can be sampled from it: its weights hold NaN or "
+            "infinity, or grow too large on the way. Take the model of an earlier checkpoint or run, or its weights "
+            "from where they came; in training, precision float32 and a lower learning_rate help."
+        )
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -283,8 +304,9 @@ def generate(
     check_ends(policy.actor, tokenizer, config)
     responses = sample(policy, tokenizer, [row.token_ids for row in rows], config, generator, n_per_prompt=n_per_prompt)
     asked = [row for row in rows for _ in range(n_per_prompt)]
-    texts = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), config.stop)
-    scores = _rewarded(reward, tokenizer, asked, texts, responses)
+    ends = end_tokens(policy.actor, tokenizer)
+    texts = response_texts(tokenizer, responses, ends, config.stop)
+    scores = _rewarded(reward, tokenizer, asked, texts, responses, ends)
     scored = _score_in_parts(policy, responses, with_reference=with_reference)
     log_probs = responses.log_probs if scored.log_probs is None else scored.log_probs
     batch = _assemble(responses, scored, log_probs, scores.values, config, reward_beta)
@@ -318,16 +340,31 @@ def response_texts(tokenizer: Any, responses: Responses, ends: list[int], stop: 
     return texts
 
 
-def _rewarded(reward: Reward, tokenizer: Any, asked: list[PromptRow], texts: list[str], responses: Responses) -> Scores:
-    """Scores from the very token ids where the reward reads the same ones, else from the text."""
+def _rewarded(
+    reward: Reward, tokenizer: Any, asked: list[PromptRow], texts: list[str], responses: Responses, ends: list[int]
+) -> Scores:
+    """Scores by the columns of the data; a reward that has `score_texts`, a model, is told how each response ended.
+
+    It also gets the very token ids where it reads the same ones. A response ended by itself where its last token is
+    one of `ends` and nothing was cut off before it.
+    """
     if isinstance(reward, WeightedReward):
-        return reward.summed([_rewarded(part, tokenizer, asked, texts, responses) for part in reward.rewards])
-    same_tokens = getattr(reward, "same_tokens", None)
-    if same_tokens is not None and same_tokens(tokenizer):
-        values = reward.score_tokens(responses.tokens, responses.attention).tolist()  # type: ignore[attr-defined]
-        finite = [value if abs(value) < float("inf") else None for value in values]
-        return Scores(finite, ["the reward model gave NaN or infinity"] if None in finite else [])
-    return reward([row.prompt for row in asked], texts, columns_of(asked))
+        return reward.summed([_rewarded(part, tokenizer, asked, texts, responses, ends) for part in reward.rewards])
+    prompts = [row.prompt for row in asked]
+    score_texts = getattr(reward, "score_texts", None)
+    if score_texts is None:
+        return reward(prompts, texts, columns_of(asked))
+    of_prompts = responses.attention & ~responses.response
+    sampled = [
+        (tokens[prompt].tolist(), tokens[response].tolist())
+        for tokens, prompt, response in zip(responses.tokens, of_prompts, responses.response, strict=True)
+    ]
+    ended = [
+        over and ids[-1] in ends and tokenizer.decode(ids[:-1], skip_special_tokens=True) == text
+        for over, (_, ids), text in zip(responses.ended.tolist(), sampled, texts, strict=True)
+    ]
+    same_tokens = reward.same_tokens(tokenizer)  # type: ignore[attr-defined]
+    return score_texts(prompts, texts, ended, sampled if same_tokens else None)
 
 
 def columns_of(asked: Sequence[PromptRow]) -> dict[str, list[Any]]:

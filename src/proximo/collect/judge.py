@@ -26,6 +26,8 @@ BACKOFF_SECONDS = 0.5
 
 HIGHEST_SCORE = 10
 
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
+
 _SYSTEM = """You are a judge of responses to a prompt. What counts:
 
 {rubric}
@@ -77,8 +79,9 @@ class JudgeReward:
             model: the judge's name there.
             rubric: a text file that says what counts.
             mode: numbers, or comparisons within the batch.
-            api_key_variable: the environment variable that holds the key; None for a server that wants none. The
-                key is read at each request, kept nowhere, and sent to `url` only.
+            api_key_variable: the environment variable that holds the key; None for a server that wants none, and a
+                server on this machine gets none where the variable is not set. The key is read at each request,
+                kept nowhere, and sent to `url` only.
             timeout: seconds for one request.
             n_parallel: requests under way at the same time.
             retries: how often a request is repeated when the endpoint is overloaded, fails, or does not answer.
@@ -95,7 +98,8 @@ class JudgeReward:
         self._endpoint = _endpoint(url)
         self._model = model
         self._rubric = _read_rubric(rubric)
-        self._api_key_variable = api_key_variable
+        self._api_key_variable = api_key_variable or None
+        self._is_local = urlsplit(self._endpoint).hostname in _THIS_MACHINE
         self._timeout = timeout
         self._retries = retries
         self._key()
@@ -237,10 +241,12 @@ class JudgeReward:
         """
         variable = self._api_key_variable
         if error.code in (401, 403):
-            key = f"the key in the environment variable {variable}" if variable else "a request without a key"
-            hint = "Check the key" if variable else "Name the variable that holds the key with api_key_variable"
+            sent = bool(self._key())
+            key = f"the key in the environment variable {variable}" if sent else "a request without a key"
+            hint = "Check the key, or name" if sent else "Name"
             raise UserError(
-                f"{self._endpoint} does not accept {key} for the model {self._model!r} (HTTP {error.code}). {hint}."
+                f"{self._endpoint} does not accept {key} for the model {self._model!r} (HTTP {error.code}). {hint} "
+                "the environment variable that holds the right one with judge_api_key_variable."
             )
         if error.code == 404:
             key = f" for the key in {variable}" if variable else ""
@@ -265,9 +271,12 @@ class JudgeReward:
             return ""
         key = os.environ.get(self._api_key_variable, "").strip()
         if not key:
+            if self._is_local:
+                return ""
             raise UserError(
                 f"The judge's key is read from the environment variable {self._api_key_variable}, which is not set. "
-                "Set it, name another variable with api_key_variable, or set that to None for a server without keys."
+                "Set it, or name the variable that holds the key (--judge-api-key-variable; Python: "
+                "judge_api_key_variable). A server on this machine (127.0.0.1, localhost) needs none."
             )
         if not (key.isascii() and key.isprintable()):  # http.client would quote it in its own message
             raise UserError(f"The environment variable {self._api_key_variable} holds characters that no key has.")
@@ -284,7 +293,7 @@ def _endpoint(url: str) -> str:
     if parts.username or parts.password or parts.query or parts.fragment:  # perhaps a key: not to be repeated
         raise UserError(
             "The judge's url must be an address alone, such as https://api.openai.com/v1, without a user, a password "
-            "or anything after a ? or #. A key goes into an environment variable (see api_key_variable)."
+            "or anything after a ? or #. A key goes into an environment variable (see judge_api_key_variable)."
         )
     if not fits:
         raise UserError(f"The judge's url is {url!r}; it must be an address such as https://api.openai.com/v1.")

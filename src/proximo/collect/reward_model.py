@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from proximo.collect.data import Prompt, encode_completion, encode_prompt, pieces_within, right_padded
-from proximo.collect.rewards import Scores
+from proximo.collect.rewards import Reward, Scores, WeightedReward
 from proximo.errors import UserError
 from proximo.models.adapters import has_reward_adapter, put_on_reward_adapter
 from proximo.models.folders import REWARD_SCALE, context_length, load_scalar_model, load_tokenizer
@@ -69,9 +69,30 @@ class RewardModel:
             UserError: if prompts are messages and the model's tokenizer has no chat template.
         """
         del columns
+        return self.score_texts(prompts, responses, [True] * len(responses))
+
+    def score_texts(
+        self,
+        prompts: Sequence[Prompt],
+        texts: Sequence[str],
+        ended: Sequence[bool],
+        sampled: Sequence[tuple[list[int], list[int]]] | None = None,
+    ) -> Scores:
+        """Score responses as the model has learned to read them: with what ends an answer exactly where one ended.
+
+        Args:
+            prompts: texts or messages.
+            texts: the responses, without an end token, cut before a stop string.
+            ended: whether each ended by itself: neither at the limit nor at a stop string.
+            sampled: the token ids of each prompt and of its response, end token included, where they are the model's
+                own; so a text is read as it was written, however else its tokenizer would have cut it up.
+
+        Raises:
+            UserError: if prompts are messages and the model's tokenizer has no chat template.
+        """
         rows = [
-            encode_prompt(self.tokenizer, prompt) + encode_completion(self.tokenizer, prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
+            self._row(prompt, text, over, None if sampled is None else sampled[number])
+            for number, (prompt, text, over) in enumerate(zip(prompts, texts, ended, strict=True))
         ]
         values = self._score(rows).tolist()
         return Scores.of(
@@ -79,22 +100,29 @@ class RewardModel:
             for value, row in zip(values, rows, strict=True)
         )
 
-    def score_tokens(self, tokens: Tensor, attention: Tensor) -> Tensor:
-        """Score texts in the model's own token ids `[B, L]`, padded however; return `[B]`, NaN where there is none."""
-        rows = [row[real].tolist() for row, real in zip(tokens, attention, strict=True)]
-        return self._score(rows).to(tokens.device)
-
     def same_tokens(self, tokenizer: Any) -> bool:
         """Whether another tokenizer makes the same tokens of the same text and messages."""
-        ours, probe = self.tokenizer, "a word"
-        return (
-            ours.get_vocab() == tokenizer.get_vocab()
-            and ours.chat_template == tokenizer.chat_template
-            and list(ours(probe).input_ids) == list(tokenizer(probe).input_ids)
-        )
+        return same_tokens(self.tokenizer, tokenizer)
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def _row(self, prompt: Prompt, text: str, ended: bool, sampled: tuple[list[int], list[int]] | None) -> list[int]:
+        """The token ids to be scored for one response."""
+        ids = encode_prompt(self.tokenizer, prompt)
+        completion = encode_completion(self.tokenizer, prompt, text) if ended else []
+        if sampled is not None:
+            said = _cut(self.tokenizer, sampled[1][:-1] if ended else sampled[1], text)
+            if said is not None:
+                return sampled[0] + said + _ending(completion, sampled[1][-1])
+        if ended:
+            return ids + completion
+        plain = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        if isinstance(prompt, str):
+            return ids + plain
+        before = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        whole = list(self.tokenizer(before + text, add_special_tokens=False).input_ids)
+        return whole if whole[: len(ids)] == ids else ids + plain  # no token reaches over the seam
 
     def _score(self, rows: list[list[int]]) -> Tensor:
         fits = [number for number, row in enumerate(rows) if not self._too_long(row) and max(row) < self._known]
@@ -114,6 +142,51 @@ class RewardModel:
         if max(row) >= self._known:
             return f"its tokenizer gives the token id {max(row)}, and the reward model knows only {self._known}"
         return "the reward model gave NaN or infinity"
+
+
+def same_tokens(one: Any, other: Any) -> bool:
+    """Whether two tokenizers make the same tokens of the same text and messages."""
+    probe = "a word"
+    return (
+        one.get_vocab() == other.get_vocab()
+        and one.chat_template == other.chat_template
+        and list(one(probe).input_ids) == list(other(probe).input_ids)
+    )
+
+
+def score_responses(
+    reward: Reward,
+    prompts: list[Prompt],
+    texts: list[str],
+    columns: dict[str, list[Any]],
+    ended: Sequence[bool],
+) -> Scores:
+    """Scores of texts; the reward models among the sources are told which of them ended by themselves."""
+    if isinstance(reward, WeightedReward):
+        return reward.summed([score_responses(part, prompts, texts, columns, ended) for part in reward.rewards])
+    if isinstance(reward, RewardModel):
+        return reward.score_texts(prompts, texts, ended)
+    return reward(prompts, texts, columns)
+
+
+def _cut(tokenizer: Any, ids: list[int], text: str) -> list[int] | None:
+    """The longest beginning of sampled tokens that reads as `text`; None where there is none, or EOS is in it."""
+    if tokenizer.eos_token_id in ids:
+        return None
+    for length in range(len(ids), -1, -1):
+        read = tokenizer.decode(ids[:length], skip_special_tokens=True)
+        if read == text:
+            return ids[:length]
+        if len(read) < len(text):
+            break
+    return None
+
+
+def _ending(completion: list[int], end: int) -> list[int]:
+    """What a training text has from the sampled end token on, or only its EOS; nothing where nothing ended."""
+    if end not in completion:
+        return completion[-1:]
+    return completion[len(completion) - 1 - completion[::-1].index(end) :]
 
 
 @torch.no_grad()

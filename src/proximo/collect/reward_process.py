@@ -165,7 +165,11 @@ def number(value: Any) -> tuple[float | None, str]:
 
 def describe(error: BaseException) -> str:
     """The type and message of an exception, and the last line of the user's own code that led to it."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        said = str(error)
+    except BaseException:  # the exception is the user's own, and so are the mistakes in it
+        said = "(its message cannot be shown)"
+    text = " ".join(f"{type(error).__name__}: {said}".split())
     text = text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…"
     library = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib"))
     frames = traceback.extract_tb(error.__traceback__)
@@ -248,16 +252,23 @@ def main(place: str) -> None:
     os.register_at_fork(after_in_child=lambda: [signal.signal(s, handler) for s, handler in usual.items()])
     faulthandler.enable()
     incoming, outgoing = _take_pipes()
+    own = os.getpid()
+
+    def say(value: Answer | Signature) -> None:
+        if os.getpid() != own:  # a fork that the function let come back here: only one of the two may answer
+            os._exit(0)
+        _send(outgoing, value)
+
     requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(incoming, requests), daemon=True).start()
     try:
         function = Function(load(place), place)
     except UserError as error:
-        _send(outgoing, Answer(refused=str(error)))
+        say(Answer(refused=str(error)))
         return
-    _send(outgoing, function.signature)
+    say(function.signature)
     while (request := requests.get()) is not None:
-        _send(outgoing, function.answer(**json.loads(request)))
+        say(function.answer(**json.loads(request)))
     function.close()
 
 

@@ -31,6 +31,9 @@ START_SECONDS = 120.0
 CLOSE_SECONDS = 5.0
 """How long it may take to end before it is killed."""
 
+LONGEST_TIMEOUT = 86_400.0
+"""A day, in seconds: no call of a reward function takes longer, and the clocks of threads end somewhere."""
+
 MAX_PROBLEMS = 5
 """How many different problems of one batch are told."""
 
@@ -108,7 +111,7 @@ class FunctionReward:
         """
         if sys.platform == "win32":
             raise UserError("Reward functions in a file or module need Linux or macOS. Pass the function object here.")
-        in_range("timeout", timeout, above=0, usual="60 (seconds)")
+        in_range("timeout", timeout, above=0, at_most=LONGEST_TIMEOUT, usual="60 (seconds)")
         where, _, function = place.rpartition(":")
         self.name = f"{Path(where).stem if where.endswith('.py') else where}.{function}"
         self._place = place
@@ -143,15 +146,18 @@ class FunctionReward:
         limit = max(START_SECONDS, self._timeout)
         try:
             said = json.loads(process.exchange(b"", time.monotonic() + limit))
+            signature = None if "refused" in said else Signature(**said)
         except TimeoutError as error:
             raise UserError(f"{self._place} could not be imported within {limit:g} s.") from error
         except EOFError as error:
             raise UserError(f"{self._place} could not be imported: {process.ending()} meanwhile.") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{self._place} could not be imported: its process sent {_GARBLED}.") from error
         else:
-            if "refused" in said:
+            if signature is None:
                 raise UserError(said["refused"])
             self._process = process
-            return Signature(**said)
+            return signature
         finally:
             if self._process is not process:
                 process.end(0.0)
@@ -165,16 +171,23 @@ class FunctionReward:
         answered = False
         try:
             answer = Answer(**json.loads(process.exchange(request, deadline)))
+            if answer.scores is not None and len(answer.scores) != len(responses):
+                raise ValueError(f"{len(answer.scores)} scores for {len(responses)} responses")
             answered = True
         except TimeoutError:
             answer = Answer(lost=f"no answer within {self._timeout:g} s")
         except EOFError:
             answer = Answer(lost=process.ending())
+        except (ValueError, TypeError):
+            answer = Answer(lost=f"its process sent {_GARBLED}")
         finally:
             if not answered:  # also when interrupted: a late answer must not be taken for that of the next call
                 self._process = None
                 process.end(0.0)
         return answer
+
+
+_GARBLED = "something that is no answer (does the function write to file descriptors that it has not opened?)"
 
 
 class CallableReward:
@@ -189,7 +202,7 @@ class CallableReward:
         Raises:
             UserError: if it has another signature.
         """
-        in_range("timeout", timeout, above=0, usual="60 (seconds)")
+        in_range("timeout", timeout, above=0, at_most=LONGEST_TIMEOUT, usual="60 (seconds)")
         self.name: str = getattr(function, "__name__", type(function).__name__)
         if not callable(function):
             raise UserError(f"A reward must be a function, not a {type(function).__name__}.")

@@ -292,7 +292,15 @@ def draw_frontier(path: Path, frontier: list[dict[str, Any]], best: list[dict[st
     for label, places, style, colour in series:
         axes.plot([p[0] for p in places], [p[1] for p in places], style, color=colour, label=label)
         for x, y, words in places:
-            axes.annotate(words, (x, y), xytext=(4, -12), textcoords="offset points", fontsize=8, color=colour)
+            below = label == "PPO"
+            axes.annotate(
+                words,
+                (x, y),
+                xytext=(6, -12) if below else (-12, 6),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
     axes.set_xlabel("KL to the SFT model (nats per response)")
     axes.set_ylabel("gold score (standard deviations of the corpus)")
     axes.set_title("Reward against KL, on unseen prompts")

@@ -136,11 +136,14 @@ def load_causal_lm(place: str | Path, *, dtype: torch.dtype = torch.float32, dev
     """
     transformers = transformers_module()
     _check_head(place, "ForCausalLM", "a causal language model")
-    model = _explained(
+    model, found = _explained(
         "model",
         place,
-        lambda: transformers.AutoModelForCausalLM.from_pretrained(str(place), dtype=dtype, **_where(place)),
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(
+            str(place), dtype=dtype, output_loading_info=True, **_where(place)
+        ),
     )
+    _check_whole(place, found)
     return without_dropout(model).to(device)
 
 
@@ -158,13 +161,14 @@ def load_scalar_model(
     transformers = transformers_module()
     if not fresh_head:
         _check_head(place, "ForSequenceClassification", "a reward model")
-    model = _explained(
+    model, found = _explained(
         "model",
         place,
         lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
-            str(place), num_labels=1, dtype=dtype, **_where(place)
+            str(place), num_labels=1, dtype=dtype, output_loading_info=True, **_where(place)
         ),
     )
+    _check_whole(place, found, but_for="score." if fresh_head else None)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise UserError(
@@ -174,6 +178,18 @@ def load_scalar_model(
     if fresh_head:
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return without_dropout(model).to(device)
+
+
+def _check_whole(place: str | Path, found: dict[str, Any], but_for: str | None = None) -> None:
+    """Refuse a model of which weights are missing: transformers would draw them at random, anew at each load."""
+    missing = sorted(key for key in found["missing_keys"] if but_for is None or not key.startswith(but_for))
+    if missing:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        kind = " It is a language model without a head for scores, then." if missing == ["score.weight"] else ""
+        raise UserError(
+            f"The weights of {place} lack {listed}.{kind} Random ones in their place would be worth nothing. Bring the "
+            "missing files back, or name the model that was meant."
+        )
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -265,7 +281,8 @@ def _check_head(place: str | Path, ending: str, kind: str) -> None:
     """Refuse a folder whose config names a model with another head, which would be loaded with a random one."""
     try:
         config = json.loads((Path(place) / "config.json").read_text())
-        names = config.get("architectures") or []
+        names = config.get("architectures")
+        names = [str(name) for name in names] if isinstance(names, list) else []
     except (OSError, ValueError, AttributeError):
         return
     if names and not any(

@@ -81,6 +81,7 @@ class LanguagePolicy(nn.Module):
         self._reference = (reference,)  # in a tuple: it is no part of what learns or is saved
         self._adapted: list[Any] = adapted_layers(actor) if sharing == "lora" else []
         self._plain_head = _head_is_plain(actor)
+        self._checkpointed: tuple[nn.Module, ...] = ()  # in a tuple: they are known as actor and critic already
 
     # --- what learning asks for ----------------------------------------------------------------------------
 
@@ -97,6 +98,7 @@ class LanguagePolicy(nn.Module):
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""
         assert isinstance(batch.observations, dict)
+        self._let_checkpoint(True)
         tokens, attention = batch.observations["tokens"], batch.observations["attention"]
         columns = _used_columns(attention)
         mask = batch.mask[:, columns]
@@ -142,6 +144,7 @@ class LanguagePolicy(nn.Module):
             with_reference: False leaves the reference out.
             with_policy: False leaves the policy's own log-probabilities out.
         """
+        self._let_checkpoint(False)
         targets = tokens[response]
         before = response[:, 1:]
 
@@ -161,6 +164,7 @@ class LanguagePolicy(nn.Module):
 
     def next_logits(self, tokens: Tensor, attention: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """Logits `[B, V]` of the token after `tokens` `[B, n]`, at the sampling temperature; extends `cache`."""
+        self._let_checkpoint(False)
         with in_use(self._adapted, "policy"), self._precision():
             output = self.actor(
                 input_ids=tokens,
@@ -220,6 +224,12 @@ class LanguagePolicy(nn.Module):
         assert hidden is not None
         return self.value_head(hidden.float()).squeeze(-1)
 
+    def _let_checkpoint(self, wanted: bool) -> None:
+        """Checkpoint activations or not: transformers does in training mode, and has no cache to sample with there."""
+        for model in self._checkpointed:
+            if model.training != wanted:
+                model.train(wanted)
+
     def _precision(self) -> Any:
         if not self.autocast:
             return nullcontext()
@@ -227,12 +237,16 @@ class LanguagePolicy(nn.Module):
 
 
 def scalar_values(model: Any, tokens: Tensor, attention: Tensor) -> Tensor:
-    """The number that a scalar model gives at every position `[B, L]`, float32."""
+    """The number that a scalar model gives at every position `[B, L]`, float32: the head never computes in less."""
     rows = rows_of(tokens, attention)
     output = model.base_model(
         input_ids=rows.tokens, attention_mask=rows.mask, position_ids=rows.positions, use_cache=False
     )
-    return rows.back(model.score(output.last_hidden_state)).squeeze(-1).float()
+    head = model.score
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(tokens.device.type, enabled=False):
+        values = nn.functional.linear(output.last_hidden_state.float(), head.weight.float(), bias)
+    return rows.back(values).squeeze(-1)
 
 
 def _used_columns(attention: Tensor) -> slice:
@@ -271,9 +285,9 @@ def enable_gradient_checkpointing(policy: LanguagePolicy) -> None:
 
         return checkpoint(again, *arguments, use_reentrant=False)
 
-    for model in (policy.actor, policy.critic):
-        if model is not None:
-            checkpoint_activations(model, recomputed)
+    policy._checkpointed = tuple(model for model in (policy.actor, policy.critic) if model is not None)
+    for model in policy._checkpointed:
+        checkpoint_activations(model, recomputed)
 
 
 def _recomputed(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

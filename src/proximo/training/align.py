@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.grpo import GRPO
 from proximo.algorithms.ppo import PPO
 from proximo.collect.data import PromptRow, read_prompts
-from proximo.collect.generate import Answers, check_ends, columns_of, generate
+from proximo.collect.generate import Answers, check_ends, columns_of, end_tokens, generate
+from proximo.collect.reward_model import score_responses
 from proximo.collect.rewards import Reward
 from proximo.core.batch import Batch
 from proximo.core.kl import ProportionalKL, ReferenceKL
@@ -27,9 +30,17 @@ from proximo.models.folders import check_token_ids, context_length, load_tokeniz
 from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
+from proximo.runs.files import parse_json, replace_file
 from proximo.runs.metrics import append_metrics, sync_metrics
 from proximo.training.align_config import AlignConfig
-from proximo.training.roles import build_roles, gold_of, memory_in_words
+from proximo.training.roles import (
+    build_roles,
+    context_of,
+    critic_in_words,
+    gold_of,
+    memory_in_words,
+    model_config,
+)
 
 STAGE = "align"
 
@@ -51,8 +62,10 @@ class AlignState:
     sampling: torch.Generator
     shuffling: torch.Generator
     beta: float
-    reference: list[float] | None
-    """A fingerprint of the reference's weights, which never move."""
+    digests: dict[str, str]
+    """SHA-256 of what a run must find again when it goes on: `prompts`, and `reference`, whose weights never move."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What `plan` says beyond the settings."""
     iteration: int = 0
     n_prompts_used: int = 0
     n_responses: int = 0
@@ -79,17 +92,17 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         missing = "model" if not config.model else "prompts"
         raise UserError(f"align needs {missing}: proximo align --model MODEL --reward REWARD --prompts FILE")
     tokenizer = load_tokenizer(config.model, config.chat_template)
-    prompts = read_prompts(
-        Path(config.prompts), tokenizer, max_tokens=config.max_prompt_tokens, over_long=config.over_long
-    )
-    gold = gold_of(config)
-    policy, source = build_roles(config, reward)
-    try:
+    prompts = _prompts(config, tokenizer)
+    n_tokens = max(len(row.token_ids) for row in prompts) + config.generation.max_new_tokens
+    with ExitStack() as opened:  # the processes and threads of rewards must not outlive a failure
+        gold = gold_of(config)
+        if gold is not None:
+            opened.callback(gold.close)
+        policy, source = build_roles(config, reward, n_tokens=n_tokens)
+        opened.callback(source.close)
         check_ends(policy.actor, tokenizer, config.generation)
         _check_context(config, policy, prompts)
-    except BaseException:
-        source.close()
-        raise
+        opened.pop_all()
     streams = torch.Generator().manual_seed(config.seed)
     sampling, shuffling = (int(torch.randint(2**62, (), generator=streams)) for _ in range(2))
     return AlignState(
@@ -102,8 +115,24 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         sampling=torch.Generator(config.device).manual_seed(sampling),
         shuffling=torch.Generator().manual_seed(shuffling),
         beta=config.beta,
-        reference=_fingerprint(policy),
+        digests=_digests(config, policy, prompts),
+        notes={"critic": critic_in_words(config, n_tokens)} if policy.critic is not None else {},
     )
+
+
+def _prompts(config: AlignConfig, tokenizer: Any) -> list[PromptRow]:
+    """The prompts; those that leave no room for a response in the model's context are dropped or cut if asked for."""
+    limit = config.max_prompt_tokens
+    room = context_of(model_config(config.model))
+    new = config.generation.max_new_tokens
+    if limit is None and room is not None and config.over_long != "error":  # else `_check_context` says what would fit
+        limit = room - new
+        if limit < 1:
+            raise UserError(
+                f"The model's context is {room} tokens, and max_new_tokens is {new}: no room is left for a prompt. "
+                f"Set max_new_tokens to at most {room // 2}, say."
+            )
+    return read_prompts(Path(config.prompts), tokenizer, max_tokens=limit, over_long=config.over_long)
 
 
 def _check_together(config: AlignConfig) -> None:
@@ -119,6 +148,39 @@ def _check_together(config: AlignConfig) -> None:
         )
     if config.value_pretraining_iterations and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
         raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
+    if config.critic_from == "reward" and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
+        has_none = isinstance(config.algorithm, GRPO)
+        why = "there is no critic" if has_none else "the critic is a head on the policy (sharing trunk)"
+        raise UserError(f"critic_from is 'reward', but {why}, so that it can do nothing. Leave it out.")
+    judges = "judge" in config.reward + config.gold
+    if judges and config.judge.judge_mode == "pair" and config.n_per_prompt < 2:
+        raise UserError(
+            "judge_mode is 'pair', which compares responses to the same prompt, but responses_per_prompt is 1. Set "
+            "responses_per_prompt to 2 or more, or judge_mode to score."
+        )
+    generation = config.generation
+    if generation.truncation == "mask" and not generation.stop_at_eos and not generation.stop:
+        raise UserError(
+            "truncation is 'mask', but with stop_at_eos false and no stop string every response is cut off, so that "
+            "nothing could ever be learned. Use truncation terminate or bootstrap, or let responses end."
+        )
+    if isinstance(config.algorithm, PPO):
+        _check_ppo(config.algorithm)
+
+
+def _check_ppo(ppo: PPO) -> None:
+    """Refuse settings of PPO that do nothing for language models."""
+    for name, meant in (("kl_coef", "beta"), ("kl_target", "beta_target, with beta_control adaptive")):
+        value = getattr(ppo, name)
+        if value != getattr(PPO, name):
+            raise UserError(f"{name} is {value:g}, but it is PPO-Penalty's and does nothing here. Use {meant}.")
+    if ppo.objective != "clip":
+        raise UserError(
+            f"objective is {ppo.objective!r}, whose KL to the policy before the update is no use for language models. "
+            "Use objective clip, with beta as the weight of the KL to the reference."
+        )
+    if ppo.update_path == "fused":
+        raise UserError("update_path is 'fused', which is for plain perceptrons alone. Leave it out.")
 
 
 def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> None:
@@ -129,8 +191,8 @@ def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[Pr
         advice = f"max_new_tokens to at most {limit - longest}" if longest < limit else "shorter prompts"
         raise UserError(
             f"The model's context is {limit} tokens, but the longest prompt ({longest} tokens) and max_new_tokens "
-            f"({new}) come to {longest + new}. Set {advice}, or max_prompt_tokens {max(1, limit - new)} with over_long "
-            "drop or truncate."
+            f"({new}) come to {longest + new}. Set {advice}, or over_long to drop or truncate "
+            f"(max_prompt_tokens to at most {max(1, limit - new)}, where it is given)."
         )
     check_token_ids(max(max(row.token_ids) for row in prompts), policy.actor.config, f"The tokenizer of {config.model}")
 
@@ -149,6 +211,7 @@ def plan(config: AlignConfig, state: AlignState) -> dict[str, str]:
         "prompts": f"{len(state.prompts):,} from {config.prompts}, longest {longest} tokens",
         "reward": " + ".join(config.reward) or state.reward.name,
         "KL": kl if config.beta else "beta 0: no reference in memory",
+        **state.notes,
         "memory": memory_in_words(state.policy, state.reward),
     }
 
@@ -233,7 +296,10 @@ def _collect(config: AlignConfig, state: AlignState) -> tuple[Batch, Answers, Me
     if state.gold is None:
         return batch, answers, {}
     asked = [row for row in rows for _ in range(config.n_per_prompt)]
-    found = state.gold(answers.prompts, answers.texts, columns_of(asked)).values
+    ends = torch.tensor(end_tokens(state.policy.actor, state.tokenizer), device=batch.actions.device)
+    by_itself = torch.isin(batch.actions[batch.done], ends).tolist()  # not at a stop string
+    ended = [over and own for over, own in zip(answers.ended, by_itself, strict=True)]
+    found = score_responses(state.gold, answers.prompts, answers.texts, columns_of(asked), ended).values
     scores = [score for score in found if score is not None]
     return batch, answers, {"gold_mean": sum(scores) / len(scores) if scores else None}
 
@@ -247,6 +313,8 @@ def _update(config: AlignConfig, state: AlignState, batch: Batch) -> Metrics:
     if isinstance(config.algorithm, PPO):
         algorithm = config.algorithm.at(remaining, config.algorithm.kl_coef)
         learn_policy = state.iteration >= config.value_pretraining_iterations
+        if config.value_pretraining_iterations and state.iteration == config.value_pretraining_iterations:
+            state.optimizer.restart()  # the policy's first steps must not be those of an Adam that has long run
         metrics = algorithm.update(
             *common, reference_kl=reference_kl if learn_policy else None, learn_policy=learn_policy
         )
@@ -300,7 +368,16 @@ def _row(config: AlignConfig, state: AlignState, batch: Batch, answers: Answers)
         "response_length_mean": sum(answers.n_tokens) / n,
         "eos_fraction": sum(answers.ended) / n,
         "advantage_rows": float(batch.mask.any(1).float().mean()),
-    }
+    } | _alike(config, answers)
+
+
+def _alike(config: AlignConfig, answers: Answers) -> Metrics:
+    """The share of groups whose responses all got the same score, and so teach nothing where they are compared."""
+    size = config.n_per_prompt
+    if size < 2:
+        return {}
+    groups = [answers.scores[first : first + size] for first in range(0, len(answers.scores), size)]
+    return {"groups_alike": sum(len(set(group)) == 1 for group in groups) / len(groups)}
 
 
 def _clocks(state: AlignState, answers: Answers, began: float, collected: float, updated: float) -> Metrics:
@@ -337,10 +414,18 @@ def look(config: AlignConfig, state: AlignState) -> list[dict[str, Any]]:
 
 def _keep_samples(path: Path, state: AlignState) -> None:
     """Write the samples down once, also where a resumed run comes by the same iteration again."""
-    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in known if json.loads(line)["iteration"] < state.iteration]
-    lines = [json.dumps(sample, ensure_ascii=False) for sample in state.samples]
-    path.write_text("\n".join([*kept, *lines]) + "\n", encoding="utf-8")
+    known = path.read_bytes().split(b"\n") if path.exists() else []
+    kept = [line for line in known if _iteration_of(line) < state.iteration]
+    lines = [json.dumps(sample, ensure_ascii=False).encode(errors="backslashreplace") for sample in state.samples]
+    replace_file(path, b"\n".join([*kept, *lines]) + b"\n")
+
+
+def _iteration_of(line: bytes) -> float:
+    """The iteration of a line of samples; infinity for a broken one, which a crash may have left behind."""
+    try:
+        return float(parse_json(line, allow_nan=True)["iteration"])
+    except (ValueError, TypeError, LookupError):
+        return math.inf
 
 
 def _non_finite_message(config: AlignConfig, state: AlignState, error: NonFiniteUpdateError) -> str:
@@ -369,7 +454,7 @@ def save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
         "generators": {"sampling": state.sampling.get_state(), "shuffling": state.shuffling.get_state()},
     }
     described = {name: getattr(state, name) for name in _COUNTERS} | {"stage": STAGE}
-    described["reference"] = state.reference
+    described["digests"] = state.digests
     sync_metrics(run.metrics_path)
     save_checkpoint(run.checkpoints, state.iteration, tensors, described)
     prune_checkpoints(run.checkpoints, config.keep_checkpoints)
@@ -381,11 +466,16 @@ _COUNTERS = ("beta", "iteration", "n_prompts_used", "n_responses", "n_tokens", "
 def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., Any] | None = None) -> AlignState:
     """The state of a checkpoint."""
     state = start(config, reward)
-    if checkpoint.state.get("reference") != state.reference:
-        raise UserError(
-            f"{config.model} is not the model that this run began with: its weights differ. Bring them back, for they "
-            "are the reference, or begin a new run."
-        )
+    try:
+        _check_digests(config, checkpoint, state.digests)
+        _load(checkpoint, state)
+    except BaseException:
+        close(state)
+        raise
+    return state
+
+
+def _load(checkpoint: Checkpoint, state: AlignState) -> None:
     learning = {name: p for name, p in state.policy.named_parameters() if p.requires_grad}
     saved = checkpoint.tensors["policy"]
     if saved.keys() != learning.keys() or any(saved[name].shape != p.shape for name, p in learning.items()):
@@ -401,21 +491,58 @@ def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., A
     state.shuffling.set_state(checkpoint.tensors["generators"]["shuffling"])
     for name in _COUNTERS:
         setattr(state, name, checkpoint.state[name])
-    return state
+
+
+def close(state: AlignState) -> None:
+    """End the processes and threads of the rewards."""
+    for source in (state.reward, state.gold):
+        if source is not None:
+            source.close()
+
+
+def _check_digests(config: AlignConfig, checkpoint: Checkpoint, found: dict[str, str]) -> None:
+    """Refuse to go on with another reference, other prompts, or another reward model than the run began with."""
+    began_with = checkpoint.state.get("digests", {})
+    if began_with.get("reference") != found.get("reference"):
+        raise UserError(
+            f"{config.model} is not the model that this run began with: its weights differ. Bring them back, for they "
+            "are the reference, or begin a new run."
+        )
+    if began_with.get("prompts") != found["prompts"]:
+        raise UserError(
+            f"{config.prompts} does not hold the prompts that this run began with: their tokens, or their order, "
+            "differ. Bring the file (and the tokenizer and chat_template) back, or begin a new run."
+        )
+    for name in sorted(began_with.keys() | found.keys()):
+        if began_with.get(name) != found.get(name):
+            raise UserError(
+                f"The reward model {name} is not the one that this run began with: its config.json differs. Bring it "
+                "back, or begin a new run."
+            )
+
+
+def _digests(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> dict[str, str]:
+    """SHA-256 of the prompts' tokens, of the reference's weights, and of the config.json of each reward model."""
+    ids = json.dumps([row.token_ids for row in prompts]).encode()
+    found = {"prompts": hashlib.sha256(ids).hexdigest()}
+    for place in config.reward + config.gold:
+        file = Path(place) / "config.json"
+        if file.is_file():
+            found[place] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if policy.reference is not None:
+        found["reference"] = _digest_of(policy.reference)
+    return found
 
 
 @torch.no_grad()
-def _fingerprint(policy: LanguagePolicy) -> list[float] | None:
-    """A number per frozen tensor of the reference: the sum of its elements with alternating weights, in float64."""
-    reference = policy.reference
-    if reference is None:
-        return None
-    tensors = [p for name, p in sorted(reference.named_parameters()) if "lora_" not in name]
-    return [float((p.double().flatten() * _ramp(p)).sum()) for p in tensors]
-
-
-def _ramp(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.linspace(1.0, 2.0, parameter.numel(), dtype=torch.float64, device=parameter.device)
+def _digest_of(model: nn.Module) -> str:
+    """SHA-256 of a model's own weights, adapters left out, tensor by tensor."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if "lora_" not in name:
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def finish(config: AlignConfig, run: RunDirectory, state: AlignState) -> dict[str, str]:

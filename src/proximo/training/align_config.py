@@ -11,7 +11,7 @@ from proximo.algorithms.grpo import GRPO, PAPERS
 from proximo.algorithms.ppo import PPO
 from proximo.collect.data import OVER_LONG
 from proximo.collect.generate import GenerationConfig
-from proximo.errors import UserError, in_range, one_of
+from proximo.errors import HIGHEST_SEED, UserError, in_range, one_of
 from proximo.models.adapters import LoraConfig
 from proximo.models.language import Sharing
 
@@ -41,13 +41,28 @@ class JudgeConfig:
     """An AI judge behind an OpenAI-compatible endpoint, for --reward judge."""
 
     judge_url: str = "http://127.0.0.1:8000/v1"
-    """Address of the endpoint; the key is read from the environment variable OPENAI_API_KEY."""
+    """Address of the endpoint."""
+    judge_api_key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the endpoint's key; a server on this machine needs none."""
     judge_model: str = ""
     """Name of the model to ask."""
     judge_rubric: str = ""
     """A text file that says what counts."""
     judge_mode: Literal["score", "pair"] = "score"
     """`score`: each response by itself; `pair`: against another response to the same prompt."""
+    judge_timeout: float = 60.0
+    """Seconds that one request to the judge may take."""
+    judge_parallel: int = 8
+    """Requests to the judge under way at the same time."""
+    judge_retries: int = 2
+    """How often a request is repeated when the endpoint is overloaded, fails, or does not answer."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        one_of("judge_mode", self.judge_mode, ("score", "pair"))
+        in_range("judge_timeout", self.judge_timeout, above=0.0, at_most=86_400.0, usual="60 (seconds)")
+        in_range("judge_parallel", self.judge_parallel, at_least=1, whole=True, usual="8")
+        in_range("judge_retries", self.judge_retries, at_least=0, whole=True, usual="2")
 
 
 @dataclass(frozen=True)
@@ -77,8 +92,8 @@ class AlignConfig:
     """How the roles share weights: `separate`, a model each; `trunk`, a value head on the policy; `lora`, adapters for
     the policy and the critic on one frozen base, which is the reference."""
     critic_from: Literal["auto", "reward", "model"] = "auto"
-    """What a separate critic begins as: the reward model, or the model with a new head; `auto` is the reward model
-    where there is one."""
+    """What the critic begins as: the reward model, or the model with a new head; `auto` is the reward model where
+    there is one that reads the policy's tokens (with sharing lora: one that is an adapter for the same base)."""
     beta: float = 0.05
     """Weight of the KL to the reference; 0 keeps no reference in memory."""
     beta_control: Literal["fixed", "adaptive"] = "fixed"
@@ -135,10 +150,11 @@ class AlignConfig:
             in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(AlignConfig, name)))
         for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every"):
             in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
-        for name in ("seed", "threads", "n_samples", "value_pretraining_iterations"):
+        in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
+        for name in ("threads", "n_samples", "value_pretraining_iterations"):
             in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
         in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
-        in_range("reward_timeout", self.reward_timeout, above=0.0, usual="60")
+        in_range("reward_timeout", self.reward_timeout, above=0.0, at_most=86_400.0, usual="60")
         one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
         one_of("kl_in", self.kl_in, ("reward", "loss_k2", "loss_k3"))
         one_of("beta_control", self.beta_control, ("fixed", "adaptive"))

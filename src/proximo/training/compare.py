@@ -11,9 +11,10 @@ import torch
 from proximo.collect.data import PromptRow
 from proximo.collect.generate import Answers, GenerationConfig, end_tokens, generate
 from proximo.collect.judge import JudgeReward
+from proximo.collect.reward_model import same_tokens
 from proximo.collect.rewards import Reward, Scores
 from proximo.errors import UserError, in_range
-from proximo.models.folders import check_token_ids, load_causal_lm
+from proximo.models.folders import check_token_ids, load_causal_lm, load_tokenizer
 from proximo.models.language import LanguagePolicy
 
 
@@ -105,9 +106,11 @@ def compare(
         `response_length_mean` and those of the other; `n_prompts`, `best_of`, `seed`.
 
     Raises:
-        UserError: if a model cannot be loaded, or not one prompt got a score from both or a verdict.
+        UserError: if a model cannot be loaded, the two read different tokens, or not one prompt got a score from both
+            or a verdict.
     """
     in_range("best_of", best_of, at_least=1, whole=True, usual="4")
+    _check_tokenizer_of(against, tokenizer, model)
     n_theirs = best_of if reward is not None else 1
     source = NoReward() if reward is None else reward
     other = load_for_sampling(against, temperature=generation.temperature, device=device)
@@ -136,6 +139,17 @@ def compare(
         "best_of": best_of,
         "seed": seed,
     }
+
+
+def _check_tokenizer_of(against: str, tokenizer: Any, model: str) -> None:
+    """Refuse a model that other tokens were made for: prompts and KL would mean nothing to it."""
+    theirs = load_tokenizer(against)
+    theirs.chat_template = tokenizer.chat_template  # prompts are written by one template, for both
+    if not same_tokens(theirs, tokenizer):
+        raise UserError(
+            f"{against} has another tokenizer than {model}: both are given the same token ids, and the KL between them "
+            "is of one vocabulary. Compare models that were made from the same one."
+        )
 
 
 _SCORED = (

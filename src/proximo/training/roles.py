@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,21 +12,30 @@ from torch import nn
 
 from proximo.algorithms.ppo import PPO
 from proximo.collect.judge import JudgeReward
-from proximo.collect.reward_model import RewardModel, scale_of
+from proximo.collect.reward_model import RewardModel, same_tokens, scale_of
 from proximo.collect.rewards import CallableReward, FunctionReward, Reward, WeightedReward, kind_of_reward
 from proximo.errors import UserError
 from proximo.models.adapters import adapter_state, add_adapter, copy_adapter, has_reward_adapter
-from proximo.models.folders import load_causal_lm, load_scalar_model
+from proximo.models.folders import (
+    context_length,
+    load_causal_lm,
+    load_scalar_model,
+    load_tokenizer,
+    transformers_module,
+)
 from proximo.models.language import LanguagePolicy, enable_gradient_checkpointing
 from proximo.training.align_config import AlignConfig
 
 
-def build_roles(config: AlignConfig, function: Callable[..., Any] | None = None) -> tuple[LanguagePolicy, Reward]:
+def build_roles(
+    config: AlignConfig, function: Callable[..., Any] | None = None, *, n_tokens: int | None = None
+) -> tuple[LanguagePolicy, Reward]:
     """Load policy, reference, critic and reward as the config shares them.
 
     Args:
         config: the settings.
         function: scores responses, in place of `config.reward`.
+        n_tokens: of the longest text that a critic may have to read, if it is known.
 
     Raises:
         UserError: if one of them cannot be had; a reward that is no model is tried before any weights are loaded.
@@ -37,10 +47,18 @@ def build_roles(config: AlignConfig, function: Callable[..., Any] | None = None)
     elif not on_base:
         reward = reward_of(config)
     try:
-        policy = build_policy(config)
+        policy = build_policy(config, n_tokens=n_tokens)
         if reward is None:
             reward = reward_of(config, base=policy.actor)
-            _begin_critic(config, policy, reward)
+            began = _begin_critic(config, policy, reward)
+        else:
+            began = config.sharing != "lora"
+        if config.critic_from == "reward" and not began:
+            raise UserError(
+                "critic_from is 'reward', but with sharing lora the critic is an adapter, and no reward is an adapter "
+                "for this very base of the same lora_rank and lora_alpha. Use critic_from 'model', or make one with: "
+                "proximo reward --lora"
+            )
     except BaseException:
         if reward is not None:
             reward.close()  # a reward function's process would stay behind
@@ -48,8 +66,8 @@ def build_roles(config: AlignConfig, function: Callable[..., Any] | None = None)
     return policy, reward
 
 
-def build_policy(config: AlignConfig) -> LanguagePolicy:
-    """Load the roles as the config shares them."""
+def build_policy(config: AlignConfig, *, n_tokens: int | None = None) -> LanguagePolicy:
+    """Load the roles as the config shares them; a critic must be able to read texts of `n_tokens`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of new heads and adapters: libraries draw them from the global generator
         actor: Any = load_causal_lm(config.model, device=config.device)
@@ -65,7 +83,7 @@ def build_policy(config: AlignConfig) -> LanguagePolicy:
             if config.beta > 0:
                 reference = load_causal_lm(config.model, device=config.device).requires_grad_(False)
         if wants_critic and config.sharing == "separate":
-            critic = _critic(config)
+            critic = _critic(config, n_tokens)
         elif wants_critic:
             value_head = nn.Linear(width, 1, device=config.device)
             nn.init.zeros_(value_head.weight)
@@ -85,37 +103,92 @@ def build_policy(config: AlignConfig) -> LanguagePolicy:
 
 
 @torch.no_grad()
-def _critic(config: AlignConfig) -> nn.Module:
-    """A value network of its own: from the reward model where there is one, else from the policy's own weights."""
-    places = [place for place in config.reward if kind_of_reward(place) == "model"]
-    if config.critic_from == "reward" and not places:
-        raise UserError("critic_from is 'reward', but no reward is a model. Use critic_from 'model'.")
-    if places and config.critic_from != "model":
-        critic: Any = load_scalar_model(places[0], device=config.device)
-        critic.score.weight /= scale_of(critic.config, places[0])[1]  # to begin in the units that scores come in
+def _critic(config: AlignConfig, n_tokens: int | None) -> nn.Module:
+    """A value network of its own: from the reward model where there is one that fits, else from the policy's own."""
+    place, why_not = critic_place(config, n_tokens)
+    if config.critic_from == "reward" and why_not:
+        raise UserError(f"critic_from is 'reward', but {why_not}. Use critic_from 'model'.")
+    if place:
+        critic: Any = load_scalar_model(place, device=config.device)
+        critic.score.weight /= scale_of(critic.config, place)[1]  # to begin in the units that scores come in
     else:
         critic = load_scalar_model(config.model, device=config.device, fresh_head=True)
         nn.init.zeros_(critic.score.weight)
     return critic.requires_grad_(True)
 
 
+def critic_place(config: AlignConfig, n_tokens: int | None = None) -> tuple[str, str]:
+    """The reward model that a separate critic begins as, or "" for the policy's own weights; and why it is not one.
+
+    It is the first one, where it reads the policy's tokens, knows all of them, and can take as long texts.
+
+    Args:
+        config: the settings.
+        n_tokens: of the longest text; if it is not known, the reward model must take what the policy can take.
+    """
+    places = [place for place in config.reward if kind_of_reward(place) == "model"]
+    if config.critic_from == "model":
+        return "", ""
+    if not places:
+        return "", "no reward is a model"
+    place = places[0]
+    if not same_tokens(load_tokenizer(place), load_tokenizer(config.model, config.chat_template)):
+        return "", f"the tokenizer (or chat template) of the reward model {place} is not the policy's"
+    theirs, ours = model_config(place), model_config(config.model)
+    known, wanted = (int(each.get_text_config().vocab_size) for each in (theirs, ours))
+    if known < wanted:
+        return "", f"the reward model {place} knows {known} tokens and the policy {wanted}"
+    limit = context_of(theirs)
+    longest = context_of(ours) if n_tokens is None else n_tokens
+    if limit is not None and (longest is None or limit < longest):
+        return "", f"the reward model {place} takes {limit} tokens, and texts here may have {longest or 'more'}"
+    return place, ""
+
+
+def critic_in_words(config: AlignConfig, n_tokens: int | None = None) -> str:
+    """What a separate critic begins as."""
+    place, why_not = critic_place(config, n_tokens)
+    own = f"begins as {config.model} with a new head"
+    return f"begins as the reward model {place}" if place else f"{own}: {why_not}" if why_not else own
+
+
+def model_config(place: str) -> Any:
+    """The config of a model's folder or hub id, without its weights.
+
+    Raises:
+        UserError: if there is none.
+    """
+    try:
+        return transformers_module().AutoConfig.from_pretrained(
+            place, local_files_only=Path(place).is_dir(), trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The config.json of the model {place} cannot be read: {error}") from error
+
+
+def context_of(model_config: Any) -> int | None:
+    """Most tokens that the model of a config can take, where it has a limit."""
+    return context_length(SimpleNamespace(config=model_config))
+
+
 @torch.no_grad()
-def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -> None:
-    """Let the adapter of the critic, and its head, begin as those of the reward where they are of one size."""
+def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -> bool:
+    """Let the adapter of the critic, and its head, begin as those of the reward where they are of one size; did it?"""
     models = [model for model in models_of(reward) if model.on_base]
     if policy.value_head is None or not models or config.critic_from == "model":
-        return
+        return False
     actor, model = policy.actor, models[0]
     theirs, ours = (
         sorted(tuple(weight.shape) for weight in adapter_state(actor, name).values()) for name in ("reward", "value")
     )
     if theirs != ours or model.lora_alpha != config.lora.lora_alpha:
-        return
+        return False
     copy_adapter(actor, "reward", "value")
     score = model.model.score
     policy.value_head.weight.copy_(score.weight / model.std)
     own = torch.zeros(1, device=score.weight.device) if score.bias is None else score.bias
     policy.value_head.bias.copy_((own - model.mean) / model.std)
+    return True
 
 
 def reward_of(config: AlignConfig, base: Any = None) -> Reward:
@@ -154,7 +227,16 @@ def _one_reward(config: AlignConfig, place: str, base: Any) -> Reward:
     judge = config.judge
     if not judge.judge_model or not judge.judge_rubric:
         raise UserError("--reward judge needs --judge-model NAME and --judge-rubric FILE (and --judge-url).")
-    return JudgeReward(judge.judge_url, judge.judge_model, Path(judge.judge_rubric), mode=judge.judge_mode)
+    return JudgeReward(
+        judge.judge_url,
+        judge.judge_model,
+        Path(judge.judge_rubric),
+        mode=judge.judge_mode,
+        api_key_variable=judge.judge_api_key_variable,
+        timeout=judge.judge_timeout,
+        n_parallel=judge.judge_parallel,
+        retries=judge.judge_retries,
+    )
 
 
 def models_of(reward: Reward) -> list[RewardModel]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.collect.data import OVER_LONG, right_padded
 from proximo.core.batch import minibatch_indices
-from proximo.errors import UserError, in_range, one_of
+from proximo.errors import HIGHEST_SEED, UserError, in_range, one_of
 from proximo.models.adapters import LoraConfig, in_use
 from proximo.models.folders import check_token_ids, context_length, transformers_module
 from proximo.models.language import LanguagePolicy
@@ -95,8 +95,8 @@ class SupervisedConfig:
             in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(SupervisedConfig, name)))
         for name in ("microbatch_tokens", "checkpoint_every"):
             in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
-        for name in ("seed", "threads"):
-            in_range(name, getattr(self, name), at_least=0, whole=True, usual="0")
+        in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
+        in_range("threads", self.threads, at_least=0, whole=True, usual="0")
         for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
             in_range(name, getattr(self, name), above=0.0, usual=str(getattr(SupervisedConfig, name)))
         in_range("max_length", self.max_length, optional=True, at_least=2, whole=True, usual="1024")
@@ -340,11 +340,13 @@ def take_step(
     add up, however the minibatch is cut.
 
     Raises:
-        UserError: if the gradient is not finite; the weights are as they were.
+        UserError: if the loss or the gradient is not finite; the weights are as they were.
     """
     sums = accumulate_gradients(optimizer, pieces, shares_of)
     optimizer.learning_rate = learning_rate_at(config, iteration, total)
     try:
+        if not math.isfinite(sums["loss"]):  # its gradient may be finite all the same, where a sigmoid is saturated
+            raise NonFiniteUpdateError(f"the loss is {sums['loss']}")
         norm = optimizer.clipped_step(config.max_grad_norm)
     except NonFiniteUpdateError as error:
         raise UserError(
