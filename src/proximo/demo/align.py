@@ -43,8 +43,8 @@ class DemoConfig:
     """Stories to learn to write from."""
     n_pairs: int = 5000
     """Preference pairs for the reward model."""
-    pairs_per_step: int = 16
-    """Pairs that the reward model takes a step from."""
+    reward_learning_rate: float = 7e-4
+    """Of the reward model; the more pairs, the lower."""
     noise: float = 0.5
     """Bradley-Terry temperature of the labels, in standard deviations of the gold score: with 1, the best possible
     reward model is right about 73 % of the time, as often as people agree with each other (Ouyang et al. 2022)."""
@@ -65,8 +65,8 @@ class DemoConfig:
 
 LONG = DemoConfig(
     n_stories=24_000,
-    n_pairs=40_000,
-    pairs_per_step=32,
+    n_pairs=20_000,
+    reward_learning_rate=4e-4,
     noise=1.0,
     betas=(0.05, 0.02, 0.15, 0.5),
     n_iterations=60,
@@ -194,8 +194,8 @@ def train_reward(
     settings = dict(
         model=str(sft),
         data=str(path),
-        batch_size=config.pairs_per_step,
-        learning_rate=7e-4,
+        batch_size=16,
+        learning_rate=config.reward_learning_rate,
         hold_out=0.1,
         seed=config.seed,
         threads=config.threads,
