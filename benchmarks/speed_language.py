@@ -34,7 +34,7 @@ SIZES = {
     "small": dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, vocab_size=8192),
 }
 N_RESPONSES, N_TOKENS, N_EPOCHS, N_PER_PROMPT = 64, 32, 4, 8
-WARM, MEASURED = 2, 5
+WARM, MEASURED = 1, 3
 BETA = 0.05
 PAIRS = {"ppo": ("proximo_ppo", "trl_ppo"), "grpo": ("proximo_grpo", "trl_grpo"), "sampling": ("sample", "generate")}
 REQUIRED = {"ppo": 3.0, "grpo": 2.0, "sampling": 1.4}

@@ -177,13 +177,17 @@ def test_gold_is_told_which_responses_ended(config_with, tmp_path, monkeypatch):
     assert sum(asked[1]) == 0
 
 
-def test_a_resumed_run_insists_on_the_config_of_its_reward_model(config_with, tmp_path):
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_resumed_run_insists_on_its_reward_model(file, config_with, tmp_path):
     place = save_tiny_scalar(tmp_path / "r", seed=3)
     config = config_with(reward=(str(place),), n_iterations=1)
     trained(config, tmp_path / "run", None)
     found = newest_checkpoint(RunDirectory(tmp_path / "run").checkpoints)
     assert align.restore(config, found).iteration == 1
-    read = json.loads((place / "config.json").read_text())
-    (place / "config.json").write_text(json.dumps(read | {"proximo_reward_scale": {"mean": 1.0, "std": 2.0}}))
+    if file == "config.json":
+        read = json.loads((place / file).read_text())
+        (place / file).write_text(json.dumps(read | {"proximo_reward_scale": {"mean": 1.0, "std": 2.0}}))
+    else:
+        save_tiny_scalar(place, seed=4)
     with pytest.raises(UserError, match=r"The reward model .* is not the one that this run began with"):
         align.restore(config, found)

@@ -209,6 +209,7 @@ class TestImpossibleValues:
             (dict(total_steps=0), "total_steps is 0"),
             (dict(rollout_length=0), "rollout_length is 0"),
             (dict(seed=-1), "seed is -1"),
+            (dict(seed=2**63), "seed is 9223372036854775808"),
             (dict(checkpoint_every=0), "checkpoint_every is 0"),
             (dict(keep_checkpoints=0), "keep_checkpoints is 0"),
             (dict(threads=0), "threads is 0"),

@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def config(trained: tuple[Path, Path], config_with: Callable[..., AlignConfig]) -> AlignConfig:
     base, rm = trained
-    return config_with(sharing="lora", model=str(base), reward=(str(rm),))
+    return config_with(sharing="lora", model=str(base), reward=(str(rm),), normalize_rewards_on=0)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -117,10 +117,13 @@ def sample(
         prompts = [prompt for prompt in prompts for _ in range(n_per_prompt)]
         n_per_prompt = 1
     per_pass = max(1, size // n_per_prompt)
-    passes = [
-        _sample_together(policy, tokenizer, prompts[first : first + per_pass], config, generator, n_per_prompt, device)
-        for first in range(0, len(prompts), per_pass)
-    ]
+    with policy.precision():  # over all tokens, so that weights are not cast anew for each
+        passes = [
+            _sample_together(
+                policy, tokenizer, prompts[first : first + per_pass], config, generator, n_per_prompt, device
+            )
+            for first in range(0, len(prompts), per_pass)
+        ]
     return passes[0] if len(passes) == 1 else _joined(passes)
 
 

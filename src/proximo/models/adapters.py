@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,17 +97,21 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
 @torch.no_grad()
 def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The weights of the plain model that the base and one adapter amount to; the model itself stays as it is."""
-    deltas = {}
-    modules: list[tuple[str, Any]] = list(model.named_modules())
-    for key, module in modules:
-        if hasattr(module, "get_delta_weight") and name in getattr(module, "lora_A", {}):
-            deltas[f"{key}.weight"] = module.get_delta_weight(name)
+    adapted = {
+        f"{key}.weight": module
+        for key, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") and name in getattr(module, "lora_A", {})
+    }
     merged = {}
     for key, value in model.state_dict().items():
         if "lora_" in key:
             continue
         plain = key.replace(".base_layer", "")
-        merged[plain] = value + deltas[plain].to(value.dtype) if plain in deltas else value
+        if plain in adapted:  # one at a time, so that the device need not hold the model twice
+            delta = cast("Any", adapted[plain]).get_delta_weight(name)
+            merged[plain] = (value + delta.to(value.dtype)).cpu()
+        else:
+            merged[plain] = value
     return merged
 
 

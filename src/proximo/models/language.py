@@ -165,7 +165,7 @@ class LanguagePolicy(nn.Module):
     def next_logits(self, tokens: Tensor, attention: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
         """Logits `[B, V]` of the token after `tokens` `[B, n]`, at the sampling temperature; extends `cache`."""
         self._let_checkpoint(False)
-        with in_use(self._adapted, "policy"), self._precision():
+        with in_use(self._adapted, "policy"), self.precision():
             output = self.actor(
                 input_ids=tokens,
                 attention_mask=attention,
@@ -182,7 +182,7 @@ class LanguagePolicy(nn.Module):
     def _hidden(self, model: Any, tokens: Tensor, attention: Tensor, role: str | None) -> tuple[Tensor, Tensor]:
         """Last hidden states `[B, L, H]`, and what scores are made of: the same, or, if the head is more, logits."""
         rows = rows_of(tokens, attention)
-        with in_use(self._adapted, role), self._precision():
+        with in_use(self._adapted, role), self.precision():
             if self._plain_head:
                 trunk = model.base_model
                 output = trunk(
@@ -205,7 +205,7 @@ class LanguagePolicy(nn.Module):
         head: Callable[[Tensor], Tensor] = (model or self.actor).get_output_embeddings()
         if not self._plain_head:
             head = nn.Identity()
-        with self._precision():
+        with self.precision():
             return token_scores(hidden, head, targets, self.temperature, self._vocabulary, with_entropy=with_entropy)
 
     @property
@@ -215,7 +215,7 @@ class LanguagePolicy(nn.Module):
     def _values(self, tokens: Tensor, attention: Tensor, hidden: Tensor | None) -> Tensor | None:
         """Values `[B, L]`, float32."""
         if self.critic is not None:
-            with self._precision():
+            with self.precision():
                 return scalar_values(self.critic, tokens, attention)
         if self.value_head is None:
             return None
@@ -230,7 +230,8 @@ class LanguagePolicy(nn.Module):
             if model.training != wanted:
                 model.train(wanted)
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
+        """A context that computes as this policy does; what is cast in it is cast once, as long as it is open."""
         if not self.autocast:
             return nullcontext()
         return torch.autocast(next(self.actor.parameters()).device.type, torch.bfloat16)

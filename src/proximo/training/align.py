@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -32,7 +31,9 @@ from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoi
 from proximo.runs.directory import RunDirectory
 from proximo.runs.files import parse_json, replace_file
 from proximo.runs.metrics import append_metrics, sync_metrics
-from proximo.training.align_config import AlignConfig
+from proximo.training.align_config import AlignConfig, check_together
+from proximo.training.digests import check_digests, digests_of
+from proximo.training.reward_scale import normalize_rewards
 from proximo.training.roles import (
     build_roles,
     context_of,
@@ -40,6 +41,7 @@ from proximo.training.roles import (
     gold_of,
     memory_in_words,
     model_config,
+    models_of,
 )
 
 STAGE = "align"
@@ -87,7 +89,12 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
     Raises:
         UserError: for whatever is missing or does not fit, before any weights are loaded where possible.
     """
-    _check_together(config)
+    return _start(config, reward, is_new=True)
+
+
+def _start(config: AlignConfig, reward: Callable[..., Any] | None, *, is_new: bool) -> AlignState:
+    """The state before the first prompt; with the scales that reward models came with where the run is not new."""
+    check_together(config)
     if not config.model or not config.prompts:
         missing = "model" if not config.model else "prompts"
         raise UserError(f"align needs {missing}: proximo align --model MODEL --reward REWARD --prompts FILE")
@@ -98,10 +105,15 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         gold = gold_of(config)
         if gold is not None:
             opened.callback(gold.close)
-        policy, source = build_roles(config, reward, n_tokens=n_tokens)
-        opened.callback(source.close)
+        roles = build_roles(config, reward, n_tokens=n_tokens)
+        policy = roles.policy
+        opened.callback(roles.reward.close)
         check_ends(policy.actor, tokenizer, config.generation)
         _check_context(config, policy, prompts)
+        notes = {"critic": critic_in_words(config, n_tokens)} if policy.critic is not None else {}
+        if is_new and config.normalize_rewards_on:
+            numbers = next_prompts(len(prompts), 0, config.normalize_rewards_on, config.seed)
+            notes |= normalize_rewards(config, roles, tokenizer, [prompts[number] for number in numbers])
         opened.pop_all()
     streams = torch.Generator().manual_seed(config.seed)
     sampling, shuffling = (int(torch.randint(2**62, (), generator=streams)) for _ in range(2))
@@ -109,14 +121,14 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
-        reward=source,
+        reward=roles.reward,
         gold=gold,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
         sampling=torch.Generator(config.device).manual_seed(sampling),
         shuffling=torch.Generator().manual_seed(shuffling),
         beta=config.beta,
-        digests=_digests(config, policy, prompts),
-        notes={"critic": critic_in_words(config, n_tokens)} if policy.critic is not None else {},
+        digests=digests_of(config, policy, prompts),
+        notes=notes,
     )
 
 
@@ -133,54 +145,6 @@ def _prompts(config: AlignConfig, tokenizer: Any) -> list[PromptRow]:
                 f"Set max_new_tokens to at most {room // 2}, say."
             )
     return read_prompts(Path(config.prompts), tokenizer, max_tokens=limit, over_long=config.over_long)
-
-
-def _check_together(config: AlignConfig) -> None:
-    """Refuse settings that are possible each by itself."""
-    if config.n_per_prompt < 2 and isinstance(config.algorithm, GRPO):
-        raise UserError("responses_per_prompt is 1, but without a critic responses are compared: set 8, say.")
-
-    if config.algorithm.batch_size > config.responses_per_iteration:
-        raise UserError(
-            f"batch_size is {config.algorithm.batch_size}, but an iteration has only {config.responses_per_iteration} "
-            f"responses ({config.prompts_per_iteration} prompts x {config.n_per_prompt}). Set batch_size to at most "
-            f"{config.responses_per_iteration}, or prompts_per_iteration higher."
-        )
-    if config.value_pretraining_iterations and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
-        raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
-    if config.critic_from == "reward" and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
-        has_none = isinstance(config.algorithm, GRPO)
-        why = "there is no critic" if has_none else "the critic is a head on the policy (sharing trunk)"
-        raise UserError(f"critic_from is 'reward', but {why}, so that it can do nothing. Leave it out.")
-    judges = "judge" in config.reward + config.gold
-    if judges and config.judge.judge_mode == "pair" and config.n_per_prompt < 2:
-        raise UserError(
-            "judge_mode is 'pair', which compares responses to the same prompt, but responses_per_prompt is 1. Set "
-            "responses_per_prompt to 2 or more, or judge_mode to score."
-        )
-    generation = config.generation
-    if generation.truncation == "mask" and not generation.stop_at_eos and not generation.stop:
-        raise UserError(
-            "truncation is 'mask', but with stop_at_eos false and no stop string every response is cut off, so that "
-            "nothing could ever be learned. Use truncation terminate or bootstrap, or let responses end."
-        )
-    if isinstance(config.algorithm, PPO):
-        _check_ppo(config.algorithm)
-
-
-def _check_ppo(ppo: PPO) -> None:
-    """Refuse settings of PPO that do nothing for language models."""
-    for name, meant in (("kl_coef", "beta"), ("kl_target", "beta_target, with beta_control adaptive")):
-        value = getattr(ppo, name)
-        if value != getattr(PPO, name):
-            raise UserError(f"{name} is {value:g}, but it is PPO-Penalty's and does nothing here. Use {meant}.")
-    if ppo.objective != "clip":
-        raise UserError(
-            f"objective is {ppo.objective!r}, whose KL to the policy before the update is no use for language models. "
-            "Use objective clip, with beta as the weight of the KL to the reference."
-        )
-    if ppo.update_path == "fused":
-        raise UserError("update_path is 'fused', which is for plain perceptrons alone. Leave it out.")
 
 
 def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> None:
@@ -455,6 +419,7 @@ def save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
     }
     described = {name: getattr(state, name) for name in _COUNTERS} | {"stage": STAGE}
     described["digests"] = state.digests
+    described["reward_scales"] = [[model.mean, model.std] for model in models_of(state.reward)]
     sync_metrics(run.metrics_path)
     save_checkpoint(run.checkpoints, state.iteration, tensors, described)
     prune_checkpoints(run.checkpoints, config.keep_checkpoints)
@@ -465,9 +430,9 @@ _COUNTERS = ("beta", "iteration", "n_prompts_used", "n_responses", "n_tokens", "
 
 def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., Any] | None = None) -> AlignState:
     """The state of a checkpoint."""
-    state = start(config, reward)
+    state = _start(config, reward, is_new=False)
     try:
-        _check_digests(config, checkpoint, state.digests)
+        check_digests(config, checkpoint.state.get("digests", {}), state.digests)
         _load(checkpoint, state)
     except BaseException:
         close(state)
@@ -491,6 +456,8 @@ def _load(checkpoint: Checkpoint, state: AlignState) -> None:
     state.shuffling.set_state(checkpoint.tensors["generators"]["shuffling"])
     for name in _COUNTERS:
         setattr(state, name, checkpoint.state[name])
+    for model, (mean, std) in zip(models_of(state.reward), checkpoint.state["reward_scales"], strict=True):
+        model.mean, model.std = mean, std
 
 
 def close(state: AlignState) -> None:
@@ -498,51 +465,6 @@ def close(state: AlignState) -> None:
     for source in (state.reward, state.gold):
         if source is not None:
             source.close()
-
-
-def _check_digests(config: AlignConfig, checkpoint: Checkpoint, found: dict[str, str]) -> None:
-    """Refuse to go on with another reference, other prompts, or another reward model than the run began with."""
-    began_with = checkpoint.state.get("digests", {})
-    if began_with.get("reference") != found.get("reference"):
-        raise UserError(
-            f"{config.model} is not the model that this run began with: its weights differ. Bring them back, for they "
-            "are the reference, or begin a new run."
-        )
-    if began_with.get("prompts") != found["prompts"]:
-        raise UserError(
-            f"{config.prompts} does not hold the prompts that this run began with: their tokens, or their order, "
-            "differ. Bring the file (and the tokenizer and chat_template) back, or begin a new run."
-        )
-    for name in sorted(began_with.keys() | found.keys()):
-        if began_with.get(name) != found.get(name):
-            raise UserError(
-                f"The reward model {name} is not the one that this run began with: its config.json differs. Bring it "
-                "back, or begin a new run."
-            )
-
-
-def _digests(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> dict[str, str]:
-    """SHA-256 of the prompts' tokens, of the reference's weights, and of the config.json of each reward model."""
-    ids = json.dumps([row.token_ids for row in prompts]).encode()
-    found = {"prompts": hashlib.sha256(ids).hexdigest()}
-    for place in config.reward + config.gold:
-        file = Path(place) / "config.json"
-        if file.is_file():
-            found[place] = hashlib.sha256(file.read_bytes()).hexdigest()
-    if policy.reference is not None:
-        found["reference"] = _digest_of(policy.reference)
-    return found
-
-
-@torch.no_grad()
-def _digest_of(model: nn.Module) -> str:
-    """SHA-256 of a model's own weights, adapters left out, tensor by tensor."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        if "lora_" not in name:
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def finish(config: AlignConfig, run: RunDirectory, state: AlignState) -> dict[str, str]:

@@ -76,6 +76,9 @@ class AlignConfig:
     are added up."""
     reward_weights: tuple[float, ...] = ()
     """A weight for each reward; by default 1."""
+    normalize_rewards_on: int = 256
+    """Responses of the model as it begins on which the scores of each reward model are brought to mean 0 and standard
+    deviation 1 before training; 0 leaves them as the reward model's folder has them."""
     gold: tuple[str, ...] = ()
     """A second opinion that is only looked at, never learned from: sources as for reward. Its mean is `gold_mean` in
     the metrics, and the report says where the reward goes on rising while it falls."""
@@ -151,7 +154,7 @@ class AlignConfig:
         for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every"):
             in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
         in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
-        for name in ("threads", "n_samples", "value_pretraining_iterations"):
+        for name in ("threads", "n_samples", "value_pretraining_iterations", "normalize_rewards_on"):
             in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
         in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
         in_range("reward_timeout", self.reward_timeout, above=0.0, at_most=86_400.0, usual="60")
@@ -180,3 +183,55 @@ class AlignConfig:
     def autocast(self) -> bool:
         """Whether to compute in bfloat16."""
         return self.precision == "bfloat16" or (self.precision == "auto" and self.device.startswith("cuda"))
+
+
+def check_together(config: AlignConfig) -> None:
+    """Refuse settings that are possible each by itself.
+
+    Raises:
+        UserError: with the setting to change.
+    """
+    if config.n_per_prompt < 2 and isinstance(config.algorithm, GRPO):
+        raise UserError("responses_per_prompt is 1, but without a critic responses are compared: set 8, say.")
+
+    if config.algorithm.batch_size > config.responses_per_iteration:
+        raise UserError(
+            f"batch_size is {config.algorithm.batch_size}, but an iteration has only {config.responses_per_iteration} "
+            f"responses ({config.prompts_per_iteration} prompts x {config.n_per_prompt}). Set batch_size to at most "
+            f"{config.responses_per_iteration}, or prompts_per_iteration higher."
+        )
+    if config.value_pretraining_iterations and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
+        raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")
+    if config.critic_from == "reward" and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
+        has_none = isinstance(config.algorithm, GRPO)
+        why = "there is no critic" if has_none else "the critic is a head on the policy (sharing trunk)"
+        raise UserError(f"critic_from is 'reward', but {why}, so that it can do nothing. Leave it out.")
+    judges = "judge" in config.reward + config.gold
+    if judges and config.judge.judge_mode == "pair" and config.n_per_prompt < 2:
+        raise UserError(
+            "judge_mode is 'pair', which compares responses to the same prompt, but responses_per_prompt is 1. Set "
+            "responses_per_prompt to 2 or more, or judge_mode to score."
+        )
+    generation = config.generation
+    if generation.truncation == "mask" and not generation.stop_at_eos and not generation.stop:
+        raise UserError(
+            "truncation is 'mask', but with stop_at_eos false and no stop string every response is cut off, so that "
+            "nothing could ever be learned. Use truncation terminate or bootstrap, or let responses end."
+        )
+    if isinstance(config.algorithm, PPO):
+        _check_ppo(config.algorithm)
+
+
+def _check_ppo(ppo: PPO) -> None:
+    """Refuse settings of PPO that do nothing for language models."""
+    for name, meant in (("kl_coef", "beta"), ("kl_target", "beta_target, with beta_control adaptive")):
+        value = getattr(ppo, name)
+        if value != getattr(PPO, name):
+            raise UserError(f"{name} is {value:g}, but it is PPO-Penalty's and does nothing here. Use {meant}.")
+    if ppo.objective != "clip":
+        raise UserError(
+            f"objective is {ppo.objective!r}, whose KL to the policy before the update is no use for language models. "
+            "Use objective clip, with beta as the weight of the KL to the reference."
+        )
+    if ppo.update_path == "fused":
+        raise UserError("update_path is 'fused', which is for plain perceptrons alone. Leave it out.")

@@ -17,7 +17,7 @@ import tyro
 
 from proximo.algorithms.ppo import PPO
 from proximo.collect.envs import SpacePolicy
-from proximo.errors import UserError, in_range, nearest, one_of
+from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of
 from proximo.models.control import NetworkConfig
 
 
@@ -87,7 +87,7 @@ class ControlConfig:
         """Refuse impossible settings."""
         in_range("total_steps", self.total_steps, at_least=1, at_most=10**18, whole=True, usual="1000000")
         in_range("rollout_length", self.rollout_length, at_least=1, at_most=10**9, whole=True, usual="256")
-        in_range("seed", self.seed, at_least=0, whole=True, usual="1")
+        in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="1")
         in_range(
             "checkpoint_every",
             self.checkpoint_every,

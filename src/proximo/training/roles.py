@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,9 +27,19 @@ from proximo.models.language import LanguagePolicy, enable_gradient_checkpointin
 from proximo.training.align_config import AlignConfig
 
 
+class Roles(NamedTuple):
+    """Who takes part in an alignment run."""
+
+    policy: LanguagePolicy
+    """The policy, with its reference and its critic."""
+    reward: Reward
+    began: RewardModel | None
+    """The reward model that the critic began as, if it did."""
+
+
 def build_roles(
     config: AlignConfig, function: Callable[..., Any] | None = None, *, n_tokens: int | None = None
-) -> tuple[LanguagePolicy, Reward]:
+) -> Roles:
     """Load policy, reference, critic and reward as the config shares them.
 
     Args:
@@ -52,8 +62,8 @@ def build_roles(
             reward = reward_of(config, base=policy.actor)
             began = _begin_critic(config, policy, reward)
         else:
-            began = config.sharing != "lora"
-        if config.critic_from == "reward" and not began:
+            began = models_of(reward)[0] if policy.critic is not None and critic_place(config, n_tokens)[0] else None
+        if config.critic_from == "reward" and config.sharing == "lora" and began is None:
             raise UserError(
                 "critic_from is 'reward', but with sharing lora the critic is an adapter, and no reward is an adapter "
                 "for this very base of the same lora_rank and lora_alpha. Use critic_from 'model', or make one with: "
@@ -63,7 +73,7 @@ def build_roles(
         if reward is not None:
             reward.close()  # a reward function's process would stay behind
         raise
-    return policy, reward
+    return Roles(policy, reward, began)
 
 
 def build_policy(config: AlignConfig, *, n_tokens: int | None = None) -> LanguagePolicy:
@@ -172,23 +182,23 @@ def context_of(model_config: Any) -> int | None:
 
 
 @torch.no_grad()
-def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -> bool:
-    """Let the adapter of the critic, and its head, begin as those of the reward where they are of one size; did it?"""
+def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -> RewardModel | None:
+    """Let the adapter of the critic, and its head, begin as those of the reward where they are of one size."""
     models = [model for model in models_of(reward) if model.on_base]
     if policy.value_head is None or not models or config.critic_from == "model":
-        return False
+        return None
     actor, model = policy.actor, models[0]
     theirs, ours = (
         sorted(tuple(weight.shape) for weight in adapter_state(actor, name).values()) for name in ("reward", "value")
     )
     if theirs != ours or model.lora_alpha != config.lora.lora_alpha:
-        return False
+        return None
     copy_adapter(actor, "reward", "value")
     score = model.model.score
     policy.value_head.weight.copy_(score.weight / model.std)
     own = torch.zeros(1, device=score.weight.device) if score.bias is None else score.bias
     policy.value_head.bias.copy_((own - model.mean) / model.std)
-    return True
+    return model
 
 
 def reward_of(config: AlignConfig, base: Any = None) -> Reward:

@@ -292,7 +292,7 @@ def token_log_probs(policy: LanguagePolicy, rows: Rows) -> Tensor:
     """Log-probability `[R, L]` of each scored token given those before it in its text; 0 elsewhere."""
     policy_model = policy.actor
     inputs = dict(input_ids=rows.tokens, attention_mask=_mask(policy_model, rows), position_ids=rows.positions)
-    with in_use(policy._adapted, "policy"), policy._precision():
+    with in_use(policy._adapted, "policy"), policy.precision():
         if policy._plain_head:
             hidden = policy_model.base_model(**inputs, use_cache=False).last_hidden_state
         else:
