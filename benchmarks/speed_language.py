@@ -3,6 +3,7 @@
     python -m venv trl18  && trl18/bin/pip install torch==2.13.0 trl==1.8.0      # the last with a PPOTrainer
     python -m venv trl116 && trl116/bin/pip install torch==2.13.0 trl==1.16.0
     python benchmarks/speed_language.py --trl-ppo trl18/bin/python --trl-grpo trl116/bin/python
+    python benchmarks/speed_language.py --profile tiny       # where the time of an iteration of PPO goes
 
 All programs get the same Llama, prompts and settings: an iteration is 64 responses of exactly 32 tokens to prompts of
 8 to 16 tokens, scored, and learned from in 4 epochs of one minibatch; float32, a reference and a KL to it. PPO: policy,
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,8 +89,8 @@ def proximo_align(folder: Path, algorithm: str) -> list[float]:
     from proximo.training import align
     from proximo.training.align_config import ALGORITHMS, AlignConfig
 
-    chosen = replace(ALGORITHMS[algorithm], n_epochs=N_EPOCHS, batch_size=N_RESPONSES)
-    is_ppo = algorithm == "ppo"
+    is_ppo = algorithm != "grpo"
+    chosen = replace(ALGORITHMS["ppo" if is_ppo else "grpo"], n_epochs=N_EPOCHS, batch_size=N_RESPONSES)
     config = AlignConfig(
         model=str(folder / "model"),
         reward=(str(folder / "reward"),) if is_ppo else (),
@@ -115,9 +117,23 @@ def proximo_align(folder: Path, algorithm: str) -> list[float]:
             moments.append(time.perf_counter())
             if row["iteration"] == WARM + MEASURED - 1:
                 break  # the last iteration writes a checkpoint
+        if algorithm == "profile":
+            print_shares(partial(next, align.iterate(config, new_run("speed", 0, folder / "profile"), state)))
     finally:
         state.reward.close()
     return [after - before for before, after in pairwise(moments)]
+
+
+def print_shares(iteration: Callable[[], object]) -> None:
+    """Where the time of one iteration goes: the share of each operation of torch."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        iteration()
+    found = sorted(profiled.key_averages(), key=lambda one: -one.self_cpu_time_total)
+    total = sum(one.self_cpu_time_total for one in found)
+    for one in found[:12]:
+        print(f"{100 * one.self_cpu_time_total / total:5.1f} %  {one.count:6,} calls  {one.key}")
 
 
 def clock(every: int) -> tuple[Any, list[float]]:
@@ -276,6 +292,7 @@ def generate(folder: Path) -> list[float]:
 PROGRAMS: dict[str, Callable[[Path], list[float]]] = {
     "proximo_ppo": lambda folder: proximo_align(folder, "ppo"),
     "proximo_grpo": lambda folder: proximo_align(folder, "grpo"),
+    "profile": lambda folder: proximo_align(folder, "profile"),
     "trl_ppo": trl_ppo,
     "trl_grpo": trl_grpo,
     "sample": sample,
@@ -346,7 +363,7 @@ def write_table() -> None:
                 continue
             ours, theirs = (statistics.median(row[name] for row in found) for name in ("ours", "theirs"))
             ratios = [row["ours"] / row["theirs"] for row in found]
-            required = f"{REQUIRED[task]}" if size == "tiny" else ""
+            required = f"{REQUIRED[task]}" if size != "small" else ""
             each = " ".join(f"{ratio:.2f}" for ratio in ratios)
             lines.append(
                 f"| {size} | {task} | {PEERS[task]} | {theirs:,.0f} | {ours:,.0f} | "
@@ -363,11 +380,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--profile", choices=list(SIZES), help="only print where the time of an iteration of PPO goes")
     parser.add_argument("--program", choices=sorted(PROGRAMS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.program:
         print(json.dumps({"seconds": PROGRAMS[arguments.program](arguments.folder)}))
+        return
+    if arguments.profile:
+        with tempfile.TemporaryDirectory() as name:
+            write_task(Path(name), arguments.profile)
+            PROGRAMS["profile"](Path(name))
         return
     if not arguments.table:
         here = sys.executable
