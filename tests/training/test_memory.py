@@ -33,20 +33,22 @@ def test_what_is_no_model_is_left_for_loading_to_explain(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("stage", "config", "copies"),
+    ("stage", "config", "expected"),
     [
-        ("sft", SFTConfig(), 4),  # weights, gradient, two moments
-        ("sft", SFTConfig(lora=True), 1),
-        ("dpo", DPOConfig(), 4),
-        ("align", AlignConfig(), 4 + 1 + 4),  # policy, reference, critic
-        ("align", AlignConfig(beta=0.0), 4 + 4),
-        ("align", AlignConfig(sharing="trunk"), 4 + 1),
-        ("align", AlignConfig(algorithm=ALGORITHMS["grpo"]), 4 + 1),
-        ("align", AlignConfig(sharing="lora"), 1),
+        ("sft", SFTConfig(), 16),  # weights, gradient, two moments
+        ("sft", SFTConfig(lora=True), 4),
+        ("dpo", DPOConfig(), 16),
+        ("align", AlignConfig(), 16 + 4 + 16),  # policy, reference, critic
+        ("align", AlignConfig(beta=0.0), 16 + 16),
+        ("align", AlignConfig(sharing="trunk"), 16 + 4),
+        ("align", AlignConfig(algorithm=ALGORITHMS["grpo"]), 16 + 4),
+        ("align", AlignConfig(sharing="lora"), 4),
+        ("align", AlignConfig(frozen_precision="bfloat16"), 16 + 2 + 16),
+        ("align", AlignConfig(sharing="lora", frozen_precision="bfloat16"), 2),
     ],
 )
-def test_copies_by_hand(stage: str, config: Any, copies: int) -> None:
-    assert memory.copies(stage, config) == copies
+def test_bytes_of_a_parameter_by_hand(stage: str, config: Any, expected: int) -> None:
+    assert memory.bytes_each(stage, config) == expected
 
 
 @pytest.mark.parametrize(

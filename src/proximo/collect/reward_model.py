@@ -30,6 +30,7 @@ class RewardModel:
         place: str | Path,
         device: str = "cpu",
         *,
+        dtype: torch.dtype = torch.float32,
         autocast: bool = False,
         tokens_at_once: int = TOKENS_AT_ONCE,
         base: Any = None,
@@ -39,7 +40,8 @@ class RewardModel:
         Args:
             place: what `proximo reward` made, or any model for sequence classification with one output.
             device: where the model is.
-            autocast: compute in bfloat16 over float32 weights.
+            dtype: what the weights are held in.
+            autocast: compute in bfloat16.
             tokens_at_once: tokens of responses scored at a time, padding counted.
             base: a causal model; where `place` holds an adapter for this very base, it is put on it and no other
                 weights are loaded.
@@ -55,7 +57,7 @@ class RewardModel:
         self.on_base = adapted is not None
         """Whether it is an adapter on `base`."""
         self.lora_alpha = adapted.lora_alpha if adapted is not None else None
-        self.model: Any = adapted or load_scalar_model(place, device=device).requires_grad_(False)
+        self.model: Any = adapted or load_scalar_model(place, dtype=dtype, device=device).requires_grad_(False)
         self.mean, self.std = scale_of(self.model.config, place)
         self._limit = context_length(self.model)
         self._known = int(self.model.config.get_text_config().vocab_size)

@@ -51,6 +51,8 @@ def add_adapter(model: Any, name: str, config: LoraConfig) -> None:
         raise UserError(f"Adapters do not fit this model: {error}") from error
     for key, parameter in model.named_parameters():
         is_new = f".{name}." in key and "lora_" in key
+        if is_new:
+            parameter.data = parameter.data.float()  # peft takes the base's precision, which may be too low to learn in
         parameter.requires_grad_(is_new or (not first and parameter in before))
 
 
@@ -109,7 +111,7 @@ def merged_state(model: nn.Module, name: str) -> dict[str, Tensor]:
         plain = key.replace(".base_layer", "")
         if plain in adapted:  # one at a time, so that the device need not hold the model twice
             delta = cast("Any", adapted[plain]).get_delta_weight(name)
-            merged[plain] = (value + delta.to(value.dtype)).cpu()
+            merged[plain] = (value.float() + delta.float()).to(value.dtype).cpu()
         else:
             merged[plain] = value
     return merged

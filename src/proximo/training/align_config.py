@@ -139,6 +139,9 @@ class AlignConfig:
     """CPU threads for torch; 0 is one per core."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`bfloat16` computes in it over float32 weights; `auto` is float32 on the CPU and bfloat16 on a GPU."""
+    frozen_precision: Literal["float32", "bfloat16"] = "float32"
+    """How weights that never learn are held: the reference, reward models, and with sharing lora the base. `bfloat16`
+    takes half the memory, and needs precision bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     debug: bool = False
@@ -163,6 +166,7 @@ class AlignConfig:
         one_of("beta_control", self.beta_control, ("fixed", "adaptive"))
         one_of("critic_from", self.critic_from, ("auto", "reward", "model"))
         one_of("precision", self.precision, ("auto", "float32", "bfloat16"))
+        one_of("frozen_precision", self.frozen_precision, ("float32", "bfloat16"))
         one_of("over_long", self.over_long, OVER_LONG)
         if self.reward_weights and len(self.reward_weights) != len(self.reward):
             raise UserError(
@@ -199,6 +203,11 @@ def check_together(config: AlignConfig) -> None:
             f"batch_size is {config.algorithm.batch_size}, but an iteration has only {config.responses_per_iteration} "
             f"responses ({config.prompts_per_iteration} prompts x {config.n_per_prompt}). Set batch_size to at most "
             f"{config.responses_per_iteration}, or prompts_per_iteration higher."
+        )
+    if config.frozen_precision == "bfloat16" and not config.autocast:
+        raise UserError(
+            f"frozen_precision is 'bfloat16', but precision is {config.precision!r} on {config.device}, which computes "
+            "in float32. Set precision bfloat16, too, or leave frozen_precision out."
         )
     if config.value_pretraining_iterations and (config.sharing == "trunk" or isinstance(config.algorithm, GRPO)):
         raise UserError("value_pretraining_iterations needs a critic that shares no weights that learn: not trunk.")

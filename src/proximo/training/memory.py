@@ -27,7 +27,7 @@ def check_fits(stage: str, config: Any) -> None:
     free = free_memory(config.device)
     if size is None or free is None:
         return
-    needed = 4 * copies(stage, config) * size
+    needed = bytes_each(stage, config) * size
     if needed > free:
         raise UserError(
             f"{config.model} has {size / 1e9:.2f} billion parameters: this {stage} run needs {_gib(needed)} for its "
@@ -47,16 +47,15 @@ def n_parameters(place: str) -> int | None:
     return None
 
 
-def copies(stage: str, config: Any) -> int:
-    """Numbers of float32 kept per parameter of the model; what learns has a gradient and two moments beside it."""
-    learns = 4
-    if stage in ("sft", "reward"):
-        return 1 if config.lora else learns
-    if stage == "dpo":  # what the reference says is asked once, before
-        return 1 if config.lora else learns
+def bytes_each(stage: str, config: Any) -> int:
+    """Bytes kept per parameter of the model; what learns has a gradient and two moments beside it, in float32."""
+    learns, frozen = 16, 4
+    if stage != "align":  # the reference of dpo is asked once, before
+        return frozen if config.lora else learns
+    frozen = 2 if config.frozen_precision == "bfloat16" else 4
     if config.sharing == "lora":
-        return 1
-    reference = 1 if config.beta > 0 else 0
+        return frozen
+    reference = frozen if config.beta > 0 else 0
     critic = learns if config.sharing == "separate" and hasattr(config.algorithm, "value_coef") else 0
     return learns + reference + critic
 
@@ -95,6 +94,8 @@ def _advice(stage: str, config: Any) -> str:
     if stage == "align":
         ways += ["beta 0 (no reference)"] if config.beta > 0 and not has_lora else []
         ways.append(f"generation_batch_size (now {config.generation.generation_batch_size or 'all'})")
+    if stage == "align" and config.autocast and config.frozen_precision == "float32":
+        ways.append("frozen_precision bfloat16")
     tokens = config.algorithm.microbatch_tokens if stage == "align" else config.microbatch_tokens
     ways += [f"a smaller microbatch_tokens (now {tokens or 'all'})"]
     ways += [] if config.gradient_checkpointing else ["gradient_checkpointing"]

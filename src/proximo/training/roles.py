@@ -80,7 +80,9 @@ def build_policy(config: AlignConfig, *, n_tokens: int | None = None) -> Languag
     """Load the roles as the config shares them; a critic must be able to read texts of `n_tokens`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)  # of new heads and adapters: libraries draw them from the global generator
-        actor: Any = load_causal_lm(config.model, device=config.device)
+        frozen = getattr(torch, config.frozen_precision)
+        held = frozen if config.sharing == "lora" else torch.float32
+        actor: Any = load_causal_lm(config.model, dtype=held, device=config.device)
         width = actor.config.get_text_config().hidden_size
         critic = value_head = reference = None
         wants_critic = isinstance(config.algorithm, PPO)
@@ -91,7 +93,8 @@ def build_policy(config: AlignConfig, *, n_tokens: int | None = None) -> Languag
         else:
             actor.requires_grad_(True)
             if config.beta > 0:
-                reference = load_causal_lm(config.model, device=config.device).requires_grad_(False)
+                reference = load_causal_lm(config.model, dtype=frozen, device=config.device)
+                reference.requires_grad_(False)
         if wants_critic and config.sharing == "separate":
             critic = _critic(config, n_tokens)
         elif wants_critic:
@@ -233,7 +236,8 @@ def _one_reward(config: AlignConfig, place: str, base: Any) -> Reward:
     if kind == "function":
         return FunctionReward(place, timeout=config.reward_timeout)
     if kind == "model":
-        return RewardModel(place, device=config.device, autocast=config.autocast, base=base)
+        held = getattr(torch, config.frozen_precision)
+        return RewardModel(place, device=config.device, dtype=held, autocast=config.autocast, base=base)
     judge = config.judge
     if not judge.judge_model or not judge.judge_rubric:
         raise UserError("--reward judge needs --judge-model NAME and --judge-rubric FILE (and --judge-url).")
