@@ -24,7 +24,7 @@ from records import circumstances, in_words, write_between
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "language_tasks.jsonl"
-ADDITION = [("ppo", "trunk", 40), ("grpo", "trunk", 60), ("ppo", "lora", 150)]
+ADDITION = [("ppo", "trunk", 40), ("grpo", "trunk", 60), ("ppo", "lora", 60)]
 N_SEEDS = 3
 TASKS = ["addition", "stories", "stories-long", "controls"]
 

@@ -99,11 +99,11 @@ def proximo_align(folder: Path, algorithm: str) -> list[float]:
         generation=GenerationConfig(max_new_tokens=N_TOKENS, stop_at_eos=False),
         beta=BETA,
         kl_in="reward" if is_ppo else "loss_k3",
-        n_iterations=WARM + MEASURED,
+        n_iterations=WARM + MEASURED + 2,  # the last one writes a checkpoint; the one before it may be profiled
         prompts_per_iteration=N_RESPONSES if is_ppo else N_RESPONSES // N_PER_PROMPT,
         responses_per_prompt=1 if is_ppo else N_PER_PROMPT,
         n_samples=0,
-        checkpoint_every=WARM + MEASURED + 1,
+        checkpoint_every=WARM + MEASURED + 2,
     )
 
     def score(prompts: list[str], responses: list[str]) -> list[float]:
@@ -115,8 +115,8 @@ def proximo_align(folder: Path, algorithm: str) -> list[float]:
         moments = [time.perf_counter()]
         for row in align.iterate(config, new_run("speed", 0, folder / "run"), state):
             moments.append(time.perf_counter())
-            if row["iteration"] == WARM + MEASURED - 1:
-                break  # the last iteration writes a checkpoint
+            if row["iteration"] == WARM + MEASURED:
+                break
         if algorithm == "profile":
             print_shares(partial(next, align.iterate(config, new_run("speed", 0, folder / "profile"), state)))
     finally:

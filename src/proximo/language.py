@@ -402,6 +402,11 @@ def _check_rewards(
         raise UserError(f"reward is {function!r}; to resume a run it must be a function, or left out.")
     if function is not None and stage != "align":
         raise UserError(f"{directory.path} is a run of proximo {stage}, which asks for no reward. Leave reward out.")
+    if function is not None and config.reward:
+        raise UserError(
+            f"The reward of this run is {' + '.join(config.reward)}, as its config says: it goes on with that. Leave "
+            "reward out, or begin a new run with the function."
+        )
     if stage == "align" and function is None and not config.reward:
         raise UserError(
             "This run's reward was a function of the program that began it. Go on from there: "

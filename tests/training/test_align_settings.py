@@ -40,6 +40,12 @@ def test_what_does_nothing_for_language_models_is_refused_with_what_is_meant(con
     refused(config_with(update_path="fused", microbatch_tokens=None), "update_path is 'fused'")
 
 
+def test_what_needs_a_critic_or_a_reference_is_refused_without_one(config_with):
+    bootstrap = GenerationConfig(max_new_tokens=5, truncation="bootstrap")
+    refused(config_with("grpo", generation=bootstrap), "truncation is 'bootstrap'.*there is no critic")
+    refused(config_with(beta=0.0, beta_control="adaptive"), "beta_control is 'adaptive', but beta is 0")
+
+
 def test_masking_every_response_is_refused(config_with):
     endless = GenerationConfig(max_new_tokens=5, stop_at_eos=False, truncation="mask")
     refused(config_with(generation=endless), "nothing could ever be learned")
@@ -191,3 +197,13 @@ def test_a_resumed_run_insists_on_its_reward_model(file, config_with, tmp_path):
         save_tiny_scalar(place, seed=4)
     with pytest.raises(UserError, match=r"The reward model .* is not the one that this run began with"):
         align.restore(config, found)
+
+
+def test_a_function_and_a_named_reward_are_one_too_many(config_with, tmp_path):
+    place = save_tiny_scalar(tmp_path / "r", seed=3)
+    refused(config_with(reward=(str(place),)), "There are two rewards: a function, and")
+
+
+def test_a_scale_is_not_measured_on_a_handful(config_with):
+    with pytest.raises(UserError, match="normalize_rewards_on is 3: so few"):
+        config_with(normalize_rewards_on=3)

@@ -86,3 +86,16 @@ def test_a_run_on_a_base_in_bfloat16_goes_on_exactly(config_with: Callable[..., 
     list(align.iterate(config, halves, resumed))
     expected, found = everything_of(whole), everything_of(resumed)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_reward_adapter_finds_its_base_in_either_precision(
+    config_with: Callable[..., AlignConfig], tmp_path: Path
+) -> None:
+    from tests.training.test_reward_adapter import reward_of_kind
+
+    base, rm = reward_of_kind("llama", tmp_path)
+    config = config_with(sharing="lora", model=str(base), reward=(str(rm),), normalize_rewards_on=0, **LOW)
+    (model,) = models_of(align.start(config).reward)
+    assert model.on_base
+    good, bad = model(["the cat", "the dog"], ["is good", "is bad"], {}).values
+    assert (good or 0.0) > (bad or 0.0) + 1.0

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from proximo.collect.generate import generate
 from proximo.collect.reward_model import RewardModel, score_rows
 from proximo.errors import UserError
 from proximo.models.adapters import REWARD_ADAPTER, LoraConfig, adapter_state
-from proximo.models.folders import load_scalar_model
+from proximo.models.folders import load_causal_lm, load_scalar_model
 from proximo.runs.checkpoint import newest_checkpoint
 from proximo.training import align, reward
 from proximo.training.align_config import AlignConfig
@@ -139,6 +140,38 @@ def test_two_and_two_iterations_are_four(config: AlignConfig, tmp_path: Path) ->
     expected, found = everything_of(whole), everything_of(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_resumed_run_insists_on_the_adapter(trained: tuple[Path, Path], config: AlignConfig, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "rm"
+    shutil.copytree(trained[1], copy)
+    config = dataclasses.replace(config, reward=(str(copy),))
+    run = run_in(tmp_path / "run")
+    list(align.iterate(config, run, align.start(config)))
+    found = newest_checkpoint(run.checkpoints)
+    assert align.restore(config, found).iteration == config.n_iterations
+    file = copy / REWARD_ADAPTER / "adapter_model.safetensors"
+    save_file({name: 3 * tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="is not the one that this run began with"):
+        align.restore(config, found)
+
+
+def test_a_base_that_differs_by_less_than_bfloat16_is_another_one(
+    trained: tuple[Path, Path], config: AlignConfig, tmp_path: Path
+) -> None:
+    import shutil
+
+    base: Any = load_causal_lm(trained[0])
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight[0, 0] *= 1 + 1e-6
+    shutil.copytree(trained[0], tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    state = align.start(dataclasses.replace(config, model=str(tmp_path / "base")))
+    assert not models_of(state.reward)[0].on_base
 
 
 def test_an_adapter_of_another_base_is_used_as_the_whole_model_that_it_is(

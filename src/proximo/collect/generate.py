@@ -117,7 +117,7 @@ def sample(
         prompts = [prompt for prompt in prompts for _ in range(n_per_prompt)]
         n_per_prompt = 1
     per_pass = max(1, size // n_per_prompt)
-    with policy.precision():  # over all tokens, so that weights are not cast anew for each
+    with policy.precision():  # over all tokens, so that weights that learn are not cast anew for each
         passes = [
             _sample_together(
                 policy, tokenizer, prompts[first : first + per_pass], config, generator, n_per_prompt, device
@@ -307,9 +307,8 @@ def generate(
     check_ends(policy.actor, tokenizer, config)
     responses = sample(policy, tokenizer, [row.token_ids for row in rows], config, generator, n_per_prompt=n_per_prompt)
     asked = [row for row in rows for _ in range(n_per_prompt)]
-    ends = end_tokens(policy.actor, tokenizer)
-    texts = response_texts(tokenizer, responses, ends, config.stop)
-    scores = _rewarded(reward, tokenizer, asked, texts, responses, ends)
+    texts = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), config.stop)
+    scores = scores_of(reward, policy, tokenizer, asked, responses, config)
     scored = _score_in_parts(policy, responses, with_reference=with_reference)
     log_probs = responses.log_probs if scored.log_probs is None else scored.log_probs
     batch = _assemble(responses, scored, log_probs, scores.values, config, reward_beta)
@@ -343,8 +342,22 @@ def response_texts(tokenizer: Any, responses: Responses, ends: list[int], stop: 
     return texts
 
 
+def scores_of(
+    reward: Reward,
+    policy: LanguagePolicy,
+    tokenizer: Any,
+    asked: Sequence[PromptRow],
+    responses: Responses,
+    config: GenerationConfig,
+) -> Scores:
+    """What a reward says of sampled responses; `asked` has the prompt of each."""
+    ends = end_tokens(policy.actor, tokenizer)
+    texts = response_texts(tokenizer, responses, ends, config.stop)
+    return _rewarded(reward, tokenizer, asked, texts, responses, ends)
+
+
 def _rewarded(
-    reward: Reward, tokenizer: Any, asked: list[PromptRow], texts: list[str], responses: Responses, ends: list[int]
+    reward: Reward, tokenizer: Any, asked: Sequence[PromptRow], texts: list[str], responses: Responses, ends: list[int]
 ) -> Scores:
     """Scores by the columns of the data; a reward that has `score_texts`, a model, is told how each response ended.
 

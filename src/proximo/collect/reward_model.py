@@ -49,6 +49,7 @@ class RewardModel:
         Raises:
             UserError: if there is no such model, or its scale is damaged.
         """
+        self.place = str(place)
         self.name = f"reward-model:{Path(place).name}"
         self.tokenizer = load_tokenizer(place)
         adapted = None

@@ -167,7 +167,7 @@ def save_reward_adapter(folder: Path, model: Any, base: str, config: LoraConfig)
         inference_mode=True,
     )
     settings.save_pretrained(str(path))
-    (path / _BASE).write_text(json.dumps({"base": base, "sha256": base_digest(model)}, indent=2) + "\n")
+    (path / _BASE).write_text(json.dumps({"base": base} | base_digests(model), indent=2) + "\n")
 
 
 def has_reward_adapter(place: str) -> bool:
@@ -187,7 +187,9 @@ def put_on_reward_adapter(actor: Any, place: str) -> AdaptedScalar | None:
 
     path = Path(place) / REWARD_ADAPTER
     try:
-        if json.loads((path / _BASE).read_text())["sha256"] != base_digest(actor):
+        wanted, found = json.loads((path / _BASE).read_text()), base_digests(actor)
+        kind = "sha256_bfloat16" if next(actor.parameters()).dtype == torch.bfloat16 else "sha256"
+        if wanted[kind] != found[kind]:
             return None
         settings = json.loads((path / _SETTINGS).read_text())
         saved = {key.removeprefix("base_model.model."): value for key, value in load_file(path / _WEIGHTS).items()}
@@ -212,12 +214,13 @@ def put_on_reward_adapter(actor: Any, place: str) -> AdaptedScalar | None:
 
 
 @torch.no_grad()
-def base_digest(model: Any) -> str:
-    """SHA-256 of the trunk's own weights, adapters left out, by name."""
-    digest = hashlib.sha256()
+def base_digests(model: Any) -> dict[str, str]:
+    """SHA-256 of the trunk's own weights by name, adapters left out: in float32, and rounded to bfloat16."""
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
     weights = {key.replace(".base_layer", ""): value for key, value in model.base_model.state_dict().items()}
     for key in sorted(weights):
         if "lora_" not in key:
-            digest.update(key.encode())
-            digest.update(weights[key].detach().float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+            weight = weights[key].detach().float().contiguous().cpu().flatten()
+            exact.update(key.encode() + weight.numpy().tobytes())
+            rounded.update(key.encode() + weight.to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return {"sha256": exact.hexdigest(), "sha256_bfloat16": rounded.hexdigest()}

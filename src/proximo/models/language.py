@@ -69,7 +69,7 @@ class LanguagePolicy(nn.Module):
             value_head: from hidden states to a value (sharing `trunk` and `lora`).
             reference: a frozen model of its own (sharing `separate` and `trunk`); None for none, or for `lora`.
             temperature: of sampling, in every log-probability.
-            autocast: compute in bfloat16 over float32 weights.
+            autocast: compute in bfloat16, whatever the weights are held in.
         """
         super().__init__()
         self.actor = actor
@@ -231,7 +231,7 @@ class LanguagePolicy(nn.Module):
                 model.train(wanted)
 
     def precision(self) -> Any:
-        """A context that computes as this policy does; what is cast in it is cast once, as long as it is open."""
+        """A context that computes as this policy does; as long as it is open, weights that learn are cast once."""
         if not self.autocast:
             return nullcontext()
         return torch.autocast(next(self.actor.parameters()).device.type, torch.bfloat16)

@@ -225,7 +225,7 @@ def responses_do_not_end(evidence: Evidence) -> Finding | None:
         "The reward pays for length, or for not ending; what is cut off is scored unfinished."
         if has_grown or has_lost
         else "The model does not know how to end, or has too little room to; what is cut off is scored unfinished.",
-        f"Set {evidence.setting('missing_eos_penalty', '1')}, in the reward's own units; raise "
+        f"Set {evidence.setting('missing_eos_penalty', '1')}, in units of the reward; raise "
         f"{evidence.setting('max_new_tokens')}; see that the reward does not grow with length, and that sft learned "
         "the end token.",
     )

@@ -25,7 +25,7 @@ from proximo.core.batch import Batch
 from proximo.core.kl import ProportionalKL, ReferenceKL
 from proximo.errors import UserError
 from proximo.models.adapters import merged_state
-from proximo.models.folders import check_token_ids, context_length, load_tokenizer, save_model
+from proximo.models.folders import check_token_ids, load_tokenizer, save_model
 from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
@@ -33,7 +33,7 @@ from proximo.runs.files import parse_json, replace_file
 from proximo.runs.metrics import append_metrics, sync_metrics
 from proximo.training.align_config import AlignConfig, check_together
 from proximo.training.digests import check_digests, digests_of
-from proximo.training.reward_scale import normalize_rewards
+from proximo.training.reward_scale import normalize_rewards, scales_in_words
 from proximo.training.roles import (
     build_roles,
     context_of,
@@ -95,11 +95,14 @@ def start(config: AlignConfig, reward: Callable[..., Any] | None = None) -> Alig
 def _start(config: AlignConfig, reward: Callable[..., Any] | None, *, is_new: bool) -> AlignState:
     """The state before the first prompt; with the scales that reward models came with where the run is not new."""
     check_together(config)
+    if reward is not None and config.reward:
+        raise UserError(f"There are two rewards: a function, and {' + '.join(config.reward)}. Give one of them.")
     if not config.model or not config.prompts:
         missing = "model" if not config.model else "prompts"
         raise UserError(f"align needs {missing}: proximo align --model MODEL --reward REWARD --prompts FILE")
     tokenizer = load_tokenizer(config.model, config.chat_template)
     prompts = _prompts(config, tokenizer)
+    _check_context(config, prompts)
     n_tokens = max(len(row.token_ids) for row in prompts) + config.generation.max_new_tokens
     with ExitStack() as opened:  # the processes and threads of rewards must not outlive a failure
         gold = gold_of(config)
@@ -109,11 +112,10 @@ def _start(config: AlignConfig, reward: Callable[..., Any] | None, *, is_new: bo
         policy = roles.policy
         opened.callback(roles.reward.close)
         check_ends(policy.actor, tokenizer, config.generation)
-        _check_context(config, policy, prompts)
         notes = {"critic": critic_in_words(config, n_tokens)} if policy.critic is not None else {}
         if is_new and config.normalize_rewards_on:
             numbers = next_prompts(len(prompts), 0, config.normalize_rewards_on, config.seed)
-            notes |= normalize_rewards(config, roles, tokenizer, [prompts[number] for number in numbers])
+            normalize_rewards(config, roles, tokenizer, [prompts[number] for number in numbers])
         opened.pop_all()
     streams = torch.Generator().manual_seed(config.seed)
     sampling, shuffling = (int(torch.randint(2**62, (), generator=streams)) for _ in range(2))
@@ -147,8 +149,9 @@ def _prompts(config: AlignConfig, tokenizer: Any) -> list[PromptRow]:
     return read_prompts(Path(config.prompts), tokenizer, max_tokens=limit, over_long=config.over_long)
 
 
-def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[PromptRow]) -> None:
-    limit = context_length(policy.actor)
+def _check_context(config: AlignConfig, prompts: list[PromptRow]) -> None:
+    ours = model_config(config.model)
+    limit = context_of(ours)
     longest = max(len(row.token_ids) for row in prompts)
     new = config.generation.max_new_tokens
     if limit is not None and longest + new > limit:
@@ -158,7 +161,7 @@ def _check_context(config: AlignConfig, policy: LanguagePolicy, prompts: list[Pr
             f"({new}) come to {longest + new}. Set {advice}, or over_long to drop or truncate "
             f"(max_prompt_tokens to at most {max(1, limit - new)}, where it is given)."
         )
-    check_token_ids(max(max(row.token_ids) for row in prompts), policy.actor.config, f"The tokenizer of {config.model}")
+    check_token_ids(max(max(row.token_ids) for row in prompts), ours, f"The tokenizer of {config.model}")
 
 
 def plan(config: AlignConfig, state: AlignState) -> dict[str, str]:
@@ -174,6 +177,7 @@ def plan(config: AlignConfig, state: AlignState) -> dict[str, str]:
         f"{config.n_per_prompt}, seed {config.seed}",
         "prompts": f"{len(state.prompts):,} from {config.prompts}, longest {longest} tokens",
         "reward": " + ".join(config.reward) or state.reward.name,
+        **scales_in_words(config, models_of(state.reward)),
         "KL": kl if config.beta else "beta 0: no reference in memory",
         **state.notes,
         "memory": memory_in_words(state.policy, state.reward),

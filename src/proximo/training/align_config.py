@@ -78,7 +78,7 @@ class AlignConfig:
     """A weight for each reward; by default 1."""
     normalize_rewards_on: int = 256
     """Responses of the model as it begins on which the scores of each reward model are brought to mean 0 and standard
-    deviation 1 before training; 0 leaves them as the reward model's folder has them."""
+    deviation 1 before training, at least 16; 0 leaves them as the reward model's folder has them."""
     gold: tuple[str, ...] = ()
     """A second opinion that is only looked at, never learned from: sources as for reward. Its mean is `gold_mean` in
     the metrics, and the report says where the reward goes on rising while it falls."""
@@ -140,8 +140,8 @@ class AlignConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`bfloat16` computes in it over float32 weights; `auto` is float32 on the CPU and bfloat16 on a GPU."""
     frozen_precision: Literal["float32", "bfloat16"] = "float32"
-    """How weights that never learn are held: the reference, reward models, and with sharing lora the base. `bfloat16`
-    takes half the memory, and needs precision bfloat16."""
+    """How weights that never learn are held: the reference, reward and gold models, and with sharing lora the base.
+    `bfloat16` takes half the memory, and needs precision bfloat16."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     debug: bool = False
@@ -159,6 +159,11 @@ class AlignConfig:
         in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
         for name in ("threads", "n_samples", "value_pretraining_iterations", "normalize_rewards_on"):
             in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
+        if 0 < self.normalize_rewards_on < 16:
+            raise UserError(
+                f"normalize_rewards_on is {self.normalize_rewards_on}: so few responses have no scale. Set 256, or 0 "
+                "for the scale that the reward model's folder has."
+            )
         in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
         in_range("reward_timeout", self.reward_timeout, above=0.0, at_most=86_400.0, usual="60")
         one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
@@ -226,6 +231,16 @@ def check_together(config: AlignConfig) -> None:
         raise UserError(
             "truncation is 'mask', but with stop_at_eos false and no stop string every response is cut off, so that "
             "nothing could ever be learned. Use truncation terminate or bootstrap, or let responses end."
+        )
+    if generation.truncation == "bootstrap" and isinstance(config.algorithm, GRPO):
+        raise UserError(
+            "truncation is 'bootstrap', which goes on by the critic's value, but there is no critic. Use truncation "
+            "terminate or mask, or algorithm ppo."
+        )
+    if config.beta_control == "adaptive" and config.beta == 0:
+        raise UserError(
+            "beta_control is 'adaptive', but beta is 0, which keeps no reference to measure a KL to. Set beta to 0.05, "
+            "say, to begin with."
         )
     if isinstance(config.algorithm, PPO):
         _check_ppo(config.algorithm)

@@ -11,8 +11,18 @@ from torch import nn
 
 from proximo.collect.data import PromptRow
 from proximo.errors import UserError
+from proximo.models.adapters import REWARD_ADAPTER
 from proximo.models.language import LanguagePolicy
 from proximo.training.align_config import AlignConfig
+
+_DECIDE = (
+    "config.json",
+    "adapter_config.json",
+    "base.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 
 
 def check_digests(config: AlignConfig, began_with: dict[str, str], found: dict[str, str]) -> None:
@@ -34,8 +44,8 @@ def check_digests(config: AlignConfig, began_with: dict[str, str], found: dict[s
     for name in sorted(began_with.keys() | found.keys()):
         if began_with.get(name) != found.get(name):
             raise UserError(
-                f"The reward model {name} is not the one that this run began with: its weights or its config.json "
-                "differ. Bring it back, or begin a new run."
+                f"The reward model {name} is not the one that this run began with: its weights, its config or "
+                "its tokenizer differ. Bring it back, or begin a new run."
             )
 
 
@@ -52,12 +62,13 @@ def digests_of(config: AlignConfig, policy: LanguagePolicy, prompts: list[Prompt
 
 
 def _digest_of_files(folder: Path) -> str:
-    """SHA-256 of a model's config and weights as they are on the disk."""
+    """SHA-256 of all that a reward model's scores depend on: config, tokenizer, weights, and an adapter."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{REWARD_ADAPTER}/*")]):
+        if path.name in _DECIDE or path.suffix in (".safetensors", ".bin"):
             with path.open("rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+                name = str(path.relative_to(folder))
+                digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

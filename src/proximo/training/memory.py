@@ -94,7 +94,8 @@ def _advice(stage: str, config: Any) -> str:
     if stage == "align":
         ways += ["beta 0 (no reference)"] if config.beta > 0 and not has_lora else []
         ways.append(f"generation_batch_size (now {config.generation.generation_batch_size or 'all'})")
-    if stage == "align" and config.autocast and config.frozen_precision == "float32":
+    halves = stage == "align" and config.autocast and config.frozen_precision == "float32"
+    if halves and (config.beta > 0 or has_lora):
         ways.append("frozen_precision bfloat16")
     tokens = config.algorithm.microbatch_tokens if stage == "align" else config.microbatch_tokens
     ways += [f"a smaller microbatch_tokens (now {tokens or 'all'})"]

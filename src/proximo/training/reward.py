@@ -234,7 +234,7 @@ def finish(config: RewardConfig, run: RunDirectory, state: RewardState) -> dict[
         save_reward_adapter(run.path, state.model, config.model, config.adapter)
     facts = {"model": str(run.path)}
     if scale is not None:
-        facts["scores"] = f"mean {scale['mean']:.4g}, standard deviation {scale['std']:.4g}; normalized where used"
+        facts["scores"] = f"mean {scale['mean']:.4g}, standard deviation {scale['std']:.4g}; kept with the model"
     accuracy = held_out_metrics(config, state)["held_out_accuracy"]
     if accuracy is None:
         return facts

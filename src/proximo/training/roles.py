@@ -62,7 +62,8 @@ def build_roles(
             reward = reward_of(config, base=policy.actor)
             began = _begin_critic(config, policy, reward)
         else:
-            began = models_of(reward)[0] if policy.critic is not None and critic_place(config, n_tokens)[0] else None
+            place = critic_place(config, n_tokens)[0] if policy.critic is not None else ""
+            began = next((model for model in models_of(reward) if model.place == place), None)
         if config.critic_from == "reward" and config.sharing == "lora" and began is None:
             raise UserError(
                 "critic_from is 'reward', but with sharing lora the critic is an adapter, and no reward is an adapter "
@@ -123,7 +124,7 @@ def _critic(config: AlignConfig, n_tokens: int | None) -> nn.Module:
         raise UserError(f"critic_from is 'reward', but {why_not}. Use critic_from 'model'.")
     if place:
         critic: Any = load_scalar_model(place, device=config.device)
-        critic.score.weight /= scale_of(critic.config, place)[1]  # to begin in the units that scores come in
+        critic.score = _normalized_head(critic.score, *scale_of(critic.config, place), weight_of(config, place))
     else:
         critic = load_scalar_model(config.model, device=config.device, fresh_head=True)
         nn.init.zeros_(critic.score.weight)
@@ -158,6 +159,12 @@ def critic_place(config: AlignConfig, n_tokens: int | None = None) -> tuple[str,
     return place, ""
 
 
+def value_head_of(policy: LanguagePolicy) -> Any:
+    """The linear layer that says the critic's values."""
+    critic: Any = policy.critic
+    return policy.value_head if critic is None else critic.score
+
+
 def critic_in_words(config: AlignConfig, n_tokens: int | None = None) -> str:
     """What a separate critic begins as."""
     place, why_not = critic_place(config, n_tokens)
@@ -185,6 +192,21 @@ def context_of(model_config: Any) -> int | None:
 
 
 @torch.no_grad()
+def _normalized_head(head: nn.Linear, mean: float, std: float, weight: float) -> nn.Linear:
+    """A head that says in the units of the reward what another one says in raw scores."""
+    own = torch.zeros(1, device=head.weight.device) if head.bias is None else head.bias
+    made = nn.Linear(head.in_features, 1, device=head.weight.device)
+    made.weight.copy_(head.weight * (weight / std))
+    made.bias.copy_((own - mean) * (weight / std))
+    return made
+
+
+def weight_of(config: AlignConfig, place: str) -> float:
+    """What the scores of a reward count for in the sum."""
+    return config.reward_weights[config.reward.index(place)] if config.reward_weights else 1.0
+
+
+@torch.no_grad()
 def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -> RewardModel | None:
     """Let the adapter of the critic, and its head, begin as those of the reward where they are of one size."""
     models = [model for model in models_of(reward) if model.on_base]
@@ -197,10 +219,8 @@ def _begin_critic(config: AlignConfig, policy: LanguagePolicy, reward: Reward) -
     if theirs != ours or model.lora_alpha != config.lora.lora_alpha:
         return None
     copy_adapter(actor, "reward", "value")
-    score = model.model.score
-    policy.value_head.weight.copy_(score.weight / model.std)
-    own = torch.zeros(1, device=score.weight.device) if score.bias is None else score.bias
-    policy.value_head.bias.copy_((own - model.mean) / model.std)
+    head = _normalized_head(model.model.score, model.mean, model.std, weight_of(config, model.place))
+    policy.value_head.load_state_dict(head.state_dict())
     return model
 
 
