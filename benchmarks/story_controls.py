@@ -52,8 +52,10 @@ def main(seed: int, threads: int) -> None:
         controls = []
         row, _ = aligned("shuffled labels", str(shuffled.path))
         controls.append(row | {"reward_accuracy": reward_accuracy(shuffled.path, config)[0]})
-        row, _ = aligned(f"beta {HUGE_BETA:g}", str(good.path), beta=HUGE_BETA)
-        controls.append(row | {"reward_accuracy": reward_accuracy(good.path, config)[0]})
+        for where in ("reward", "loss_k2"):
+            called = f"beta {HUGE_BETA:g}, in the {where.replace('_', ', ')}"
+            row, _ = aligned(called, str(good.path), beta=HUGE_BETA, kl_in=where)
+            controls.append(row | {"reward_accuracy": reward_accuracy(good.path, config)[0]})
         try:
             aligned("constant reward", f"{__file__}:constant")
         except UserError as error:

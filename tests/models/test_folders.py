@@ -15,6 +15,7 @@ from proximo.models.folders import (
     load_causal_lm,
     load_scalar_model,
     load_tokenizer,
+    save_model,
     tokenizer_in_words,
 )
 from tests.tiny_language import (
@@ -146,3 +147,25 @@ def test_what_is_unusual_and_harmless_is_said():
     words = tokenizer_in_words(tokenizer, config)
     assert "no EOS token" in words
     assert "PAD" not in words
+
+
+@pytest.mark.parametrize("kind", ["Granite", "Cohere", "Olmo2"])
+def test_kinds_without_a_class_for_classification_have_scalar_models_all_the_same(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    shape: dict[str, Any] = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    shape |= dict(num_key_value_heads=1, vocab_size=N_TOKENS, pad_token_id=0, bos_token_id=1)
+    config = getattr(transformers, f"{kind}Config")(**shape, eos_token_id=2, max_position_embeddings=64)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "lm")
+    tiny_tokenizer().save_pretrained(tmp_path / "lm")
+    critic: Any = load_scalar_model(tmp_path / "lm", fresh_head=True)
+    trunk: Any = load_causal_lm(tmp_path / "lm")
+    ids = torch.arange(7, 15).unsqueeze(0)
+    with torch.no_grad():
+        expected = trunk.base_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(critic.base_model(input_ids=ids).last_hidden_state, expected)
+    save_model(tmp_path / "rm", critic, tiny_tokenizer())
+    again: Any = load_scalar_model(tmp_path / "rm")
+    torch.testing.assert_close(again.score.weight, critic.score.weight)
+    with pytest.raises(UserError, match="not a reward model"):
+        load_scalar_model(tmp_path / "lm")

@@ -158,13 +158,12 @@ def load_scalar_model(
     Raises:
         UserError: if there is none, or it has no head with one output and a fresh one was not asked for.
     """
-    transformers = transformers_module()
     if not fresh_head:
         _check_head(place, "ForSequenceClassification", "a reward model")
     model, found = _explained(
         "model",
         place,
-        lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
+        lambda: _scalar_class(place).from_pretrained(
             str(place), num_labels=1, dtype=dtype, output_loading_info=True, **_where(place)
         ),
     )
@@ -178,6 +177,26 @@ def load_scalar_model(
     if fresh_head:
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     return without_dropout(model).to(device)
+
+
+def _scalar_class(place: str | Path) -> Any:
+    """The class for sequence classification of a model's kind; where transformers has none, one is put together.
+
+    Granite, Cohere, OLMo, Mamba and many more have a causal language model alone.
+    """
+    transformers = transformers_module()
+    from transformers.modeling_layers import GenericForSequenceClassification
+    from transformers.models.auto import modeling_auto
+
+    kind = type(transformers.AutoConfig.from_pretrained(str(place), **_where(place)))
+    if kind in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return transformers.AutoModelForSequenceClassification
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{place} is of the kind {kind.__name__.removesuffix('Config')}, which has no causal model.")
+    causal: Any = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    family = next(each for each in causal.__mro__ if each.__name__.endswith("PreTrainedModel"))
+    name = causal.__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForSequenceClassification"
+    return type(name, (GenericForSequenceClassification, family), {"base_model_prefix": causal.base_model_prefix})
 
 
 def _check_whole(place: str | Path, found: dict[str, Any], but_for: str | None = None) -> None:
