@@ -307,8 +307,9 @@ def generate(
     check_ends(policy.actor, tokenizer, config)
     responses = sample(policy, tokenizer, [row.token_ids for row in rows], config, generator, n_per_prompt=n_per_prompt)
     asked = [row for row in rows for _ in range(n_per_prompt)]
-    texts = response_texts(tokenizer, responses, end_tokens(policy.actor, tokenizer), config.stop)
-    scores = scores_of(reward, policy, tokenizer, asked, responses, config)
+    ends = end_tokens(policy.actor, tokenizer)
+    texts = response_texts(tokenizer, responses, ends, config.stop)
+    scores = _rewarded(reward, tokenizer, asked, texts, responses, ends)
     scored = _score_in_parts(policy, responses, with_reference=with_reference)
     log_probs = responses.log_probs if scored.log_probs is None else scored.log_probs
     batch = _assemble(responses, scored, log_probs, scores.values, config, reward_beta)
@@ -333,8 +334,8 @@ def generate(
 def response_texts(tokenizer: Any, responses: Responses, ends: list[int], stop: tuple[str, ...]) -> list[str]:
     """The text of each response, without its end token, cut before a stop string."""
     ids = [
-        [token for token in tokens[mask].tolist() if token not in ends]
-        for tokens, mask in zip(responses.tokens, responses.response, strict=True)
+        [token for token, said in zip(tokens, mask, strict=True) if said and token not in ends]
+        for tokens, mask in zip(responses.tokens.tolist(), responses.response.tolist(), strict=True)
     ]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     for word in stop:
