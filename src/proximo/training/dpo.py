@@ -6,7 +6,6 @@ step, and kept: no second model is ever in memory. Margins in the data are not u
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,11 +23,10 @@ from proximo.models.folders import save_model
 from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import append_metrics
 from proximo.training import supervised
-from proximo.training.reward import pair_pieces, read_pairs, texts_of
+from proximo.training.reward import UNMEASURED, pair_pieces, read_pairs, texts_of
 from proximo.training.sft import causal_policy
-from proximo.training.supervised import EVALUATION_TOKENS, Metrics, SupervisedConfig, Text
+from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig, Text
 
 STAGE = "dpo"
 
@@ -136,33 +134,22 @@ def iterate(config: DPOConfig, run: RunDirectory, state: DPOState) -> Iterator[M
     Raises:
         UserError: if the loss becomes non-finite.
     """
-    total = supervised.n_iterations(config, len(state.pairs))
-    per_epoch = supervised.iterations_per_epoch(config, len(state.pairs))
-    while not finished(config, state):
-        began = time.perf_counter()
-        numbers = supervised.rows_of(config, state.iteration, len(state.pairs))
-        pairs = [state.pairs[number] for number in numbers]
-        shares = partial(_shares, config, state.policy, pairs, state.reference[numbers])
-        metrics: Metrics = supervised.take_step(
-            config, state.optimizer, pair_pieces(config, pairs), shares, state.iteration, total
-        )
-        stepped = time.perf_counter()
-        state.iteration += 1
-        ends_epoch = state.iteration % per_epoch == 0
-        metrics |= held_out_metrics(config, state) if ends_epoch else _unmeasured()
-        state.seconds += time.perf_counter() - began
-        row = {
-            "iteration": state.iteration,
-            "n_iterations": total,
-            "epoch": state.iteration / per_epoch,
-            **metrics,
-            "seconds": state.seconds,
-            "tokens_per_second": sum(map(len, texts_of(pairs))) / max(stepped - began, 1e-9),
-        }
-        append_metrics(run.metrics_path, row)
-        if supervised.due(config, state.iteration, state.saved_at, total):
-            save(config, run, state)
-        yield row
+    return supervised.steps(
+        config,
+        run,
+        state,
+        len(state.pairs),
+        step_on=partial(_step, config, state),
+        measure=partial(held_out_metrics, config, state),
+        unmeasured=UNMEASURED,
+        save=partial(save, config, run, state),
+    )
+
+
+def _step(config: DPOConfig, state: DPOState, numbers: list[int]) -> Step:
+    pairs = [state.pairs[number] for number in numbers]
+    shares = partial(_shares, config, state.policy, pairs, state.reference[numbers])
+    return Step(pair_pieces(config, pairs), shares, sum(map(len, texts_of(pairs))))
 
 
 def finished(config: DPOConfig, state: DPOState) -> bool:
@@ -196,14 +183,10 @@ def _means(config: DPOConfig, chosen: Tensor, rejected: Tensor, reference: Tenso
 def held_out_metrics(config: DPOConfig, state: DPOState) -> dict[str, float | None]:
     """Loss and accuracy on the pairs that are held out; None if there are none."""
     if not state.held_out:
-        return _unmeasured()
+        return UNMEASURED
     chosen, rejected = score_pairs(config, state.policy, state.held_out).unbind(1)
     means = _means(config, chosen, rejected, state.held_out_reference)
     return {f"held_out_{name}": float(means[name]) for name in ("loss", "accuracy")}
-
-
-def _unmeasured() -> dict[str, float | None]:
-    return {"held_out_loss": None, "held_out_accuracy": None}
 
 
 def save(config: DPOConfig, run: RunDirectory, state: DPOState) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +22,13 @@ from proximo.models.folders import REWARD_SCALE, load_scalar_model, load_tokeniz
 from proximo.models.language import checkpoint_activations
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import append_metrics
 from proximo.training import supervised
-from proximo.training.supervised import EVALUATION_TOKENS, Metrics, SupervisedConfig
+from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig
 
 STAGE = "reward"
+
+UNMEASURED: Metrics = {"held_out_loss": None, "held_out_accuracy": None}
+"""Metrics of what is held out, where it is not looked at."""
 
 SCALE_PAIRS = 2048
 """The scale of scores is measured on at most this many pairs."""
@@ -135,32 +136,22 @@ def iterate(config: RewardConfig, run: RunDirectory, state: RewardState) -> Iter
     Raises:
         UserError: if the loss becomes non-finite.
     """
-    total = supervised.n_iterations(config, len(state.pairs))
-    per_epoch = supervised.iterations_per_epoch(config, len(state.pairs))
-    while not finished(config, state):
-        began = time.perf_counter()
-        pairs = [state.pairs[row] for row in supervised.rows_of(config, state.iteration, len(state.pairs))]
-        shares = partial(_shares, config, state.model, pairs)
-        metrics: Metrics = supervised.take_step(
-            config, state.optimizer, pair_pieces(config, pairs), shares, state.iteration, total
-        )
-        stepped = time.perf_counter()
-        state.iteration += 1
-        ends_epoch = state.iteration % per_epoch == 0
-        metrics |= held_out_metrics(config, state) if ends_epoch else _unmeasured()
-        state.seconds += time.perf_counter() - began
-        row = {
-            "iteration": state.iteration,
-            "n_iterations": total,
-            "epoch": state.iteration / per_epoch,
-            **metrics,
-            "seconds": state.seconds,
-            "tokens_per_second": sum(map(len, texts_of(pairs))) / max(stepped - began, 1e-9),
-        }
-        append_metrics(run.metrics_path, row)
-        if supervised.due(config, state.iteration, state.saved_at, total):
-            save(config, run, state)
-        yield row
+    return supervised.steps(
+        config,
+        run,
+        state,
+        len(state.pairs),
+        step_on=partial(_step, config, state),
+        measure=partial(held_out_metrics, config, state),
+        unmeasured=UNMEASURED,
+        save=partial(save, config, run, state),
+    )
+
+
+def _step(config: RewardConfig, state: RewardState, numbers: list[int]) -> Step:
+    pairs = [state.pairs[number] for number in numbers]
+    shares = partial(_shares, config, state.model, pairs)
+    return Step(pair_pieces(config, pairs), shares, sum(map(len, texts_of(pairs))))
 
 
 def finished(config: RewardConfig, state: RewardState) -> bool:
@@ -192,15 +183,11 @@ def _means(chosen: Tensor, rejected: Tensor, margin: Tensor, centring_coef: floa
 def held_out_metrics(config: RewardConfig, state: RewardState) -> dict[str, float | None]:
     """Loss and accuracy on the pairs that are held out; None if there are none."""
     if not state.held_out:
-        return _unmeasured()
+        return UNMEASURED
     chosen, rejected = _score(config, state.model, state.held_out)
     margin = torch.tensor([pair.margin for pair in state.held_out])
     means = _means(chosen, rejected, margin, config.centring_coef)
     return {f"held_out_{name}": float(means[name]) for name in ("loss", "accuracy")}
-
-
-def _unmeasured() -> dict[str, float | None]:
-    return {"held_out_loss": None, "held_out_accuracy": None}
 
 
 def _score(config: RewardConfig, model: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +20,8 @@ from proximo.models.folders import load_causal_lm, load_tokenizer, save_model
 from proximo.models.language import LanguagePolicy, enable_gradient_checkpointing
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import append_metrics
 from proximo.training import supervised
-from proximo.training.supervised import EVALUATION_TOKENS, Metrics, SupervisedConfig, Text
+from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig, Text
 
 STAGE = "sft"
 
@@ -124,32 +122,22 @@ def iterate(config: SFTConfig, run: RunDirectory, state: SFTState) -> Iterator[M
     Raises:
         UserError: if the loss becomes non-finite.
     """
-    total = supervised.n_iterations(config, len(state.examples))
-    per_epoch = supervised.iterations_per_epoch(config, len(state.examples))
-    while not finished(config, state):
-        began = time.perf_counter()
-        rows = supervised.rows_of(config, state.iteration, len(state.examples))
-        texts = _texts(config, [state.examples[row] for row in rows])
-        shares = partial(_shares, state.policy, texts, sum(text.n_scored for text in texts), config.device)
-        pieces = _pieces(config, texts)
-        metrics: Metrics = supervised.take_step(config, state.optimizer, pieces, shares, state.iteration, total)
-        stepped = time.perf_counter()
-        state.iteration += 1
-        ends_epoch = state.iteration % per_epoch == 0
-        metrics["held_out_loss"] = held_out_loss(config, state) if ends_epoch else None
-        state.seconds += time.perf_counter() - began
-        row = {
-            "iteration": state.iteration,
-            "n_iterations": total,
-            "epoch": state.iteration / per_epoch,
-            **metrics,
-            "seconds": state.seconds,
-            "tokens_per_second": sum(len(text.token_ids) for text in texts) / max(stepped - began, 1e-9),
-        }
-        append_metrics(run.metrics_path, row)
-        if supervised.due(config, state.iteration, state.saved_at, total):
-            save(config, run, state)
-        yield row
+    return supervised.steps(
+        config,
+        run,
+        state,
+        len(state.examples),
+        step_on=partial(_step, config, state),
+        measure=lambda: {"held_out_loss": held_out_loss(config, state)},
+        unmeasured={"held_out_loss": None},
+        save=partial(save, config, run, state),
+    )
+
+
+def _step(config: SFTConfig, state: SFTState, numbers: list[int]) -> Step:
+    texts = _texts(config, [state.examples[number] for number in numbers])
+    shares = partial(_shares, state.policy, texts, sum(text.n_scored for text in texts), config.device)
+    return Step(_pieces(config, texts), shares, sum(len(text.token_ids) for text in texts))
 
 
 def finished(config: SFTConfig, state: SFTState) -> bool:

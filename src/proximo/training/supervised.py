@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,7 +29,7 @@ from proximo.models.folders import check_token_ids, context_length, transformers
 from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import sync_metrics
+from proximo.runs.metrics import append_metrics, sync_metrics
 
 Metrics = dict[str, Any]
 
@@ -356,6 +357,63 @@ def take_step(
             f"warmup_fraction (it is {config.warmup_fraction:g}), precision float32."
         ) from error
     return sums | {"grad_norm": norm, "learning_rate": optimizer.learning_rate}
+
+
+class Step(NamedTuple):
+    """What one optimizer step learns from: a minibatch in pieces, the shares of each piece, and how much text it is."""
+
+    pieces: Iterable[Any]
+    shares_of: Callable[[Any], dict[str, Tensor]]
+    n_tokens: int
+
+
+def steps(
+    config: SupervisedConfig,
+    run: RunDirectory,
+    state: Any,
+    n_rows: int,
+    *,
+    step_on: Callable[[list[int]], Step],
+    measure: Callable[[], Metrics],
+    unmeasured: Metrics,
+    save: Callable[[], None],
+) -> Iterator[Metrics]:
+    """Train to the end of the last epoch, yielding the metrics of each step once they are written.
+
+    Args:
+        config: the settings.
+        run: where metrics go.
+        state: of the stage, with its `optimizer` and its counters.
+        n_rows: how many rows there are to learn from.
+        step_on: what to learn from rows of these numbers.
+        measure: metrics of what is held out, at the end of each epoch.
+        unmeasured: what stands for them elsewhere.
+        save: writes a checkpoint.
+
+    Raises:
+        UserError: if the loss becomes non-finite.
+    """
+    total, per_epoch = n_iterations(config, n_rows), iterations_per_epoch(config, n_rows)
+    while state.iteration < total:
+        began = time.perf_counter()
+        step = step_on(rows_of(config, state.iteration, n_rows))
+        metrics: Metrics = take_step(config, state.optimizer, step.pieces, step.shares_of, state.iteration, total)
+        stepped = time.perf_counter()
+        state.iteration += 1
+        metrics |= measure() if state.iteration % per_epoch == 0 else unmeasured
+        state.seconds += time.perf_counter() - began
+        row = {
+            "iteration": state.iteration,
+            "n_iterations": total,
+            "epoch": state.iteration / per_epoch,
+            **metrics,
+            "seconds": state.seconds,
+            "tokens_per_second": step.n_tokens / max(stepped - began, 1e-9),
+        }
+        append_metrics(run.metrics_path, row)
+        if due(config, state.iteration, state.saved_at, total):
+            save()
+        yield row
 
 
 def accumulate_gradients(
