@@ -36,7 +36,9 @@ from proximo.training.align_config import ALGORITHMS, AlignConfig
 
 N_TOKENS, LENGTH = 8, 5
 WORDS = "abcdefgh"
-PROMPT = "a"
+PROMPT = "a b"
+"""Two words: after "a", "a a" and "a a a" attention sees nothing but copies of one token, whatever their number, so
+that the policy would have to treat positions alike that the optimum does not."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,11 @@ def all_responses() -> Tensor:
     return torch.tensor(list(itertools.product(range(N_TOKENS), repeat=LENGTH)))
 
 
+def prompt_tokens() -> list[int]:
+    """The prompt's tokens."""
+    return [WORDS.index(word) for word in PROMPT.split()]
+
+
 def write_task(folder: Path, seed: int) -> None:
     """A two-layer Llama with random weights over exactly 8 tokens, its tokenizer, and one prompt."""
     import tokenizers
@@ -108,12 +115,11 @@ def write_task(folder: Path, seed: int) -> None:
 def exact_log_probs(model: Any) -> Tensor:
     """Log-probability `[32768]` of every response under a model."""
     responses = all_responses()
-    prompt = torch.full((len(responses), 1), WORDS.index(PROMPT))
-    rows = torch.cat([prompt, responses], 1)
+    rows = torch.cat([torch.tensor(prompt_tokens()).expand(len(responses), -1), responses], 1)
     parts = []
     for piece in rows.split(4096):
-        log_p = model(input_ids=piece[:, :-1]).logits.double().log_softmax(-1)
-        parts.append(log_p.gather(-1, piece[:, 1:, None]).squeeze(-1).sum(1))
+        log_p = model(input_ids=piece[:, :-1]).logits[:, -LENGTH:].double().log_softmax(-1)
+        parts.append(log_p.gather(-1, piece[:, -LENGTH:, None]).squeeze(-1).sum(1))
     return torch.cat(parts)
 
 
@@ -146,7 +152,7 @@ def sampled_kl(policy: LanguagePolicy, tokenizer: Any, n: int = 4096) -> tuple[f
     """Mean log pi - log pi_ref of fresh samples, and its standard error."""
     config = GenerationConfig(max_new_tokens=LENGTH, stop_at_eos=False)
     generator = torch.Generator().manual_seed(123)
-    responses = sample(policy, tokenizer, [[WORDS.index(PROMPT)]], config, generator, n_per_prompt=n)
+    responses = sample(policy, tokenizer, [prompt_tokens()], config, generator, n_per_prompt=n)
     scored = policy.score(responses.tokens, responses.attention, responses.response, with_reference=True)
     assert scored.ref_log_probs is not None
     ratios = (scored.log_probs - scored.ref_log_probs).double().sum(1)
