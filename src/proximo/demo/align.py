@@ -65,7 +65,7 @@ class DemoConfig:
 
 LONG = DemoConfig(
     n_stories=24_000,
-    n_pairs=20_000,
+    n_pairs=32_000,
     reward_learning_rate=4e-4,
     noise=1.0,
     betas=(0.05, 0.02, 0.15, 0.5),

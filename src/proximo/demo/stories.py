@@ -80,7 +80,6 @@ _MOOD_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "sad": _words("mean nasty rude cruel"),
         "plain": _words("tall young quiet slow"),
     },
-    "DEED": {"happy": _words("fixed saved"), "sad": _words("broke stole"), "plain": _words("carried watched")},
     "DAY": {
         "happy": _words("lovely wonderful perfect sunny"),
         "sad": _words("terrible gloomy horrible rotten"),
@@ -89,6 +88,7 @@ _MOOD_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 _PLAIN_WORDS: dict[str, tuple[str, ...]] = {
+    "DEED": _words("carried watched moved washed lifted pulled"),
     "LOOK": _words("red blue green yellow purple little big round soft shiny wooden new"),
     "TIME": _words("day morning afternoon evening"),
     "PREPOSITION": _words("near behind beside under"),
@@ -283,7 +283,7 @@ def _spoil(sentences: list[str], rng: random.Random) -> list[str]:
         del words[spot]
     elif fault < 0.10:
         words[spot : spot + 2] = words[spot + 1], words[spot]
-    elif fault < 0.12:
+    elif fault < 0.105:
         return [*sentences[: at + 1], *sentences[at:]]
     return [*sentences[:at], " ".join(words), *sentences[at + 1 :]]
 
@@ -400,7 +400,7 @@ _HAPPY_WORDS = frozenset(word for words in _MOOD_WORDS.values() for word in word
 _SAD_WORDS = frozenset(word for words in _MOOD_WORDS.values() for word in words["sad"])
 
 # What `_raw_gold` gives on average and by how much it varies (50,000 stories of seed 0).
-_RAW_MEAN, _RAW_STD = 1.081, 2.465
+_RAW_MEAN, _RAW_STD = 1.157, 2.314
 
 
 def gold_score(prompt: str, response: str) -> float:
