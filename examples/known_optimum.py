@@ -126,7 +126,7 @@ def exact_log_probs(model: Any) -> Tensor:
 def settings(folder: Path, algorithm: str, beta: float, seed: int, n_iterations: int) -> AlignConfig:
     """What reaches the optimum in about a minute."""
     chosen = ALGORITHMS[algorithm]
-    shared = dict(learning_rate=1e-3, learning_rate_schedule="linear", batch_size=128, max_grad_norm=1.0, n_epochs=4)
+    shared = dict(learning_rate=1e-3, learning_rate_schedule="linear", batch_size=64, max_grad_norm=1.0, n_epochs=4)
     chosen = replace(chosen, **shared)
     if isinstance(chosen, PPO):
         # Near the optimum advantages are noise: scaled up to 1 they would keep the policy from settling.
@@ -165,7 +165,7 @@ def run(
     seed: int,
     *,
     reward: str = "potentials",
-    n_iterations: int = 300,
+    n_iterations: int = 70,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train, enumerate, and say how far it went."""
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--reward", default="potentials", choices=["potentials", "distinct"])
-    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--iterations", type=int, default=70)
     arguments = parser.parse_args()
     result = run(
         arguments.algorithm,
