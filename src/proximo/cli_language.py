@@ -149,6 +149,7 @@ def _next(stage: str, path: str, config: Any) -> list[str]:
     if stage == "reward":
         return [f"proximo align --model {model} --reward {path} --prompts PROMPTS.jsonl"]
     rewards = shlex.join(getattr(config, "reward", ())) or "REWARD"
+    rewards += f" --sandbox {shlex.quote(config.sandbox)}" if getattr(config, "sandbox", "") else ""
     prompts = shlex.quote(getattr(config, "prompts", "") or "PROMPTS.jsonl")
     return [
         f"proximo chat {path}",
@@ -319,6 +320,10 @@ class CompareArguments:
     """A .jsonl or .parquet file, or a folder that datasets saved, with a column `prompt`."""
     reward: tuple[str, ...] = ()
     """Where scores come from, as for proximo align; the win rate is the share of prompts with the higher score."""
+    sandbox: str = ""
+    """The command in which --reward code:COLUMN runs programs, as for proximo align."""
+    sandbox_timeout: float = 10.0
+    """Seconds after which such a program is stopped."""
     judge: bool = False
     """Show both responses to an AI judge, in both orders, and count which it finds better."""
     judge_settings: Annotated[JudgeConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=JudgeConfig)
@@ -382,6 +387,7 @@ def _sources(given: CompareArguments, opened: ExitStack) -> tuple[Any, Any]:
 
     def source(places: tuple[str, ...], mode: str) -> Any:
         named = {"reward": places, "device": given.device} | settings | {"judge_mode": mode}
+        named |= {"sandbox": given.sandbox, "sandbox_timeout": given.sandbox_timeout}
         found = reward_of(config_of("align", named, where="proximo evaluate"))
         opened.callback(found.close)
         return found

@@ -94,8 +94,9 @@ def align(
 
     Args:
         model: a `save_pretrained` folder or a hub id; also the reference.
-        reward: a reward model's folder, `my_file.py:function`, `package.module:function`, "judge", several of
-            these, or a function `score(prompts, responses, **columns)` that returns a list of numbers or None.
+        reward: a reward model's folder, `my_file.py:function`, `package.module:function`, "judge", "code:COLUMN"
+            (with `sandbox`), several of these, or a function `score(prompts, responses, **columns)` that returns a list
+            of numbers or None.
         prompts: a file or folder as for `sft`, with the column `prompt`.
         algorithm: ppo, grpo, dr_grpo, dapo or rloo.
         run_dir: where to write; by default a new folder `runs/align/<time>-seed<seed>`.
@@ -216,9 +217,9 @@ def resume_words(path: Path, stage: str, config: Any) -> str:
 
 
 def _named_functions(config: Any) -> list[str]:
-    """The functions of files and modules that a run calls."""
+    """The functions of files and modules that a run calls, and the rewards that run programs."""
     places = getattr(config, "reward", ()) + getattr(config, "gold", ())
-    return [place for place in places if kind_of_reward(place) == "function"]
+    return [place for place in places if kind_of_reward(place) in ("function", "code")]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
@@ -319,6 +320,10 @@ def _absolute(config: Any) -> Any:
             changes[entry.name] = str(Path(value).expanduser().absolute())
         elif entry.name in ("reward", "gold") and isinstance(value, tuple):
             changes[entry.name] = tuple(_absolute_reward(place) for place in value)
+    sandbox = getattr(config, "sandbox", "")
+    first = sandbox.partition(" ")[0]
+    if "/" in first and Path(first).is_file():  # where else it is searched for on the PATH
+        changes["sandbox"] = shlex.quote(str(Path(first).absolute())) + sandbox[len(first) :]
     judge = getattr(config, "judge", None)
     if judge is not None and judge.judge_rubric and Path(judge.judge_rubric).exists():
         changes["judge"] = replace(judge, judge_rubric=str(Path(judge.judge_rubric).absolute()))
@@ -415,8 +420,11 @@ def _check_rewards(
     asked = config.gold if stage == "align" and function is not None else None
     places = [place for place in _named_functions(config) if asked is None or place in asked]
     if places and not allow_import:
+        runs = "that code"
+        if kind_of_reward(places[0]) == "code":
+            runs = f"programs that the model writes, by the command: {config.sandbox or '(none)'}"
         raise UserError(
-            f"This run's reward is {places[0]!r}: resuming it runs that code. If the run is your own, add "
+            f"This run's reward is {places[0]!r}: resuming it runs {runs}\nIf the run is your own, add "
             "--allow-import (Python: allow_import=True)."
         )
 

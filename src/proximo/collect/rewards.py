@@ -73,16 +73,20 @@ class Reward(Protocol):
         ...
 
 
-def kind_of_reward(place: str) -> Literal["judge", "model", "function"]:
+def kind_of_reward(place: str) -> Literal["judge", "model", "function", "code"]:
     """What kind of reward a setting names: a folder that exists is a model, whatever its name.
 
     Raises:
-        UserError: for a Python file without the name of a function in it.
+        UserError: for a Python file without the name of a function in it, and for code without a column.
     """
     if place == "judge":
         return "judge"
     if Path(place).is_dir():
         return "model"
+    if place in ("code", "code:"):
+        raise UserError("The reward code runs programs with tests. Name the column of the tests, such as code:tests.")
+    if place.startswith("code:"):
+        return "code"
     if ":" in place:
         return "function"
     if place.endswith(".py") or Path(place).is_file():

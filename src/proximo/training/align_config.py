@@ -72,8 +72,8 @@ class AlignConfig:
     model: str = ""
     """The model to begin with, a folder or hub id: usually what proximo sft made. It is the reference, too."""
     reward: tuple[str, ...] = ()
-    """Where scores come from: a reward model's folder, my_file.py:function, package.module:function, or judge; several
-    are added up."""
+    """Where scores come from: a reward model's folder, my_file.py:function, package.module:function, judge, or
+    code:COLUMN (programs, with tests in that column of the prompts); several are added up."""
     reward_weights: tuple[float, ...] = ()
     """A weight for each reward; by default 1."""
     normalize_rewards_on: int = 256
@@ -123,6 +123,11 @@ class AlignConfig:
     """The run stops where more than this share of an iteration's responses got no score."""
     reward_timeout: float = 60.0
     """Seconds after which a reward function that has not answered is stopped."""
+    sandbox: str = ""
+    """The command in which --reward code:COLUMN runs the programs that the model writes, without which none is run:
+    {file} stands for the program, {folder} for the folder where it is. docs/language.md has examples."""
+    sandbox_timeout: float = 10.0
+    """Seconds after which such a program is stopped."""
     n_samples: int = 4
     """Prompts whose responses are shown and kept in samples.jsonl, the same ones throughout."""
     samples_every: int = 10
@@ -166,6 +171,7 @@ class AlignConfig:
             )
         in_range("max_missing_rewards", self.max_missing_rewards, at_least=0.0, at_most=1.0, usual="0.2")
         in_range("reward_timeout", self.reward_timeout, above=0.0, at_most=86_400.0, usual="60")
+        in_range("sandbox_timeout", self.sandbox_timeout, above=0.0, at_most=86_400.0, usual="10")
         one_of("sharing", self.sharing, ("separate", "trunk", "lora"))
         one_of("kl_in", self.kl_in, ("reward", "loss_k2", "loss_k3"))
         one_of("beta_control", self.beta_control, ("fixed", "adaptive"))
@@ -225,6 +231,11 @@ def check_together(config: AlignConfig) -> None:
         raise UserError(
             "judge_mode is 'pair', which compares responses to the same prompt, but responses_per_prompt is 1. Set "
             "responses_per_prompt to 2 or more, or judge_mode to score."
+        )
+    if config.sandbox and not any(place.startswith("code:") for place in config.reward + config.gold):
+        raise UserError(
+            "sandbox is given, but no reward runs programs. Set reward to code:tests, where tests is the column of the "
+            "prompts with the tests, or leave sandbox out."
         )
     generation = config.generation
     if generation.truncation == "mask" and not generation.stop_at_eos and not generation.stop:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from proximo.algorithms.ppo import PPO
+from proximo.collect.code_reward import CodeReward
 from proximo.collect.judge import JudgeReward
 from proximo.collect.reward_model import RewardModel, same_tokens, scale_of
 from proximo.collect.rewards import CallableReward, FunctionReward, Reward, WeightedReward, kind_of_reward
@@ -234,8 +235,8 @@ def reward_of(config: AlignConfig, base: Any = None) -> Reward:
     """
     if not config.reward:
         raise UserError(
-            "align needs a reward: --reward FOLDER (a reward model), --reward my_file.py:score (a function), or "
-            "--reward judge."
+            "align needs a reward: --reward FOLDER (a reward model), --reward my_file.py:score (a function), --reward "
+            "judge, or --reward code:tests (programs with tests)."
         )
     rewards = [_one_reward(config, place, base) for place in config.reward]
     if len(rewards) == 1 and not config.reward_weights:
@@ -255,6 +256,8 @@ def _one_reward(config: AlignConfig, place: str, base: Any) -> Reward:
     kind = kind_of_reward(place)
     if kind == "function":
         return FunctionReward(place, timeout=config.reward_timeout)
+    if kind == "code":
+        return CodeReward(place, config.sandbox, timeout=config.sandbox_timeout)
     if kind == "model":
         held = getattr(torch, config.frozen_precision)
         return RewardModel(place, device=config.device, dtype=held, autocast=config.autocast, base=base)
