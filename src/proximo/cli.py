@@ -16,7 +16,8 @@ from typing import Any
 
 import tyro
 
-from proximo.errors import UserError, nearest, tell
+from proximo.errors import UserError, nearest, shown, tell
+from proximo.runs import files
 
 USAGE = """\
 proximo trains policies with proximal policy optimization.
@@ -249,7 +250,7 @@ def _train(words: list[str]) -> Outcome:
     base, source, factory = ControlConfig(), "", None
     in_file = from_file.get("env_kwargs", {})
     if not isinstance(in_file, dict):
-        raise UserError(f"{file}: env_kwargs must be a table, not {in_file!r}")
+        raise UserError(f"{file}: env_kwargs must be a table, not {shown(in_file)}")
     kwargs = in_file | _json_object("--env-kwargs", _flag_value(words, "--env-kwargs"))
     if env_id is not None:
         env_id, factory = environment_source(env_id)
@@ -553,11 +554,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _json_object(flag: str, text: str | None) -> dict[str, Any]:
     try:
-        value = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+        value = files.parse_json((text or "{}").encode("utf-8", "surrogatepass"), allow_nan=True)
+    except ValueError as error:
         raise UserError(f"{flag} is not JSON ({error}); it looks like: {flag} '{{\"hardcore\": true}}'") from error
     if not isinstance(value, dict):
-        raise UserError(f"{flag} must be a JSON object, not {value!r}")
+        raise UserError(f"{flag} must be a JSON object, not {shown(value)}")
     return value
 
 

@@ -37,6 +37,18 @@ def nearest(name: str, known: Iterable[str], *, count: int = 3) -> list[str]:
     return [by_lowercase[match] for match in matches]
 
 
+def shown(value: object) -> str:
+    """A value as it would be written in Python, for messages; what is too long for one is cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits, alone or somewhere inside
+        return f"{type(value).__name__} of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
+
+
+_LONGEST_SHOWN = 400
+
+
 def in_range(
     name: str,
     value: float | None,
@@ -59,8 +71,8 @@ def in_range(
     bounds = [(at_least, ">="), (above, ">"), (at_most, "<="), (below, "<")]
     kind = "a whole number" if whole else "a number"
     wanted = " and ".join(f"{sign} {bound:g}" for bound, sign in bounds if bound is not None)
-    is_whole = isinstance(value, int) and not isinstance(value, bool)  # of any size: some fit into no float
-    is_number = is_whole or (isinstance(value, float) and math.isfinite(value))
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    is_number = (is_whole and (whole or _fits_a_float(value))) or (isinstance(value, float) and math.isfinite(value))
     number: float = value if is_number else math.nan  # type: ignore[assignment]
     fits = (
         is_number
@@ -74,7 +86,7 @@ def in_range(
     )
     if not fits:
         raise UserError(
-            f"{name} is {value!r}; it must be {' '.join(filter(None, (kind, wanted)))}. A usual value is {usual}."
+            f"{name} is {shown(value)}; it must be {' '.join(filter(None, (kind, wanted)))}. A usual value is {usual}."
         )
 
 
@@ -88,4 +100,8 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
     if value not in known:
         closest = nearest(str(value), known, count=1)
         hint = f" Did you mean {closest[0]!r}?" if closest else ""
-        raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}.{hint}")
+        raise UserError(f"{name} is {shown(value)}; it must be one of {', '.join(map(repr, known))}.{hint}")
+
+
+def _fits_a_float(value: float | None) -> bool:
+    return value is not None and abs(value) <= sys.float_info.max

@@ -15,7 +15,7 @@ import torch
 from proximo import api
 from proximo.api import Env, Run, check_device, noted_signals
 from proximo.collect.rewards import kind_of_reward
-from proximo.errors import UserError, nearest
+from proximo.errors import UserError, nearest, shown
 from proximo.models.folders import tokenizer_in_words
 from proximo.runs.checkpoint import newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
@@ -261,7 +261,7 @@ def _words(name: str, value: Any, where: str) -> Any:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list | tuple) and not all(isinstance(word, str) for word in value):
-        raise UserError(f"{where}: {name} is {value!r}; it must be text, or a list of texts.")
+        raise UserError(f"{where}: {name} is {shown(value)}; it must be text, or a list of texts.")
     return value
 
 
@@ -273,11 +273,11 @@ def algorithm_named(name: Any) -> Any:
     """
     from proximo.training.align_config import ALGORITHMS
 
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         close = nearest(str(name), ALGORITHMS, count=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         listed = ", ".join(ALGORITHMS)
-        raise UserError(f"There is no algorithm {name!r} for language models.{hint} There are: {listed}.")
+        raise UserError(f"There is no algorithm {shown(name)} for language models.{hint} There are: {listed}.")
     return ALGORITHMS[name]
 
 

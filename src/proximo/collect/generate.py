@@ -54,7 +54,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
         in_range("max_new_tokens", self.max_new_tokens, at_least=1, whole=True, usual="64")
-        in_range("temperature", self.temperature, above=0.0, usual="0.7 to 1.0")
+        in_range("temperature", self.temperature, at_least=1e-6, usual="0.7 to 1.0")
         in_range("missing_eos_penalty", self.missing_eos_penalty, at_least=0.0, usual="1.0")
         in_range("generation_batch_size", self.generation_batch_size, optional=True, at_least=1, whole=True, usual="64")
         one_of("truncation", self.truncation, ("terminate", "bootstrap", "mask"))

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from proximo.errors import UserError
+from proximo.errors import UserError, in_range
 from proximo.models.folders import INSTALL_LANGUAGE
 
 REWARD_ADAPTER = "adapter"
@@ -31,6 +31,11 @@ class LoraConfig:
     """Rank of the adapters."""
     lora_alpha: float = 32.0
     """Adapters are scaled by this over their rank."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        in_range("lora_rank", self.lora_rank, at_least=1, whole=True, usual="16")
+        in_range("lora_alpha", self.lora_alpha, above=0.0, usual="32")
 
 
 def add_adapter(model: Any, name: str, config: LoraConfig) -> None:

@@ -16,7 +16,7 @@ from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.core.normalize import RunningMoments
 from proximo.core.policy import Evaluation, PlainActorCritic
-from proximo.errors import UserError, in_range, one_of
+from proximo.errors import UserError, in_range, one_of, shown
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -50,8 +50,9 @@ class NetworkConfig:
         Raises:
             UserError: naming the setting, its value and what is possible.
         """
-        if not all(isinstance(size, int) and size >= 1 for size in self.hidden_sizes):
-            raise UserError(f"hidden_sizes is {self.hidden_sizes!r}; each must be an integer >= 1, such as 64 64.")
+        if not all(type(size) is int and 1 <= size <= 10**9 for size in self.hidden_sizes):
+            said = shown(self.hidden_sizes)
+            raise UserError(f"hidden_sizes is {said}; each must be an integer >= 1 and <= 1e9, such as 64 64.")
         one_of("activation", self.activation, ("tanh", "relu"))
         in_range("log_std_init", self.log_std_init, at_least=-20.0, at_most=5.0, usual="0.0")
         in_range("clip_observation", self.clip_observation, above=0.0, usual="10")

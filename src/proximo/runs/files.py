@@ -26,7 +26,10 @@ def expanded(path: Path | str) -> Path:
     if "\0" in str(path):
         raise UserError(f"The path {str(path)!r} holds a NUL character, which no name of a file can hold. Take it out.")
     try:
+        os.fsencode(path)
         return Path(path).expanduser()
+    except UnicodeEncodeError as error:
+        raise UserError(f"The path {str(path)!r} holds characters that no name of a file can hold ({error}).") from None
     except RuntimeError:
         raise UserError(
             f"{path} begins with the home of a user who does not exist. Write the whole path, or ./{path} for a "

@@ -7,6 +7,7 @@ and the keyword of `proximo.train`.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import tyro
 
 from proximo.algorithms.ppo import PPO
 from proximo.collect.envs import SpacePolicy
-from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of
+from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
 
 
@@ -99,6 +100,8 @@ class ControlConfig:
         in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
         in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
         in_range("threads", self.threads, at_least=1, at_most=1024, whole=True, usual="1")
+        if self.algorithm.gae_lambda_per_step is not None:
+            raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
         if self.algorithm.batch_size > self.steps_per_iteration:
             raise UserError(
                 f"batch_size is {self.algorithm.batch_size}, but a rollout has only {self.steps_per_iteration} steps "
@@ -196,7 +199,8 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
         if origin is Literal and value in typing.get_args(option):
             return value
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            # One that fits into no float goes on as it is, to be refused for its size.
+            return float(value) if abs(value) <= sys.float_info.max or isinstance(value, float) else value
         if option is int and isinstance(value, float) and value.is_integer():
             return int(value)
         if origin is tuple and isinstance(value, (list, tuple)):
@@ -211,4 +215,4 @@ def _typed(name: str, value: Any, hint: Any, where: str) -> Any:
         else getattr(option, "__name__", str(option))
         for option in options
     )
-    raise UserError(f"{where}: {name} is {value!r}; it must be {wanted}.")
+    raise UserError(f"{where}: {name} is {shown(value)}; it must be {wanted}.")
