@@ -72,9 +72,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: naming the file and, where there is one, the line that is broken.
     """
-    if path.is_dir():
+    try:
+        is_there, is_folder = path.exists(), path.is_dir()
+    except OSError as error:  # a name that is too long, or a folder that may not be looked into
+        raise UserError(f"{path} cannot be read: {files.reason(error)}.") from error
+    if is_folder:
         rows = _rows_of_folder(path)
-    elif not path.exists():
+    elif not is_there:
         alike = nearest(path.name, [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else [])
         hint = f" Did you mean {' or '.join(str(path.parent / name) for name in alike)}?" if alike else ""
         raise UserError(f"There is no data file {path}.{hint}")
@@ -136,7 +140,7 @@ def _rows_of_parquet(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"Parquet files need the extra 'language' ({error}). {INSTALL_LANGUAGE}") from error
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, for a file that may hold anything: dates beyond the year 9999, say
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
 
