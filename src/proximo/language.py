@@ -24,6 +24,7 @@ from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.stage_display import StageDisplay
 from proximo.training.config import settings_of, with_settings
 from proximo.training.memory import check_fits, enough_memory
+from proximo.training.worst_case import try_worst_case
 
 STAGES = ("sft", "reward", "align", "dpo")
 
@@ -355,6 +356,7 @@ def run_stage(
         directory = new_run(stage, config.seed, None if run_dir is None else Path(run_dir))
         try:
             state = module.start(config, function) if stage == "align" else module.start(config)
+            tried = _tried(stage, module, config, state)
         except BaseException:
             with suppress(OSError):
                 directory.path.rmdir()
@@ -362,9 +364,23 @@ def run_stage(
         with locked(directory):
             write_config(directory, written_settings(stage, config))
             module.save(config, directory, state)  # so that it can be resumed from its first moment on
-            facts = module.plan(config, state) | _tokenizer_facts(state)
+            facts = module.plan(config, state) | tried | _tokenizer_facts(state)
             display.facts({"stage": stage} | facts | {"run directory": str(directory.path)})
             return _to_the_end(stage, module, config, directory, state, display)
+
+
+def _tried(stage: str, module: Any, config: Any, state: Any) -> dict[str, str]:
+    """Try the worst case of a run's settings; where it does not fit, the rewards are closed."""
+    try:
+        return try_worst_case(stage, module, config, state)
+    except BaseException:
+        for reward in _rewards_of(state):
+            reward.close()
+        raise
+
+
+def _rewards_of(state: Any) -> list[Any]:
+    return [source for name in ("reward", "gold") if (source := getattr(state, name, None)) is not None]
 
 
 def _tokenizer_facts(state: Any) -> dict[str, str]:
@@ -444,7 +460,6 @@ def _to_the_end(
 ) -> StageRun:
     interrupted_by = None
     row: dict[str, Any] = {}
-    rewards = [source for name in ("reward", "gold") if (source := getattr(state, name, None)) is not None]
     try:
         with noted_signals() as received, display.live(stage, state.iteration) as show:
             for row in module.iterate(config, directory, state):
@@ -454,7 +469,7 @@ def _to_the_end(
                     module.save(config, directory, state)
                     break
     finally:
-        for reward in rewards:
+        for reward in _rewards_of(state):
             reward.close()
     if not row:
         rows = read_metrics(directory.metrics_path)

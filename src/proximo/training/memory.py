@@ -11,9 +11,15 @@ from typing import Any
 import torch
 
 from proximo.errors import UserError
-from proximo.models.folders import transformers_module
+from proximo.models.folders import refuse_kernels, transformers_module
 
-OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
+OUT_OF_MEMORY = (
+    "not enough memory",
+    "can't allocate memory",
+    "out of memory",
+    "size calculation overflowed",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 """How torch says that memory ran out."""
 
 
@@ -32,7 +38,7 @@ def check_fits(stage: str, config: Any) -> None:
         raise UserError(
             f"{config.model} has {size / 1e9:.2f} billion parameters: this {stage} run needs {_gib(needed)} for its "
             f"weights, gradients and Adam's moments alone, and {_gib(free)} are free on {config.device}. "
-            + _advice(stage, config)
+            + advice(stage, config)
         )
 
 
@@ -41,6 +47,7 @@ def n_parameters(place: str) -> int | None:
     transformers = transformers_module()
     with suppress(Exception):  # whatever is wrong with it, loading will say
         config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)
+        refuse_kernels(config, place)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         return sum(parameter.numel() for parameter in model.parameters())
@@ -82,13 +89,19 @@ def enough_memory(stage: str, config: Any) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in OUT_OF_MEMORY):
+        if not ran_out(error):
             raise
         said = str(error).splitlines()[0] if str(error) else "it ran out"
-        raise UserError(f"There is not enough memory ({said}). {_advice(stage, config)}") from error
+        raise UserError(f"There is not enough memory ({said}). {advice(stage, config)}") from error
 
 
-def _advice(stage: str, config: Any) -> str:
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, MemoryError) or any(mark in str(error) for mark in OUT_OF_MEMORY)
+
+
+def advice(stage: str, config: Any) -> str:
+    """The settings that need less memory, in words."""
     has_lora = config.sharing == "lora" if stage == "align" else config.lora
     ways = [] if has_lora else ["sharing lora (or trunk)" if stage == "align" else "lora"]
     if stage == "align":
