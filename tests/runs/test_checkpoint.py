@@ -25,6 +25,7 @@ from proximo.errors import UserError
 from proximo.runs import manifest
 from proximo.runs.checkpoint import (
     Checkpoint,
+    finish_save,
     load_checkpoint,
     mark_best,
     named_checkpoint,
@@ -267,6 +268,12 @@ def test_what_a_file_manager_leaves_is_passed_over(victim):
 def test_a_run_without_a_checkpoint_says_how_to_begin_again(tmp_path):
     with pytest.raises(UserError, match=r"Begin a new run.*proximo train --config '.*my run/config\.toml'"):
         newest_checkpoint(tmp_path / "my run" / "checkpoints")
+
+
+def test_a_run_of_a_language_stage_is_begun_again_as_one(tmp_path):
+    (tmp_path / "config.toml").write_text('stage = "align"\n')
+    with pytest.raises(UserError, match=r"Begin a new run.*proximo align --config .*config\.toml$"):
+        newest_checkpoint(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("name", ["policy.pkl", "other.safetensors", "state.json.bak"])
@@ -580,6 +587,28 @@ def test_pruning_counts_on_sound_checkpoints_only(tmp_path):
     assert_is(newest_checkpoint(tmp_path), 400)
     assert_is(load_checkpoint(paths[1]), 200)
     assert paths[4].exists()
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_what_a_killed_save_has_left_undone_is_done(tmp_path, best):
+    paths = [save(tmp_path, step) for step in (100, 200, 300)]
+    mark_best(tmp_path, paths[0])
+    (tmp_path / "latest").write_text("step_000000000200\n")
+    (tmp_path / ".tmp-abc").mkdir()
+    finish_save(tmp_path, newest_checkpoint(tmp_path), keep_last=1, best=best)
+    left = contents_of(tmp_path)
+    kept = {"latest", "best", paths[2].name, *([] if best else [paths[0].name])}
+    assert {name.split("/")[0] for name in left} == kept
+    assert (left["latest"], left["best"]) == (b"step_000000000300\n", f"{paths[2 if best else 0].name}\n".encode())
+    finish_save(tmp_path, newest_checkpoint(tmp_path), keep_last=1, best=best)
+    assert contents_of(tmp_path) == left
+
+
+def test_nothing_is_moved_or_deleted_where_a_newer_checkpoint_is_damaged(tmp_path):
+    damage([save(tmp_path, step) for step in (100, 200, 300)][2])
+    before = contents_of(tmp_path)
+    finish_save(tmp_path, newest_checkpoint(tmp_path), keep_last=1, best=True)
+    assert contents_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("broken", ["every checkpoint", "best"])

@@ -118,6 +118,16 @@ def test_a_folder_with_nothing_but_a_lock_is_empty(tmp_path):
     assert new_run("CartPole-v1", 1, "run").path == Path("run")
 
 
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".tmp-0123abcd"]], ids=["nothing", "lock", "half a config"])
+def test_what_a_run_leaves_that_was_killed_before_it_had_settings_can_be_begun_again(tmp_path, left):
+    (tmp_path / "run").mkdir()
+    for name in left:
+        (tmp_path / "run" / name).touch()
+    with pytest.raises(UserError, match="begin it again with the same command; the folder may stay"):
+        open_run("run")
+    assert new_run("CartPole-v1", 1, "run").path == Path("run")
+
+
 BAD_PATHS = {"~nosuchuser/x": "user who does not exist", "a\0b": "NUL", "x" * 300: "name too long|There is no"}
 
 

@@ -21,6 +21,22 @@ def test_a_run_is_held_by_one_and_given_back(tmp_path):
         pass
 
 
+def test_whoever_holds_a_run_sweeps_what_killed_processes_have_left_unfinished(tmp_path):
+    run = RunDirectory(tmp_path)
+    for folder in (run.path, run.checkpoints):
+        (folder / ".tmp-1").mkdir(parents=True)
+        (folder / ".tmp-1" / "state.json").touch()
+        (folder / ".tmp-2").touch()
+        (folder / "mine").touch()
+    with locked(run):
+        assert sorted(path.name for path in run.path.iterdir()) == [".lock", "checkpoints", "mine"]
+        assert [path.name for path in run.checkpoints.iterdir()] == ["mine"]
+        (run.path / ".tmp-3").touch()  # at work
+        with pytest.raises(UserError), locked(run):
+            pass
+        assert (run.path / ".tmp-3").exists()
+
+
 def test_a_lock_that_cannot_be_opened_is_a_readable_error(tmp_path):
     (tmp_path / ".lock").mkdir()
     with pytest.raises(UserError, match=r"\.lock cannot be written.*Is a directory"), locked(RunDirectory(tmp_path)):

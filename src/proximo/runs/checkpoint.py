@@ -20,6 +20,7 @@ from typing import Any
 from proximo.errors import UserError
 from proximo.runs import contents, files, names
 from proximo.runs.contents import Tensors
+from proximo.runs.directory import RunDirectory, read_config
 from proximo.runs.manifest import (
     MANIFEST_NAME,
     STATE_NAME,
@@ -100,6 +101,29 @@ def mark_best(folder: Path, checkpoint_path: Path) -> None:
         ) from error
 
 
+def finish_save(folder: Path, checkpoint: Checkpoint, *, keep_last: int, best: bool) -> None:
+    """Do what a save that was killed between its steps has left undone: move `latest` and `best`, and prune.
+
+    For whoever goes on from `checkpoint`, the newest that verifies; `best` says that it was to be marked so. After
+    a save that came to its end, or where a newer checkpoint is damaged, nothing is changed.
+
+    Raises UserError if the disk refuses, and as `prune_checkpoints` does.
+    """
+    if checkpoint.skipped:
+        return
+    try:
+        if names.pointed(folder, names.LATEST) != checkpoint.path.name:
+            files.replace_file(folder / names.LATEST, f"{checkpoint.path.name}\n".encode())
+    except OSError as error:
+        raise UserError(
+            f"{folder / names.LATEST} could not be written: {files.reason(error)}. "
+            "Free some space there, or let this user write there."
+        ) from error
+    if best and names.pointed(folder, names.BEST) != checkpoint.path.name:
+        mark_best(folder, checkpoint.path)
+    prune_checkpoints(folder, keep_last)
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint, whole and verified: safe with files from anyone, as nothing is ever unpickled.
 
@@ -132,16 +156,24 @@ def newest_checkpoint(folder: Path) -> Checkpoint:
         except UserError as error:
             skipped.append(f"{name}: {error}")
     if not skipped:
-        again = f"proximo train --config {shlex.quote(str(folder.parent / 'config.toml'))}"
         raise UserError(
             f"There is no checkpoint in {folder}: the run was stopped before it saved its first one. "
-            f"Begin a new run with its settings: {again}"
+            f"Begin a new run with its settings: {_command_that_begins(RunDirectory(folder.parent))}"
         )
     raise UserError(
         f"No checkpoint in {folder} can be used:\n"
         + "\n".join(f"  {line}" for line in skipped)
         + "\nRestore one from a copy; the run does not start afresh by itself."
     )
+
+
+def _command_that_begins(run: RunDirectory) -> str:
+    """What to type to begin a run anew: a run of a language stage says in its settings which stage it is."""
+    try:
+        stage = read_config(run).get("stage", "train")
+    except UserError:
+        stage = "train"
+    return f"proximo {shlex.quote(str(stage))} --config {shlex.quote(str(run.config_path))}"
 
 
 def named_checkpoint(folder: Path, name: str | int) -> Checkpoint:
@@ -189,8 +221,7 @@ def prune_checkpoints(folder: Path, keep_last: int) -> tuple[Path, ...]:
         doomed = [folder / name for name in sound if name not in kept and name != best]
         for path in doomed:
             _delete(path)
-        for path in folder.glob(f"{files.TEMPORARY_PREFIX}*"):
-            _remove_tree(path)
+        files.sweep(folder)
     except OSError as error:
         raise UserError(
             f"Old checkpoints in {folder} could not all be deleted: {files.reason(error)}. "
@@ -303,11 +334,4 @@ def _delete(path: Path) -> None:
     """Delete a checkpoint; one that is only half deleted no longer has the name of a checkpoint."""
     temporary = files.temporary_beside(path)
     files.rename(path, temporary)
-    _remove_tree(temporary)
-
-
-def _remove_tree(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    files.remove_tree(temporary)

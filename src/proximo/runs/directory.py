@@ -111,6 +111,11 @@ def _found(path: Path) -> RunDirectory:
         inside = (run.checkpoints, run.report, run.videos, run.metrics_path, run.config_path)
         if run.config_path.is_file() and any(whole.is_relative_to(each) for each in inside):
             return _own_files(run)
+    if path.is_dir() and _never_began(path):
+        raise UserError(
+            f"{path} is not a run: it has no config.toml. If a run was stopped here before it had written that, there "
+            "is nothing to go on with: begin it again with the same command; the folder may stay as it is."
+        )
     runs = _newest_runs(path) if path.is_dir() else []
     if runs:
         raise UserError(f"{path} is not a run, but a folder that holds runs. Name one of them:\n{_listed(runs)}")
@@ -164,7 +169,7 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
 def _claimed(path: Path) -> Path:
     """Create the folder that the user named, or take it if it is empty."""
     if path.is_dir():
-        if all(each.name == LOCK_NAME for each in path.iterdir()):  # left by a run that never began
+        if _never_began(path):
             return path
         if RunDirectory(path).config_path.is_file():
             raise UserError(
@@ -176,6 +181,11 @@ def _claimed(path: Path) -> Path:
         raise UserError(f"{path} exists and is no folder. Choose another name with --run-dir.")
     files.make_folders(path)
     return path
+
+
+def _never_began(path: Path) -> bool:
+    """Whether a folder holds nothing but what a run leaves that was killed before it had settings."""
+    return all(each.name == LOCK_NAME or each.name.startswith(files.TEMPORARY_PREFIX) for each in path.iterdir())
 
 
 def _new_default_folder(task: str, seed: int) -> Path:

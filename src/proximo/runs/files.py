@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,23 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Delete the unfinished work that killed processes have left in `folder`. Raises OSError.
+
+    Only for whoever holds the run: it may be the work of a process that is alive.
+    """
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; a link goes, and what it names stays. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def parse_json(data: bytes, *, allow_nan: bool = False) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from proximo.errors import UserError
 from proximo.runs import files
@@ -19,6 +19,8 @@ except ImportError:  # Windows has no such lock
 @contextmanager
 def locked(run: RunDirectory) -> Iterator[None]:
     """Hold the run for this process; the lock goes with the process, however it ends.
+
+    What killed processes left unfinished in the run is deleted: whoever holds the lock knows that nobody works on it.
 
     Raises:
         UserError: if another process holds it, or it cannot be had here.
@@ -46,4 +48,7 @@ def locked(run: RunDirectory) -> Iterator[None]:
                 f"{path} cannot be locked: {files.reason(error)}. Some network file systems have no locks: keep the "
                 "run on a disk of this machine."
             ) from error
+        with suppress(OSError):  # it takes some room, no more
+            files.sweep(run.path)
+            files.sweep(run.checkpoints)
         yield
