@@ -45,9 +45,9 @@ def in_words(rows: list[dict]) -> list[str]:
     return ["", f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}.", f"Commits: {', '.join(commits)}."]
 
 
-def write_between(marker: str, lines: list[str]) -> None:
-    """Put these lines between `<!-- marker -->` and `<!-- end of marker -->` in docs/benchmarks.md."""
-    page = HERE.parent / "docs" / "benchmarks.md"
-    before, rest = page.read_text().split(f"<!-- {marker} -->\n")
+def write_between(marker: str, lines: list[str], page: str = "benchmarks.md") -> None:
+    """Put these lines between `<!-- marker -->` and `<!-- end of marker -->` in a page of docs."""
+    path = HERE.parent / "docs" / page
+    before, rest = path.read_text().split(f"<!-- {marker} -->\n")
     _, after = rest.split(f"<!-- end of {marker} -->\n")
-    page.write_text(f"{before}<!-- {marker} -->\n" + "\n".join(lines) + f"\n<!-- end of {marker} -->\n{after}")
+    path.write_text(f"{before}<!-- {marker} -->\n" + "\n".join(lines) + f"\n<!-- end of {marker} -->\n{after}")
