@@ -256,12 +256,14 @@ def _kill_lines() -> list[str]:
 
 def _corruption_lines() -> list[str]:
     found, resumed = rows("corruption"), rows("fallback")
-    lines = ["| checkpoint | file | damage | tried | found | file named |", "|---|---|---|---|---|---|"]
-    lines += [
-        f"| {row['task']} | {row['file']} ({row['bytes']:,} bytes) | {row['damage']} | {row['tried']} | "
-        f"{row['found']} | {row['named']} |"
-        for row in found
-    ]
+    kinds = ("bit changed", "cut short", "longer", "zeros")
+    lines = [f"| checkpoint | file | {' | '.join(kinds)} | file named |", "|---|---|---|---|---|---|---|"]
+    for task, name, size in dict.fromkeys((row["task"], row["file"], row["bytes"]) for row in found):
+        own = [row for row in found if (row["task"], row["file"]) == (task, name)]
+        by_kind = {row["damage"]: f"{row['found']} of {row['tried']}" for row in own}
+        named = f"{sum(row['named'] for row in own)} of {sum(row['tried'] for row in own)}"
+        cells = [task, f"{name} ({size:,} bytes)", *(by_kind.get(kind, "") for kind in kinds), named]
+        lines.append(f"| {' | '.join(cells)} |")
     survived, said = (sum(row[name] for row in resumed) for name in ("survived", "said_so"))
     lines += ["", f"Resumed with the newest checkpoint damaged: {len(resumed)} runs, {survived} fell back to the one "]
     lines[-1] += f"before and ended bit for bit as the undisturbed one, {said} said so."
