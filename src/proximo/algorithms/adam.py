@@ -116,7 +116,16 @@ class FlatAdam:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is of other weights, or of nothing at all.
+        """
+        for name, own in self.state_dict().items():
+            if name not in state or (state[name].shape, state[name].dtype) != (own.shape, own.dtype):
+                raise ValueError(f"the optimizer's {name} is of another shape or kind")
+        if int(state["n_steps"]) < 0:
+            raise ValueError("the optimizer's count of steps is below 0")
         self.first_moment.copy_(state["first_moment"])
         self.second_moment.copy_(state["second_moment"])
         self.n_steps = int(state["n_steps"])

@@ -254,6 +254,23 @@ def _where(place: str | Path) -> dict[str, Any]:
     return {"local_files_only": Path(place).is_dir(), "trust_remote_code": False}
 
 
+def refuse_kernels(config: Any, place: str | Path) -> None:
+    """Refuse a model's config that names compiled code on the hub, which transformers would fetch and run.
+
+    Raises:
+        UserError: with what it names.
+    """
+    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for part in parts:
+        for name in ("_attn_implementation", "_experts_implementation"):
+            value = getattr(part, name, None)
+            if isinstance(value, str) and "/" in value:
+                raise UserError(
+                    f"The config.json of {place} names {value!r} for {name.removeprefix('_')}: code from the hub, "
+                    "which Proximo never runs. Take that entry out."
+                )
+
+
 def _explained(what: str, place: str | Path, load: Any) -> Any:
     """Load; say in words what went wrong."""
     folder = Path(place)
@@ -265,6 +282,8 @@ def _explained(what: str, place: str | Path, load: Any) -> Any:
             "a run of proximo sft, reward, align or dpo that has come to its end (proximo resume takes it there)."
         )
     try:
+        if what == "model":
+            refuse_kernels(transformers_module().AutoConfig.from_pretrained(str(place), **_where(place)), place)
         return load()
     except UserError:
         raise

@@ -484,11 +484,14 @@ def load_progress(config: SupervisedConfig, checkpoint: Checkpoint, state: Any, 
             f"{checkpoint.path} does not fit this run's config.toml: its weights are of other names or shapes. Bring "
             "model, lora and lora_rank back to what they were, or begin a new run."
         )
-    for name, weight in weights.items():
-        weight.copy_(saved[name])
-    state.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-    for name in _COUNTERS:
-        setattr(state, name, checkpoint.state[name])
+    try:
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+        state.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+        for name in _COUNTERS:
+            setattr(state, name, type(getattr(state, name))(checkpoint.state[name]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{checkpoint.path} does not fit this run ({error}). Begin a new run.") from error
 
 
 # --- words ------------------------------------------------------------------------------------------------------
