@@ -24,7 +24,7 @@ from proximo.errors import UserError, tell
 from proximo.models.control import ActorCritic
 from proximo.presets import resolve_settings
 from proximo.runs import names
-from proximo.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
+from proximo.runs.checkpoint import Checkpoint, finish_save, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
 from proximo.runs.lock import locked
 from proximo.runs.metrics import truncate_metrics
@@ -143,6 +143,13 @@ def resume_with(
             state, fresh = control.restore(config, checkpoint, envs)
             if total_steps is not None:
                 write_config(directory, settings_of(config))
+            finish_save(
+                directory.checkpoints,
+                checkpoint,
+                keep_last=config.keep_checkpoints,
+                keep_every=config.keep_every,
+                best=checkpoint.state.get("is_best") is True,
+            )
             truncate_metrics(directory.metrics_path, state.iteration)
             display.resumed(directory, checkpoint, fresh, envs.n_envs)
             if control.finished(config, state):
@@ -439,13 +446,10 @@ def _train_to_the_end(
     interrupted_by = None
     try:
         with noted_signals() as received, display.live(config, state.env_steps) as show:
-            for row in control.iterate(config, directory, state, envs):
+            for row in control.iterate(config, directory, state, envs, lambda: received):
                 show(row, envs)
-                if received and not control.finished(config, state):
-                    interrupted_by = received[0]
-                    if state.saved_at_step != state.env_steps:
-                        control.save(config, directory, state, envs)
-                    break
+            if received and not control.finished(config, state):
+                interrupted_by = received[0]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, directory)) from None
     mean, count = (float(np.mean(state.recent_returns)) if state.recent_returns else None), len(state.recent_returns)

@@ -19,6 +19,10 @@ class UserError(Exception):
     """
 
 
+class DiskError(UserError):
+    """The disk is full, or refuses: nothing that was there is harmed, and the same may be tried again later."""
+
+
 def tell(text: str) -> None:
     """Print one line on standard error; that nobody may read it there is no reason to stop."""
     try:

@@ -15,11 +15,12 @@ import torch
 from proximo import api
 from proximo.api import Env, Run, check_device, noted_signals
 from proximo.collect.rewards import kind_of_reward
-from proximo.errors import UserError, nearest, shown
+from proximo.errors import UserError, nearest, shown, tell
 from proximo.models.folders import tokenizer_in_words
-from proximo.runs.checkpoint import newest_checkpoint
+from proximo.runs.checkpoint import finish_save, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
 from proximo.runs.lock import locked
+from proximo.runs.manifest import differences
 from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.stage_display import StageDisplay
 from proximo.training.config import settings_of, with_settings
@@ -317,7 +318,7 @@ def _absolute(config: Any) -> Any:
     changes: dict[str, Any] = {}
     for entry in fields(config):
         value: Any = getattr(config, entry.name)
-        if entry.name in PLACES and isinstance(value, str) and value and Path(value).expanduser().exists():
+        if entry.name in PLACES and isinstance(value, str) and value and _exists(value):
             changes[entry.name] = str(Path(value).expanduser().absolute())
         elif entry.name in ("reward", "gold") and isinstance(value, tuple):
             changes[entry.name] = tuple(_absolute_reward(place) for place in value)
@@ -326,15 +327,22 @@ def _absolute(config: Any) -> Any:
     if "/" in first and Path(first).is_file():  # where else it is searched for on the PATH
         changes["sandbox"] = shlex.quote(str(Path(first).absolute())) + sandbox[len(first) :]
     judge = getattr(config, "judge", None)
-    if judge is not None and judge.judge_rubric and Path(judge.judge_rubric).exists():
+    if judge is not None and judge.judge_rubric and _exists(judge.judge_rubric):
         changes["judge"] = replace(judge, judge_rubric=str(Path(judge.judge_rubric).absolute()))
     return replace(config, **changes)
 
 
 def _absolute_reward(place: str) -> str:
     file, colon, function = place.rpartition(":") if kind_of_reward(place) == "function" else (place, "", "")
-    path = Path(file).expanduser()
-    return f"{path.absolute()}{colon}{function}" if path.exists() else place
+    return f"{Path(file).expanduser().absolute()}{colon}{function}" if _exists(file) else place
+
+
+def _exists(place: str) -> bool:
+    """Whether a name leads to a file or folder; one that is too long for any system does not."""
+    try:
+        return Path(place).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 # --- driving ----------------------------------------------------------------------------------------------------
@@ -405,10 +413,12 @@ def resume_stage(
     with _threads(config), enough_memory(stage, config), locked(directory):
         checkpoint = newest_checkpoint(directory.checkpoints)
         state = module.restore(config, checkpoint, function) if stage == "align" else module.restore(config, checkpoint)
+        finish_save(directory.checkpoints, checkpoint, keep_last=config.keep_checkpoints, keep_every=config.keep_every)
         truncate_metrics(directory.metrics_path, state.iteration)
         for reason in checkpoint.skipped:
-            display.say(f"skipped a damaged checkpoint: {reason}")
+            tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         exact = "exact" if config.device == "cpu" else "statistical: a GPU adds numbers up in no fixed order"
+        exact = "\n".join(filter(None, [exact, differences(checkpoint.versions)]))
         display.facts(
             {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": exact}
         )
@@ -462,12 +472,10 @@ def _to_the_end(
     row: dict[str, Any] = {}
     try:
         with noted_signals() as received, display.live(stage, state.iteration) as show:
-            for row in module.iterate(config, directory, state):
+            for row in module.iterate(config, directory, state, lambda: received):
                 show(row, getattr(state, "samples", []))
-                if received and not module.finished(config, state):
-                    interrupted_by = received[0]
-                    module.save(config, directory, state)
-                    break
+            if received and not module.finished(config, state):
+                interrupted_by = received[0]
     finally:
         for reward in _rewards_of(state):
             reward.close()

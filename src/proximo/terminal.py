@@ -23,7 +23,7 @@ from proximo.errors import tell
 from proximo.report.sparkline import sparkline
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
-from proximo.runs.manifest import versions
+from proximo.runs.manifest import differences
 from proximo.training.config import ControlConfig, settings_of
 
 PLAIN_LINE_EVERY = 5.0
@@ -88,11 +88,7 @@ class Display:
                 f"statistical: {len(fresh)} of {n_envs} environments could not be brought back to where they were "
                 "and begin fresh episodes"
             )
-        for name, version in checkpoint.versions.items():
-            if versions().get(name, version) != version:
-                level += (
-                    f"\nsaved by {name} {version}, goes on with {versions()[name]}: the numbers may differ from here on"
-                )
+        level = "\n".join(filter(None, [level, differences(checkpoint.versions)]))
         self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
 
     @contextmanager
@@ -217,11 +213,11 @@ def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig
         ("return", short(row["return_mean"])),
         ("length", short(row["length_mean"])),
         ("episodes", f"{row['n_episodes']:,}"),
-        ("entropy", short(row["entropy"])),
-        ("approx KL", short(row["approx_kl"])),
-        ("clip fraction", short(row["clip_fraction"])),
-        ("explained var.", short(row["explained_variance"])),
-        ("value loss", short(row["value_loss"])),
+        ("entropy", short(row.get("entropy"))),
+        ("approx KL", short(row.get("approx_kl"))),
+        ("clip fraction", short(row.get("clip_fraction"))),
+        ("explained var.", short(row.get("explained_variance"))),
+        ("value loss", short(row.get("value_loss"))),
         ("learning rate", short(row["learning_rate"])),
         ("steps/s", f"{clock.speed:,.0f}"),
         ("time left", duration(clock.seconds_left)),
@@ -241,8 +237,8 @@ def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig
 def _line(row: dict[str, Any], config: ControlConfig, clock: _Clock) -> str:
     return (
         f"{row['env_steps']:>9,}/{config.total_steps:,} steps  return {short(row['return_mean'])}  "
-        f"length {short(row['length_mean'])}  entropy {short(row['entropy'])}  KL {short(row['approx_kl'])}  "
-        f"clip {short(row['clip_fraction'])}  explained {short(row['explained_variance'])}  "
+        f"length {short(row['length_mean'])}  entropy {short(row.get('entropy'))}  KL {short(row.get('approx_kl'))}  "
+        f"clip {short(row.get('clip_fraction'))}  explained {short(row.get('explained_variance'))}  "
         f"{clock.speed:,.0f} steps/s  {duration(clock.seconds_left)} left"
     )
 

@@ -289,7 +289,7 @@ def test_a_lost_worker_is_named_with_what_it_takes_to_play_it_again(kind, n_work
     assert time.monotonic() - began < 5
     assert said in str(fault)
     assert "Walk, environment 3, episode 1" in str(fault)
-    assert ("timeout=1" in str(fault)) == kind.startswith("hang")
+    assert ("--step-timeout" in str(fault)) == kind.startswith("hang")
     record = fault.record
     assert (record["env_index"], record["episode"], record["seed"]) == (3, 1, seed_of(3, 1))
     assert record["step"] == len(record["actions"]) == (0 if kind == "hang in reset" else 3)

@@ -122,10 +122,15 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**63 - 1),
     "checkpoint_every": none_or(st.integers(1, 40)),
     "keep_checkpoints": st.integers(1, 3),
+    "keep_every": none_or(st.integers(1, 40)),
+    "max_skipped_updates": st.integers(0, 3),
+    "max_restarts": st.integers(1, 9),
+    "step_timeout": between(1, 100),
     "stop_at_return": none_or(between(-1e4, 1e4)),
     "debug": st.booleans(),
 }
 ELSEWHERE = {"env_id", "env_kwargs", "n_envs", "rollout_length", "total_steps", "batch_size", "device", "threads"}
+ELSEWHERE |= {"on_environment_fault"}  # goes with some vectorizations alone: tests/collect/test_restarts.py
 ELSEWHERE |= {"gae_lambda_per_step", "microbatch_tokens"}  # for language models alone
 
 

@@ -125,13 +125,13 @@ class TestLoop:
         assert [row["clip_epsilon"] for row in rows] == pytest.approx([0.2, 0.15, 0.1, 0.05])
 
     def test_learning_that_breaks_down_stops_with_words_and_sound_weights(self, tmp_path):
-        config = config_with(checkpoint_every=32, n_envs=1, rollout_length=32)
+        config = config_with(checkpoint_every=32, n_envs=1, rollout_length=32, max_skipped_updates=0)
         script = [(1.0, False, False)] * 40 + [(1e30, True, False)]
         run = begin(config, lambda: Scripted(script), tmp_path)
         with pytest.raises(UserError) as caught:
             list(iterate(config, run.run, run.state, run.envs))
         message = str(caught.value)
-        assert "Learning broke down in iteration 2 (after 32 steps)" in message
+        assert "Learning broke down in iteration 2: " in message
         assert "learning_rate (it is 0.003)" in message
         assert "proximo train ... --learning-rate 0.001" in message  # resume takes no settings
         assert all(torch.isfinite(tensor).all() for tensor in run.state.policy.parameters())

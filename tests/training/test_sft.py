@@ -250,5 +250,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, data: Path)
     state = sft.start(config)
     with torch.no_grad():
         state.policy.actor.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"broke down in iteration 1: (.|\n)*lower learning_rate"):
+    with pytest.raises(UserError, match=r"in iteration 4, 4 times in a row: (.|\n)*lower learning_rate"):
         list(sft.iterate(config, run_in(tmp_path / "run"), state))

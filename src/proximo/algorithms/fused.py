@@ -7,13 +7,14 @@ parameters that agree with it to rounding (tests/algorithms/test_fused.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from proximo.algorithms.adam import Optimizer
+from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
 from proximo.algorithms.update import Minibatch
 from proximo.core.batch import minibatch_indices
 from proximo.core.masked import rounding
@@ -89,6 +90,8 @@ def run_fused_epochs(
             steps = _Steps(*(column.narrow(0, offset, len(part)) for column in shuffled))
             offset += len(part)
             metrics = _write_gradient(plain, steps, settings)
+            if not math.isfinite(value_loss := float(metrics[2])):  # an overflown square has a finite gradient
+                raise NonFiniteUpdateError(f"the value loss is {value_loss}")
             epoch.append(metrics)
             kl_seen.append(metrics[0])
             stopped = settings.target_kl is not None and float(metrics[0]) > 1.5 * settings.target_kl

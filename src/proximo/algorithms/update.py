@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -9,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.algorithms.adam import Optimizer
+from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
 from proximo.core.batch import Batch, minibatch_indices
 from proximo.core.distributions import Distribution
 from proximo.core.masked import whiten
@@ -116,7 +117,10 @@ def run_epochs(
             if epochs.normalize_advantages:
                 minibatch = replace(minibatch, advantages=whiten(minibatch.advantages, minibatch.batch.mask))
             optimizer.zero_grad()
-            epoch.append(_accumulate_gradients(policy, microbatches(policy, minibatch, epochs), loss_function))
+            loss, metrics = _accumulate_gradients(policy, microbatches(policy, minibatch, epochs), loss_function)
+            if not math.isfinite(loss):  # its gradient may be finite all the same: that of an overflown square
+                raise NonFiniteUpdateError(f"the loss is {loss}")
+            epoch.append(metrics)
             kl_seen.append(float(epoch[-1]["approx_kl"]))
             stopped = epochs.target_kl is not None and kl_seen[-1] > 1.5 * epochs.target_kl
             if stopped:
@@ -159,12 +163,14 @@ def _within_budget(lengths: list[int], budget: int, most_rows: int | None) -> li
 
 def _accumulate_gradients(
     policy: Policy, microbatches: list[Minibatch], loss_function: Callable[[Policy, Minibatch], Loss]
-) -> dict[str, Tensor]:
-    """Backward through each microbatch; the gradients add up to that of the whole minibatch."""
+) -> tuple[float, dict[str, Tensor]]:
+    """Backward through each microbatch; gradients, losses and metrics add up to those of the whole minibatch."""
     summed: dict[str, Tensor] = {}
+    total = 0.0
     for microbatch in microbatches:
         loss = loss_function(policy, microbatch)
         loss.total.backward()
+        total += float(loss.total.detach())
         for name, value in ({"approx_kl": loss.approx_kl} | loss.metrics).items():
             summed[name] = value.detach() + summed[name] if name in summed else value.detach()
-    return summed
+    return total, summed

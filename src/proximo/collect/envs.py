@@ -30,6 +30,9 @@ class Step(NamedTuple):
     | final_observations | [N, *O] | the true next observation, also where an episode ended                |
     | valid              | [N]     | False for a step that only reset (NEXT_STEP autoreset): no experience |
 
+    A step that is truncated and not valid was lost to a fault: the environment was restarted, its episode is cut at the
+    observation that was acted on, and `observations` has the first one of the next episode.
+
     The arrays are overwritten by the next call.
     """
 
@@ -48,12 +51,27 @@ class Snapshot(NamedTuple):
     values: dict[str, Any]
 
 
+def check_snapshot(snapshot: Snapshot, n_envs: int) -> None:
+    """Raise ValueError unless it is of so many environments and has every action of their open episodes."""
+    arrays = snapshot.arrays
+    for name in ("lengths", "episodes", "reward_sums"):
+        if arrays[name].shape != (n_envs,) or arrays[name].dtype.kind not in "if":
+            raise ValueError(f"its {name} are not one number for each of {n_envs} environments")
+    n_actions = len(arrays["open_actions"]) if "open_actions" in arrays else 0
+    if sum(max(0, int(length)) for length in arrays["lengths"]) != n_actions:
+        raise ValueError("its open episodes are longer or shorter than the actions that it has for them")
+
+
 class VectorEnvs(Protocol):
     """N environments that step together and reset by themselves."""
 
     n_envs: int
     observation_space: spaces.Space
     action_space: spaces.Space
+    faults: list[EnvironmentFault]
+    """What environments were restarted for, since somebody last emptied the list."""
+    n_restarts: int
+    """How often, in all."""
 
     def reset(self) -> np.ndarray:
         """Begin the first episode of each environment; return observations `[N, *O]`."""
@@ -188,6 +206,11 @@ def end_of(value: Any) -> bool | None:
     return None
 
 
+def too_many_restarts(fault: EnvironmentFault, most: int) -> EnvironmentFault:
+    """The fault that was one too many."""
+    return EnvironmentFault(f"{fault}\nEnvironments have been restarted {most} times (max_restarts).", fault.record)
+
+
 def close_quietly(name: str, envs: Sequence[Any]) -> None:
     """Close each environment, also where one before it fails to; say so once, on standard error."""
     failures = []
@@ -226,8 +249,20 @@ class SerialEnvs:
         name: str = "the environment",
         first_index: int = 0,
         on_space_violation: SpacePolicy = "raise",
+        max_restarts: int = 0,
+        wrap: Callable[[gym.Env, int], gym.Env] = lambda env, index: env,
     ) -> None:
-        """Make the environments; `first_index` is the number of the first one among all of the run's."""
+        """Make the environments.
+
+        `first_index` is the number of the first one among all of the run's. With `max_restarts` above 0, an environment
+        that raises or returns what it must not is made anew so many times in all, and its episode cut; the faults are
+        left in `faults`. `wrap` puts something around each environment, which has that number.
+        """
+        self._make = make
+        self._wrap = wrap
+        self._max_restarts = max_restarts
+        self.n_restarts = 0
+        self.faults: list[EnvironmentFault] = []
         self.n_envs = n_envs
         self._seed = seed
         self._name = name
@@ -235,9 +270,10 @@ class SerialEnvs:
         self._on_violation = on_space_violation
         self._warned = False
         self.warnings: list[str] = []
-        self._envs = [make() for _ in range(n_envs)]
-        if len({id(env) for env in self._envs}) < n_envs:
+        made = [make() for _ in range(n_envs)]
+        if len({id(env) for env in made}) < n_envs:
             raise UserError(f"{name}: the factory gave the same environment twice; it must make a new one each time.")
+        self._envs = [wrap(env, first_index + index) for index, env in enumerate(made)]
         self.observation_space = self._envs[0].observation_space
         self.action_space = self._envs[0].action_space
         self._shape = tuple(self.observation_space.shape or ())
@@ -259,7 +295,11 @@ class SerialEnvs:
 
     def reset(self) -> np.ndarray:
         """Begin episode 0 of each environment; return observations `[N, *O]`."""
-        self._episodes[:] = 0
+        return self.begin(np.zeros(self.n_envs, np.int64))
+
+    def begin(self, episodes: np.ndarray) -> np.ndarray:
+        """Begin the given episode `[N]` of each environment; return observations `[N, *O]`."""
+        self._episodes[:] = episodes
         self._history, self._starts = [], np.zeros(self.n_envs, np.int64)
         self._reward_sums[:] = 0.0
         for index in range(self.n_envs):
@@ -270,12 +310,29 @@ class SerialEnvs:
         """Step each environment with its row of `actions`.
 
         Raises:
-            EnvironmentFault: if one raises or returns what it must not.
+            EnvironmentFault: if one raises or returns what it must not, and may not be restarted (any more).
         """
         self._history.append(actions)
-        for index, env in enumerate(self._envs):
+        self._valid[:] = True
+        first = 0
+        while first < self.n_envs:
             try:
-                result = env.step(actions[index])
+                first = self._step_from(first, actions)
+            except EnvironmentFault as fault:
+                first = self._lose(fault)
+        self._check_values()
+        np.copyto(self._observations, self._final)
+        self._reward_sums += self._rewards
+        for index in np.flatnonzero(self._terminated | self._truncated):
+            self._begin_next_episode(int(index))
+        self._forget_closed_episodes()
+        return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
+
+    def _step_from(self, first: int, actions: np.ndarray) -> int:
+        """Step the environments from the given one on; return their number."""
+        for index in range(first, self.n_envs):
+            try:
+                result = self._envs[index].step(actions[index])
             except (Exception, SystemExit) as error:
                 raise self._raised(index, "step", error) from error
             try:
@@ -288,16 +345,51 @@ class SerialEnvs:
                 terminated if type(terminated) is bool else self._end(index, "terminated", terminated)
             )
             self._truncated[index] = truncated if type(truncated) is bool else self._end(index, "truncated", truncated)
-        self._check_values()
-        np.copyto(self._observations, self._final)
-        self._reward_sums += self._rewards
-        for index in np.flatnonzero(self._terminated | self._truncated):
+
+        return self.n_envs
+
+    def _lose(self, fault: EnvironmentFault) -> int:
+        """Cut the episode of an environment that failed in a step, and return the number of the one after it.
+
+        Raises:
+            EnvironmentFault: the same, if no environment may be restarted (any more).
+        """
+        index = int(fault.record["env_index"]) - self._first
+        self._restart(index, fault)
+        self._final[index] = self._observations[index]
+        self._rewards[index] = 0.0
+        self._terminated[index], self._truncated[index], self._valid[index] = False, True, False
+        return index + 1
+
+    def _restart(self, index: int, fault: EnvironmentFault) -> None:
+        if self.n_restarts >= self._max_restarts:
+            raise fault if not self._max_restarts else too_many_restarts(fault, self._max_restarts)
+        self.n_restarts += 1
+        self.faults.append(fault)
+        close_quietly(self._name, [self._envs[index]])
+        try:
+            self._envs[index] = self._wrap(self._make(), self._first + index)
+        except (Exception, SystemExit) as error:
+            what = f"{fault}\nIt could not be made anew: {type(error).__name__}: {error}"
+            raise EnvironmentFault(what, fault.record) from error
+
+    def _begin_next_episode(self, index: int) -> None:
+        """Begin the next episode that can be begun."""
+        while True:
             self._episodes[index] += 1
             self._starts[index] = len(self._history)
             self._reward_sums[index] = 0.0
-            self._begin_episode(int(index))
-        self._forget_closed_episodes()
-        return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
+            try:
+                self._begin_episode(index)
+            except EnvironmentFault as fault:
+                self._restart(index, fault)
+            else:
+                return
+
+    @property
+    def episodes(self) -> np.ndarray:
+        """The number of the open episode of each environment."""
+        return self._episodes.copy()
 
     def snapshot(self) -> Snapshot:
         """Episode numbers, the open episodes' actions, and the observations and rewards they have led to.
@@ -319,7 +411,7 @@ class SerialEnvs:
         arrays["lengths"][self._forgotten > 0] = -1
         if opened:
             arrays["open_actions"] = np.concatenate(opened)
-        return Snapshot(arrays, {})
+        return Snapshot(arrays, {"n_restarts": self.n_restarts})
 
     def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
         """Play the open episodes again and compare where they lead, bit for bit.
@@ -329,6 +421,8 @@ class SerialEnvs:
         instead; those are listed.
         """
         arrays = snapshot.arrays
+        check_snapshot(snapshot, self.n_envs)
+        self.n_restarts = int(snapshot.values["n_restarts"])
         self._episodes[:] = arrays["episodes"]
         lengths = np.maximum(arrays["lengths"], 0).tolist()
         longest = max(lengths)
@@ -349,10 +443,7 @@ class SerialEnvs:
                 self._history[longest - length + offset][index] = action
             self._reward_sums[index] = arrays["reward_sums"][index]
             if arrays["lengths"][index] < 0 or not self._replay(index, arrays["observations"][index]):
-                self._reward_sums[index] = 0.0
-                self._episodes[index] += 1
-                self._starts[index] = longest
-                self._begin_episode(index)
+                self._begin_next_episode(index)
                 fresh.append(self._first + index)
         return self._observations, fresh
 
@@ -423,14 +514,16 @@ class SerialEnvs:
         return array
 
     def _check_values(self) -> None:
-        if not np.isfinite(self._rewards).all():
-            index = int(np.flatnonzero(~np.isfinite(self._rewards))[0])
-            raise self._fault(index, f"the reward is {self._rewards[index]}")
+        for index in np.flatnonzero(~np.isfinite(self._rewards)):
+            self._lose(self._fault(int(index), f"the reward is {self._rewards[index]}"))
         if not self._check.fits(self._final):
-            for index in range(self.n_envs):
+            for index in np.flatnonzero(self._valid):
                 problem = self._check.first_problem(self._final[index], np.asarray(self._given[index]))
                 if problem:
-                    self._report(index, *problem)
+                    try:
+                        self._report(int(index), *problem)
+                    except EnvironmentFault as fault:
+                        self._lose(fault)
 
     def _report(self, index: int, problem: str, is_bound: bool) -> None:
         """Raise, or, for a value out of bounds where the user asked for it, note it once."""

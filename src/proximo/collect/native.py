@@ -59,6 +59,8 @@ class NativeEnvs:
     ) -> None:
         """Wrap `envs`; reads the autoreset mode from its metadata (NEXT_STEP if it does not say)."""
         self.warnings: list[str] = []
+        self.faults: list[EnvironmentFault] = []
+        self.n_restarts = 0
         self._on_violation = on_space_violation
         self._envs = envs
         self._seed = seed

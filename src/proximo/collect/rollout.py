@@ -72,6 +72,9 @@ def rollout(
         acted.append(step_result)
         step = envs.step(policy.to_environment(step_result.actions))
         done = (step.terminated | step.truncated) & step.valid
+        lost = step.truncated & ~step.valid
+        if t and lost.any():  # the episode ends at the step before, at the observation that was acted on now
+            recorder.done[lost, t - 1] = True
         recorder.write(t, step.rewards, step.terminated & step.valid, done, step.valid)
         _advance(carry, step.rewards, step.valid)
         for i in np.flatnonzero(done):
@@ -81,7 +84,7 @@ def rollout(
             episodes.lengths.append(int(carry.episode_length[i]))
             n_terminated += int(step.terminated[i])
         recorder.discounted[:, t] = _advance_discounted(carry, step.rewards, step.valid, gamma)
-        _forget(carry, done)
+        _forget(carry, done | lost)
         np.copyto(carry.observations, step.observations)
     batch = _assemble(policy, recorder, acted, carry.observations, finals, final_places, device)
     return batch, episodes._replace(n_terminated=n_terminated)

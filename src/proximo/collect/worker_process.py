@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import itertools
 import math
 import mmap
 import multiprocessing
@@ -28,7 +27,7 @@ import cloudpickle  # noqa: TID251 (the factory, on its way to our own worker pr
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.envs import SerialEnvs, Snapshot, SpacePolicy
+from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpacePolicy
 from proximo.errors import UserError
 
 _ORPHAN_SECONDS = 2.0
@@ -52,6 +51,13 @@ class Made(NamedTuple):
     spaces: bytes
     shape: tuple[int, ...]
     dtype: str
+
+
+class Restarted(NamedTuple):
+    """What made a worker restart environments, and which episode each of its environments is in since then."""
+
+    faults: list[EnvironmentFault]
+    episodes: np.ndarray
 
 
 class Reply(NamedTuple):
@@ -79,7 +85,7 @@ class Layout:
         actions = ((self.n_envs * self.action_bytes,), np.dtype(np.uint8))
         pulses = ((self.n_workers, 8), np.dtype(np.int64))
         offset = 0
-        for shape, dtype in (observations, observations, numbers, flags, flags, actions, pulses):
+        for shape, dtype in (observations, observations, numbers, flags, flags, flags, actions, pulses):
             yield offset, shape, dtype
             offset += -(-math.prod(shape) * dtype.itemsize // 64) * 64
 
@@ -98,6 +104,7 @@ class Memory(NamedTuple):
     rewards: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
+    valid: np.ndarray
     actions: np.ndarray
     pulses: np.ndarray
     """[n_workers, 8]: calls begun, and of the last one: environment (-1: none), seed, step (0: a reset)."""
@@ -107,6 +114,12 @@ class Memory(NamedTuple):
         """Map a file; it is unmapped when the last array is gone."""
         shared = mmap.mmap(descriptor, layout.size)
         return Memory(*(np.ndarray(shape, dtype, shared, offset) for offset, shape, dtype in layout.fields()))
+
+    def cut(self, rows: slice, acted_on: np.ndarray) -> None:
+        """Let these environments' episodes end before the step that was lost, at the observation acted on."""
+        self.final_observations[rows] = acted_on[rows]
+        self.rewards[rows] = 0.0
+        self.terminated[rows], self.truncated[rows], self.valid[rows] = False, True, False
 
     def actions_as(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """The actions, of whatever type the policy has given them, so that the environments see that type."""
@@ -204,23 +217,24 @@ class _Service:
         self._warnings.clear()
         return Reply(value, warnings, failure)
 
-    def make(self, task: tuple[Parcel, int, int, str, int, SpacePolicy]) -> Made:
+    def make(self, task: tuple[Parcel, int, int, str, int, SpacePolicy, int]) -> Made:
         """Make the environments of this worker.
 
         Raises:
             UserError: if that fails.
         """
-        parcel, n_envs, seed, name, first_index, on_space_violation = task
-        indices = itertools.count(first_index)
+        parcel, n_envs, seed, name, first_index, on_space_violation, max_restarts = task
         try:
             factory = _unpack(parcel)
             envs = SerialEnvs(
-                lambda: cast(gym.Env, _Watched(factory(), next(indices), self)),
+                factory,
                 n_envs,
                 seed,
                 name=name,
                 first_index=first_index,
                 on_space_violation=on_space_violation,
+                max_restarts=max_restarts,
+                wrap=lambda env, index: cast(gym.Env, _Watched(env, index, self)),
             )
         except UserError:
             raise
@@ -246,7 +260,11 @@ class _Service:
         """Begin the first episodes."""
         self._memory.observations[self._own] = self._serial.reset()
 
-    def step(self, described: tuple[str, tuple[int, ...]]) -> None:
+    def begin_at(self, episodes: np.ndarray) -> None:
+        """Begin the given episodes."""
+        self._memory.observations[self._own] = self._serial.begin(episodes)
+
+    def step(self, described: tuple[str, tuple[int, ...]]) -> Restarted | None:
         """Step each environment."""
         memory, own = self._memory, self._own
         step = self._serial.step(memory.actions_as(*described)[own].copy())
@@ -255,11 +273,18 @@ class _Service:
         memory.rewards[own] = step.rewards
         memory.terminated[own] = step.terminated
         memory.truncated[own] = step.truncated
+        memory.valid[own] = step.valid
+        return self._restarted() if self._serial.faults else None
 
-    def restore(self, snapshot: Snapshot) -> list[int]:
+    def restore(self, snapshot: Snapshot) -> tuple[list[int], Restarted]:
         """Play the open episodes again."""
         self._memory.observations[self._own], fresh = self._serial.restore(snapshot)
-        return fresh
+        return fresh, self._restarted()
+
+    def _restarted(self) -> Restarted:
+        faults = self._serial.faults.copy()
+        self._serial.faults.clear()
+        return Restarted(faults, self._serial.episodes)
 
     def close(self) -> None:
         """Close the environments."""

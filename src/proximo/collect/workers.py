@@ -26,8 +26,17 @@ import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker pro
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.envs import LONGEST_REPLAY, EnvironmentFault, Snapshot, SpacePolicy, Step, episode_seed
-from proximo.collect.worker_process import Layout, Made, Memory, Parcel, Reply, pack, work
+from proximo.collect.envs import (
+    LONGEST_REPLAY,
+    EnvironmentFault,
+    Snapshot,
+    SpacePolicy,
+    Step,
+    check_snapshot,
+    episode_seed,
+    too_many_restarts,
+)
+from proximo.collect.worker_process import Layout, Made, Memory, Reply, Restarted, pack, work
 from proximo.errors import UserError, in_range
 
 START_SECONDS = 120.0
@@ -70,10 +79,13 @@ class WorkerEnvs:
         n_workers: int | None = None,
         on_space_violation: SpacePolicy = "raise",
         timeout: float = 60.0,
+        max_restarts: int = 0,
     ) -> None:
         """Start the workers and make the environments in them; the default is one worker for each core.
 
-        `timeout` is how many seconds one call of one environment (a reset or a step) may take.
+        `timeout` is how many seconds one call of one environment (a reset or a step) may take. With `max_restarts`
+        above 0, an environment that fails is made anew, so many times in all, as by `SerialEnvs`; one that hangs or
+        takes its process with it is killed with all environments of that worker, and the episodes of all are cut.
 
         Raises:
             UserError: if the factory cannot be sent, or an environment cannot be made.
@@ -90,15 +102,21 @@ class WorkerEnvs:
         self._seed = seed
         self._name = name
         self._timeout = timeout
+        self._max_restarts = max_restarts
+        self._descriptor: int | None = None
+        self._layout: Layout | None = None
+        self.n_restarts = 0
+        self.faults: list[EnvironmentFault] = []
         self._episodes = np.zeros(n_envs, np.int64)
         self._reward_sums = np.zeros(n_envs)
         self._actions: list[list[np.ndarray]] = [[] for _ in range(n_envs)]
         self._forgotten = np.zeros(n_envs, np.int64)
-        self._valid = np.ones(n_envs, bool)
         self._awaiting = False
         _OPEN.add(self)
         try:
-            self._start(pack(make, name), min(n_workers or _n_cores(), n_envs), on_space_violation)
+            self._parcel = pack(make, name)
+            self._on_space_violation: SpacePolicy = on_space_violation
+            self._start(min(n_workers or _n_cores(), n_envs))
         except BaseException:
             self.close()
             raise
@@ -121,20 +139,28 @@ class WorkerEnvs:
         """Step each environment with its row of `actions`.
 
         Raises:
-            EnvironmentFault: if one raises, returns what it must not, hangs, or takes its process with it.
+            EnvironmentFault: if one raises, returns what it must not, hangs, or takes its process with it, and may not
+                be restarted (any more).
             UserError: if a worker is lost outside of its environments.
         """
         memory = self._opened()
+        acted_on = memory.observations.copy() if self._max_restarts else memory.observations
         memory.actions_as(actions.dtype.str, actions.shape)[...] = actions
         for taken, action in zip(self._actions, actions, strict=True):
             taken.append(action)
-        self._ask("step", [(actions.dtype.str, actions.shape)] * len(self._workers))
+        described = [(actions.dtype.str, actions.shape)] * len(self._workers)
+        answers = self._ask("step", described, may_lose=self._max_restarts > 0)
+        for worker, answer in zip(self._workers, answers, strict=True):
+            if isinstance(answer, UserError):
+                memory.cut(slice(worker.start, worker.stop), acted_on)
         self._reward_sums += memory.rewards
         for index in np.flatnonzero(memory.terminated | memory.truncated):
             self._episodes[index] += 1
             self._reward_sums[index] = 0.0
             self._forgotten[index] = 0
             self._actions[index] = []
+        for number, answer in enumerate(answers):
+            self._go_on_after(number, answer)
         for index, taken in enumerate(self._actions):
             if len(taken) >= LONGEST_REPLAY:
                 self._forgotten[index] += len(taken)
@@ -145,7 +171,7 @@ class WorkerEnvs:
             memory.terminated,
             memory.truncated,
             memory.final_observations,
-            self._valid,
+            memory.valid,
         )
 
     def snapshot(self) -> Snapshot:
@@ -159,7 +185,7 @@ class WorkerEnvs:
         }
         if any(whole):
             arrays["open_actions"] = np.concatenate([np.stack(taken) for taken in whole if taken])
-        return Snapshot(arrays, {})
+        return Snapshot(arrays, {"n_restarts": self.n_restarts})
 
     def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
         """Play the open episodes again, as `SerialEnvs.restore` does, the workers side by side.
@@ -168,6 +194,8 @@ class WorkerEnvs:
             EnvironmentFault: if an environment cannot be reset, hangs, or takes its process with it.
         """
         memory, arrays = self._opened(), snapshot.arrays
+        check_snapshot(snapshot, self.n_envs)
+        self.n_restarts = int(snapshot.values["n_restarts"])
         lengths = np.maximum(arrays["lengths"], 0)
         bounds = [0, *np.cumsum(lengths).tolist()]
         rows = arrays["open_actions"] if bounds[-1] else np.zeros(0)
@@ -181,9 +209,11 @@ class WorkerEnvs:
             part = {name: arrays[name][own] for name in ("observations", "episodes", "lengths", "reward_sums")}
             part["open_actions"] = rows[bounds[worker.start] : bounds[worker.stop]]
             parts.append(Snapshot(part, snapshot.values))
-        fresh = [index for indices in self._ask("restore", parts) for index in indices]
+        fresh = []
+        for worker, (indices, restarted) in zip(self._workers, self._ask("restore", parts), strict=True):
+            self._note(worker, restarted)
+            fresh += indices
         for index in fresh:
-            self._episodes[index] += 1
             self._reward_sums[index] = 0.0
             self._actions[index] = []
         return memory.observations, fresh
@@ -199,20 +229,20 @@ class WorkerEnvs:
             self._workers[-1].end(deadline)
             self._workers.pop()
         self._memory = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
         _OPEN.discard(self)
 
     def __del__(self) -> None:
         self.close()
 
-    def _start(self, parcel: Parcel, n_workers: int, on_space_violation: SpacePolicy) -> None:
+    def _start(self, n_workers: int) -> None:
         sizes = [self.n_envs // n_workers + (i < self.n_envs % n_workers) for i in range(n_workers)]
         bounds = [0, *itertools.accumulate(sizes)]
         for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
             self._workers.append(_Worker.begin(number, start, stop))
-        tasks = [
-            (parcel, size, self._seed, self._name, start, on_space_violation)
-            for size, start in zip(sizes, bounds, strict=False)
-        ]
+        tasks = [self._task(worker) for worker in self._workers]
         made = [Made(*values) for values in self._ask("make", tasks)]
         first = made[0]
         for worker, other in zip(self._workers, made, strict=True):
@@ -224,13 +254,49 @@ class WorkerEnvs:
                 )
         self.observation_space, self.action_space = cloudpickle.loads(first.spaces)
         layout = Layout(self.n_envs, n_workers, first.shape, first.dtype, 8 * math.prod(self.action_space.shape or ()))
-        descriptor = _unnamed_file(layout.size)
-        try:
-            memory = Memory.map(layout, descriptor)
-            self._ask("share", [layout] * n_workers, descriptor=descriptor)
-        finally:
-            os.close(descriptor)  # the mapping stays
-        self._memory = memory
+        self._descriptor = _unnamed_file(layout.size)
+        memory = Memory.map(layout, self._descriptor)
+        self._ask("share", [layout] * n_workers, descriptor=self._descriptor)
+        if not self._max_restarts:
+            os.close(self._descriptor)  # the mapping stays
+            self._descriptor = None
+        self._layout, self._memory = layout, memory
+
+    def _task(self, worker: _Worker) -> tuple[Any, ...]:
+        """What a worker needs to make its environments."""
+        n_envs, policy = worker.stop - worker.start, self._on_space_violation
+        return self._parcel, n_envs, self._seed, self._name, worker.start, policy, self._max_restarts
+
+    def _note(self, worker: _Worker, restarted: Restarted) -> None:
+        """Take over what a worker says of environments that it restarted.
+
+        Raises:
+            EnvironmentFault: if it was one too many, counted over all workers.
+        """
+        self._episodes[worker.start : worker.stop] = restarted.episodes
+        for fault in restarted.faults:
+            self._count(fault)
+
+    def _count(self, fault: EnvironmentFault) -> None:
+        if self.n_restarts >= self._max_restarts:
+            raise too_many_restarts(fault, self._max_restarts)
+        self.n_restarts += 1
+        self.faults.append(fault)
+
+    def _go_on_after(self, number: int, answer: Restarted | EnvironmentFault | None) -> None:
+        """Note what was restarted within a step; put a worker that was lost in it back to work."""
+        if isinstance(answer, Restarted):
+            self._note(self._workers[number], answer)
+        own = slice(self._workers[number].start, self._workers[number].stop)
+        while isinstance(answer, EnvironmentFault):
+            self._count(answer)
+            index = answer.record["env_index"]  # the episode that failed may be one that was only being begun
+            self._episodes[index] = max(int(self._episodes[index]), answer.record["episode"] + 1)
+            self._workers[number].end(0.0)
+            self._workers[number] = fresh = _Worker.begin(number, own.start, own.stop)
+            self._ask("make", [self._task(fresh)], workers=[fresh], timeout=max(self._timeout, START_SECONDS))
+            self._ask("share", [self._layout], workers=[fresh], descriptor=self._descriptor)
+            (answer,) = self._ask("begin_at", [self._episodes[own]], workers=[fresh], may_lose=True)
 
     def _opened(self) -> Memory:
         if self._memory is None:
@@ -239,21 +305,34 @@ class WorkerEnvs:
             raise RuntimeError("A worker was lost, or a step interrupted: these environments can only be closed.")
         return self._memory
 
-    def _ask(self, command: str, payloads: list[Any] | None = None, *, descriptor: int | None = None) -> list[Any]:
+    def _ask(
+        self,
+        command: str,
+        payloads: list[Any] | None = None,
+        *,
+        descriptor: int | None = None,
+        workers: list[_Worker] | None = None,
+        timeout: float | None = None,
+        may_lose: bool = False,
+    ) -> list[Any]:
         """Give every worker a command and wait for all replies, so that none is left for the next command.
+
+        With `may_lose`, the fault of a worker that is lost stands in the place of its answer.
 
         Raises:
             EnvironmentFault, UserError: the one of the first worker that has one.
             RuntimeError: for a mistake of ours in a worker, with its traceback.
         """
         self._awaiting = True
-        for worker, payload in itertools.zip_longest(self._workers, payloads or []):
+        workers = self._workers if workers is None else workers
+        for worker, payload in itertools.zip_longest(workers, payloads or []):
             worker.send(command, payload)
             if descriptor is not None:
                 worker.send_descriptor(descriptor)
-        replies = self._gather(self._timeout if self._memory else max(self._timeout, START_SECONDS))
+        usual = self._timeout if self._memory else max(self._timeout, START_SECONDS)
+        replies = self._gather(workers, timeout or usual, may_lose=may_lose)
         self._awaiting = False
-        for worker, reply in zip(self._workers, replies, strict=True):
+        for worker, reply in zip(workers, replies, strict=True):
             if not self.warnings:  # each worker says a thing once; of all of them, too, once is enough
                 self.warnings += reply.warnings[:1]
             if isinstance(reply.failure, UserError):
@@ -262,12 +341,12 @@ class WorkerEnvs:
                 raise RuntimeError(f"{worker} failed:\n{reply.failure}")
         return [reply.value for reply in replies]
 
-    def _gather(self, timeout: float) -> list[Reply]:
+    def _gather(self, workers: list[_Worker], timeout: float, *, may_lose: bool) -> list[Reply]:
         """Wait for the reply of every worker, as long as each of them begins a new call within `timeout`."""
         replies: dict[int, Reply] = {}
-        pending = list(self._workers)
+        pending = list(workers)
         tick = min(timeout / 10, 1.0)
-        beats, quiet = [self._beat(worker) for worker in pending], [0.0] * len(pending)
+        beats, quiet = {worker.number: self._beat(worker) for worker in pending}, dict.fromkeys(range(self.n_envs), 0.0)
         while pending:
             channels = [channel for w in pending for channel in (w.connection, w.process.sentinel)]
             ready = set(wait(channels, tick))
@@ -275,21 +354,33 @@ class WorkerEnvs:
                 if worker.connection in ready or worker.process.sentinel in ready:
                     reply = worker.receive()
                     if reply is None:
-                        raise self._lost(worker, worker.death())
+                        reply = self._without(worker, worker.death(), may_lose=may_lose)
                     replies[worker.number] = reply
                     pending.remove(worker)
             if ready:
                 continue
             # Ticks are counted, no clock is read: a process group that was stopped for an hour (Ctrl-Z) has
             # not waited for an hour.
-            for worker in pending:
+            for worker in pending.copy():
                 beat = self._beat(worker)
                 quiet[worker.number] = quiet[worker.number] + tick if beat == beats[worker.number] else 0.0
                 beats[worker.number] = beat
                 if quiet[worker.number] >= timeout:
                     worker.process.kill()
-                    raise self._lost(worker, f"was not back after {timeout:g} s")
-        return [replies[worker.number] for worker in self._workers]
+                    what = f"was not back after {timeout:g} s"
+                    replies[worker.number] = self._without(worker, what, may_lose=may_lose)
+                    pending.remove(worker)
+        return [replies[worker.number] for worker in workers]
+
+    def _without(self, worker: _Worker, what: str, *, may_lose: bool) -> Reply:
+        """The reply of a worker that is lost: its fault; raises that where none may be lost."""
+        fault = self._lost(worker, what)
+        if not may_lose:
+            raise fault
+        if not isinstance(fault, EnvironmentFault):  # killed between two calls: nothing of it can be played again
+            record = {"env_index": worker.start, "episode": int(self._episodes[worker.start]), "step": 0}
+            fault = EnvironmentFault(str(fault), record | {"seed": None, "actions": [], "problem": what})
+        return Reply(fault, [], None)
 
     def _beat(self, worker: _Worker) -> int:
         """How many calls of its environments the worker has begun."""
@@ -308,7 +399,7 @@ class WorkerEnvs:
         if seed != episode_seed(self._seed, index, episode):  # the next episode was being begun within the step
             episode, actions, forgotten = episode + 1, [], 0
         if "not back" in what:
-            hint = f"\nA call may take timeout={self._timeout:g} s; if it really is slower, raise timeout."
+            hint = f"\nA call may take {self._timeout:g} s; if it really is slower, raise it: --step-timeout."
         call = "step()" if steps else "reset()"
         problem = f"{call} did not return: {worker} {what}"
         last = f" The action was {actions[-1].tolist()}." if actions else ""

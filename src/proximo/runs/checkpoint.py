@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from proximo.errors import UserError
+from proximo.errors import DiskError, UserError
 from proximo.runs import contents, files, names
 from proximo.runs.contents import Tensors
 from proximo.runs.directory import RunDirectory, read_config
@@ -47,7 +47,7 @@ class Checkpoint:
     tensors: Tensors
     state: dict[str, Any]
     versions: dict[str, str]
-    """The versions of proximo, torch and python that wrote it."""
+    """The versions, threads and processor that wrote it."""
     skipped: tuple[str, ...] = ()
     """Newer checkpoints that `newest_checkpoint` had to pass over, each with the reason."""
 
@@ -59,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
     floats exactly, NaN and infinity too). Tensors may live on any device and share memory. A name that
     exists is never written again: the same step saved twice gets `-2` after its name.
 
-    Raises UserError if the disk is full or refuses: nothing half-written is left, older checkpoints are
+    Raises DiskError if the disk is full or refuses: nothing half-written is left, older checkpoints are
     as they were, and the caller may go on and try again later. Raises TypeError or ValueError for what
     a checkpoint cannot hold, before anything is written.
     """
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
         path = _write(folder, step, tensors, state_bytes)
         files.replace_file(folder / names.LATEST, f"{path.name}\n".encode())
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"The checkpoint of step {step} could not be saved in {folder}: {files.reason(error)}. "
             "Earlier checkpoints are untouched. Free some space there, or let this user write there."
         ) from error
@@ -87,7 +87,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
 def mark_best(folder: Path, checkpoint_path: Path) -> None:
     """Let `best` name this checkpoint of `folder`; `prune_checkpoints` then keeps it.
 
-    Raises ValueError if it is no checkpoint of `folder`, and UserError if the disk refuses.
+    Raises ValueError if it is no checkpoint of `folder`, and DiskError if the disk refuses.
     """
     name = checkpoint_path.name
     if name not in names.all_in(folder) or checkpoint_path.parent.resolve() != folder.resolve():
@@ -95,19 +95,21 @@ def mark_best(folder: Path, checkpoint_path: Path) -> None:
     try:
         files.replace_file(folder / names.BEST, f"{name}\n".encode())
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"{folder / names.BEST} could not be written: {files.reason(error)}. "
             "The best checkpoint is still the one it named. Free some space, or let this user write there."
         ) from error
 
 
-def finish_save(folder: Path, checkpoint: Checkpoint, *, keep_last: int, best: bool) -> None:
+def finish_save(
+    folder: Path, checkpoint: Checkpoint, *, keep_last: int, keep_every: int | None = None, best: bool = False
+) -> None:
     """Do what a save that was killed between its steps has left undone: move `latest` and `best`, and prune.
 
     For whoever goes on from `checkpoint`, the newest that verifies; `best` says that it was to be marked so. After
     a save that came to its end, or where a newer checkpoint is damaged, nothing is changed.
 
-    Raises UserError if the disk refuses, and as `prune_checkpoints` does.
+    Raises DiskError if the disk refuses, and as `prune_checkpoints` does.
     """
     if checkpoint.skipped:
         return
@@ -115,13 +117,13 @@ def finish_save(folder: Path, checkpoint: Checkpoint, *, keep_last: int, best: b
         if names.pointed(folder, names.LATEST) != checkpoint.path.name:
             files.replace_file(folder / names.LATEST, f"{checkpoint.path.name}\n".encode())
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"{folder / names.LATEST} could not be written: {files.reason(error)}. "
             "Free some space there, or let this user write there."
         ) from error
     if best and names.pointed(folder, names.BEST) != checkpoint.path.name:
         mark_best(folder, checkpoint.path)
-    prune_checkpoints(folder, keep_last)
+    prune_checkpoints(folder, keep_last, keep_every)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -201,29 +203,32 @@ def named_checkpoint(folder: Path, name: str | int) -> Checkpoint:
     )
 
 
-def prune_checkpoints(folder: Path, keep_last: int) -> tuple[Path, ...]:
+def prune_checkpoints(folder: Path, keep_last: int, keep_every: int | None = None) -> tuple[Path, ...]:
     """Delete all but the last `keep_last` checkpoints and the one named best; return what was deleted.
+
+    With `keep_every`, the first one at or after each multiple of so many steps is kept too, for good.
 
     First the newest is read back from the disk and hashed. If it is damaged the next older one that
     verifies counts as the newest; damaged checkpoints newer than that are left alone. No damaged one counts
     among the last `keep_last`. Leftovers of saves that were killed go too.
 
-    Raises ValueError if `keep_last` is below 1, and UserError, with nothing deleted, if no checkpoint
-    verifies or `best` is damaged; UserError too if the disk refuses.
+    Raises ValueError if `keep_last` or `keep_every` is below 1, and UserError, with nothing deleted, if `best` is
+    damaged; DiskError if no checkpoint verifies, then too with nothing deleted, or if the disk refuses.
     """
-    if keep_last < 1:
-        raise ValueError(f"keep_last must be at least 1, not {keep_last}")
+    if keep_last < 1 or (keep_every is not None and keep_every < 1):
+        raise ValueError(f"keep_last and keep_every must be at least 1, not {keep_last} and {keep_every}")
     present = names.all_in(folder)
     try:
         best = names.pointed(folder, names.BEST)
         sound = _from_first_sound(folder, present)
         kept = [name for name in sound if _problem(folder / name, _manifest) is None][:keep_last]
+        kept += [] if keep_every is None else _milestones(sound, keep_every)
         doomed = [folder / name for name in sound if name not in kept and name != best]
         for path in doomed:
             _delete(path)
         files.sweep(folder)
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"Old checkpoints in {folder} could not all be deleted: {files.reason(error)}. "
             "The newest ones are untouched. Let this user write there, or delete them by hand."
         ) from error
@@ -233,7 +238,7 @@ def prune_checkpoints(folder: Path, keep_last: int) -> tuple[Path, ...]:
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise UserError(
+        raise DiskError(
             f"The checkpoint needs {needed / 1e6:,.1f} MB in {folder}, and {free / 1e6:,.1f} MB are free. "
             "Earlier checkpoints are untouched. Free some space there, or keep fewer checkpoints."
         )
@@ -327,7 +332,15 @@ def _from_first_sound(folder: Path, present: list[str]) -> list[str]:
         problems.append(f"\n  {name}: {problem}")
     if not problems:
         return []
-    raise UserError(f"Nothing in {folder} was deleted, for no checkpoint there verifies:{''.join(problems)}")
+    raise DiskError(f"Nothing in {folder} was deleted, for no checkpoint there verifies:{''.join(problems)}")
+
+
+def _milestones(sound: list[str], every: int) -> list[str]:
+    """Return the first of these, newest first, at or after each multiple of `every` steps."""
+    first: dict[int, str] = {}
+    for name in sound:
+        first[names.step_of(name) // every] = name
+    return list(first.values())
 
 
 def _delete(path: Path) -> None:

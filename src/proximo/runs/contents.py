@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 import safetensors.torch
@@ -69,6 +71,21 @@ def check_state(value: object, where: str = "state") -> None:
             f"{where} is a {type(value).__name__}: a checkpoint's state holds numbers, strings, lists, "
             "dicts, booleans and None. Convert it, or save it as a tensor"
         )
+
+
+def take_counters(state: object, described: dict[str, Any], names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Give a state's counters the values that a checkpoint has for them; the `optional` ones may be None.
+
+    Raises KeyError or ValueError for what is not there, and what is no number of the kind that the state has.
+    """
+    for name in names:
+        value = described[name]
+        kind = int if isinstance(getattr(state, name), int) else int | float
+        is_one = isinstance(value, kind) and not isinstance(value, bool)
+        is_one = is_one and (0 <= value < 2**63 if kind is int else abs(value) <= sys.float_info.max)
+        if not (is_one or (value is None and name in optional)):
+            raise ValueError(f"its {name} is {value!r}")
+        setattr(state, name, value)
 
 
 def tensors_bytes(group: dict[str, torch.Tensor]) -> bytes:

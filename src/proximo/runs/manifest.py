@@ -115,12 +115,27 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of proximo, torch and python that are at work."""
-    try:
-        proximo_version = importlib.metadata.version("proximo")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        proximo_version = "unknown"
-    return {"proximo": proximo_version, "torch": torch.__version__, "python": platform.python_version()}
+    """What the bits of a run hang on beside its settings: versions, torch's threads, the processor's instructions."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("proximo", "numpy", "gymnasium"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # or run from a source tree that was never installed
+            found[name] = "unknown"
+    found["threads"] = str(torch.get_num_threads())
+    found["cpu"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def differences(before: dict[str, str]) -> str:
+    """What is no longer as it was when a checkpoint was written, in words; empty if all is."""
+    now = versions()
+    changed = [
+        f"{name} was {was} and is {now.get(name, 'none')}" for name, was in before.items() if now.get(name) != was
+    ]
+    return f"the numbers may differ from here on: {', '.join(changed)}" if changed else ""
 
 
 def _rendered(fields: dict[str, Any]) -> bytes:

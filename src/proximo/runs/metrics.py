@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from proximo.errors import UserError
+from proximo.errors import DiskError, UserError
 from proximo.runs import files
 
 MetricValue = float | int | bool | None | str
@@ -24,7 +24,7 @@ def append_metrics(path: Path, row: dict[str, MetricValue]) -> None:
     JSON has no NaN and no infinity: they become null. The row is not flushed to the disk: it survives a
     kill of the process, and `sync_metrics` makes it survive a power cut.
 
-    Raises TypeError for a value that is no number, boolean, string or None, and UserError if the disk
+    Raises TypeError for a value that is no number, boolean, string or None, and DiskError if the disk
     refuses, with the file as it was.
     """
     line = (json.dumps({key: _plain(key, value) for key, value in row.items()}) + "\n").encode()
@@ -36,7 +36,7 @@ def append_metrics(path: Path, row: dict[str, MetricValue]) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"The metrics could not be written to {path}: {files.reason(error)}. "
             "Free some space there, or let this user write there."
         ) from error
@@ -45,14 +45,14 @@ def append_metrics(path: Path, row: dict[str, MetricValue]) -> None:
 def sync_metrics(path: Path) -> None:
     """Flush the file to the disk. Before a checkpoint is saved, so that no row it counts on can be lost.
 
-    Raises UserError if the disk refuses; a file that does not exist yet is none to flush.
+    Raises DiskError if the disk refuses; a file that does not exist yet is none to flush.
     """
     try:
         files.sync_file(path)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(
+        raise DiskError(
             f"The metrics in {path} could not be flushed to the disk: {files.reason(error)}. "
             "Free some space there, or let this user write there."
         ) from error

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from proximo.collect.reward_model import score_responses
 from proximo.collect.rewards import Reward
 from proximo.core.batch import Batch
 from proximo.core.kl import ProportionalKL, ReferenceKL
-from proximo.errors import UserError
+from proximo.errors import DiskError, UserError, tell
 from proximo.models.adapters import merged_state
 from proximo.models.folders import check_token_ids, load_tokenizer, save_model
 from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
+from proximo.runs.contents import take_counters
 from proximo.runs.directory import RunDirectory
-from proximo.runs.files import parse_json, replace_file
-from proximo.runs.metrics import append_metrics, sync_metrics
+from proximo.runs.files import parse_json, reason, replace_file
+from proximo.runs.keeping import Keeper
+from proximo.runs.metrics import sync_metrics
 from proximo.training.align_config import AlignConfig, check_together
 from proximo.training.digests import check_digests, digests_of
 from proximo.training.reward_scale import normalize_rewards, scales_in_words
@@ -43,6 +46,7 @@ from proximo.training.roles import (
     model_config,
     models_of,
 )
+from proximo.training.skipping import leave_out
 
 STAGE = "align"
 
@@ -74,6 +78,7 @@ class AlignState:
     n_tokens: int = 0
     seconds: float = 0.0
     saved_at: int = 0
+    skipped_in_a_row: int = 0
     samples: list[dict[str, Any]] = field(default_factory=list)
     """The latest look at the fixed prompts, for whoever shows it."""
 
@@ -192,13 +197,20 @@ def _count(model: nn.Module) -> str:
 # --- the loop ---------------------------------------------------------------------------------------------------
 
 
-def iterate(config: AlignConfig, run: RunDirectory, state: AlignState) -> Iterator[Metrics]:
+def iterate(
+    config: AlignConfig, run: RunDirectory, state: AlignState, stopping: Callable[[], object] = lambda: False
+) -> Iterator[Metrics]:
     """Train to the last iteration, yielding the metrics of each one once they are written.
 
+    A checkpoint is saved whenever one is due, at the end, and before it ends early because `stopping()` is true. A disk
+    that is full holds nothing up: what it refuses is kept and tried again (`runs/keeping.py`).
+
     Raises:
-        UserError: if too many responses get no score, or the update becomes non-finite.
+        UserError: if too many responses get no score, too many updates in a row are not finite, or the disk refuses
+            too often.
     """
-    while not finished(config, state):
+    keeper, stopped = Keeper(run.metrics_path), False
+    while not (finished(config, state) or stopped):
         began = time.perf_counter()
         batch, answers, gold_mean = _collect(config, state)
         _check_answers(config, state, answers)
@@ -208,7 +220,9 @@ def iterate(config: AlignConfig, run: RunDirectory, state: AlignState) -> Iterat
         try:
             metrics = _update(config, state, batch)
         except NonFiniteUpdateError as error:
-            raise UserError(_non_finite_message(config, state, error)) from error
+            metrics = _left_out(config, run, state, batch, error)
+        else:
+            state.skipped_in_a_row = 0
         state.iteration += 1
         state.n_responses += len(answers.texts)
         state.n_tokens += sum(answers.n_tokens)
@@ -218,12 +232,18 @@ def iterate(config: AlignConfig, run: RunDirectory, state: AlignState) -> Iterat
         if config.beta_control == "adaptive" and row["kl_to_reference"] is not None:
             control = ProportionalKL(state.beta, config.beta_target, config.beta_horizon)
             state.beta = control.updated(row["kl_to_reference"], len(answers.texts)).coef
-        append_metrics(run.metrics_path, row)
         if config.n_samples and (state.iteration % config.samples_every == 0 or finished(config, state)):
             state.samples = look(config, state)
             _keep_samples(run.path / "samples.jsonl", state)
-        if finished(config, state) or state.iteration - state.saved_at >= _checkpoint_interval(config):
-            save(config, run, state)
+        stopped, ended = bool(stopping()), finished(config, state)
+        due = state.iteration - state.saved_at >= _checkpoint_interval(config) and not state.skipped_in_a_row
+        keeper.keep(
+            row,
+            partial(save, config, run, state),
+            is_due=stopped or ended or due,
+            is_last=ended,
+            is_urgent=stopped,
+        )
         yield row
 
 
@@ -385,7 +405,10 @@ def _keep_samples(path: Path, state: AlignState) -> None:
     known = path.read_bytes().split(b"\n") if path.exists() else []
     kept = [line for line in known if _iteration_of(line) < state.iteration]
     lines = [json.dumps(sample, ensure_ascii=False).encode(errors="backslashreplace") for sample in state.samples]
-    replace_file(path, b"\n".join([*kept, *lines]) + b"\n")
+    try:
+        replace_file(path, b"\n".join([*kept, *lines]) + b"\n")
+    except OSError as error:
+        tell(f"proximo: the samples of iteration {state.iteration} could not be written: {reason(error)}")
 
 
 def _iteration_of(line: bytes) -> float:
@@ -396,13 +419,22 @@ def _iteration_of(line: bytes) -> float:
         return math.inf
 
 
-def _non_finite_message(config: AlignConfig, state: AlignState, error: NonFiniteUpdateError) -> str:
-    return (
-        f"Learning broke down in iteration {state.iteration + 1}: {error}. The step was not taken; the weights are "
-        "finite, and the last checkpoint is sound.\n"
-        f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
-        "float32, a higher beta."
+def _left_out(
+    config: AlignConfig, run: RunDirectory, state: AlignState, batch: Batch, error: NonFiniteUpdateError
+) -> Metrics:
+    """Go on without this update. Raises UserError if it was one too many in a row."""
+    state.skipped_in_a_row += 1
+    leave_out(
+        run,
+        error,
+        batch,
+        iteration=state.iteration + 1,
+        in_a_row=state.skipped_in_a_row,
+        most=config.max_skipped_updates,
+        mends=f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
+        "float32, a higher beta.",
     )
+    return {"update_skipped": True}
 
 
 # --- the end, and between -----------------------------------------------------------------------------------------
@@ -413,7 +445,20 @@ def _checkpoint_interval(config: AlignConfig) -> int:
 
 
 def save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
-    """Write a checkpoint: what learns, and everything that decides what comes next."""
+    """Write a checkpoint: what learns, and everything that decides what comes next.
+
+    Raises:
+        DiskError: if the disk refuses; it may be tried again.
+    """
+    saved_at = state.saved_at
+    try:
+        _save(config, run, state)
+    except DiskError:
+        state.saved_at = saved_at
+        raise
+
+
+def _save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
     state.saved_at = state.iteration
     learning = {name: p for name, p in state.policy.named_parameters() if p.requires_grad}
     tensors = {
@@ -426,17 +471,27 @@ def save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
     described["reward_scales"] = [[model.mean, model.std] for model in models_of(state.reward)]
     sync_metrics(run.metrics_path)
     save_checkpoint(run.checkpoints, state.iteration, tensors, described)
-    prune_checkpoints(run.checkpoints, config.keep_checkpoints)
+    prune_checkpoints(run.checkpoints, config.keep_checkpoints, config.keep_every)
 
 
-_COUNTERS = ("beta", "iteration", "n_prompts_used", "n_responses", "n_tokens", "seconds", "saved_at")
+_COUNTERS = (
+    "beta",
+    "iteration",
+    "n_prompts_used",
+    "n_responses",
+    "n_tokens",
+    "skipped_in_a_row",
+    "seconds",
+    "saved_at",
+)
 
 
 def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., Any] | None = None) -> AlignState:
     """The state of a checkpoint."""
     state = _start(config, reward, is_new=False)
     try:
-        check_digests(config, checkpoint.state.get("digests", {}), state.digests)
+        began_with = checkpoint.state.get("digests")
+        check_digests(config, began_with if isinstance(began_with, dict) else {}, state.digests)
         _load(checkpoint, state)
     except BaseException:
         close(state)
@@ -445,6 +500,13 @@ def restore(config: AlignConfig, checkpoint: Checkpoint, reward: Callable[..., A
 
 
 def _load(checkpoint: Checkpoint, state: AlignState) -> None:
+    try:
+        _take(checkpoint, state)
+    except (KeyError, ValueError, RuntimeError, TypeError, OverflowError, AttributeError) as error:
+        raise UserError(f"{checkpoint.path} does not fit this run ({error}). Begin a new run.") from error
+
+
+def _take(checkpoint: Checkpoint, state: AlignState) -> None:
     learning = {name: p for name, p in state.policy.named_parameters() if p.requires_grad}
     saved = checkpoint.tensors["policy"]
     if saved.keys() != learning.keys() or any(saved[name].shape != p.shape for name, p in learning.items()):
@@ -458,10 +520,9 @@ def _load(checkpoint: Checkpoint, state: AlignState) -> None:
     state.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
     state.sampling.set_state(checkpoint.tensors["generators"]["sampling"])
     state.shuffling.set_state(checkpoint.tensors["generators"]["shuffling"])
-    for name in _COUNTERS:
-        setattr(state, name, checkpoint.state[name])
+    take_counters(state, checkpoint.state, _COUNTERS)
     for model, (mean, std) in zip(models_of(state.reward), checkpoint.state["reward_scales"], strict=True):
-        model.mean, model.std = mean, std
+        model.mean, model.std = float(mean), float(std)
 
 
 def close(state: AlignState) -> None:

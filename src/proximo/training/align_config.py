@@ -138,6 +138,10 @@ class AlignConfig:
     """Iterations between checkpoints; by default a tenth of n_iterations."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep the first checkpoint at or after each multiple of this many iterations, for good."""
+    max_skipped_updates: int = 3
+    """Updates in a row that may be left out because their loss or gradient is not finite; one more ends the run."""
     device: str = "cpu"
     """Where the models are: cpu, cuda, cuda:1, ..."""
     threads: int = 0
@@ -159,10 +163,11 @@ class AlignConfig:
         in_range("beta_horizon", self.beta_horizon, above=0.0, usual="10000")
         for name in ("n_iterations", "prompts_per_iteration", "keep_checkpoints", "samples_every"):
             in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(AlignConfig, name)))
-        for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every"):
+        for name in ("responses_per_prompt", "max_prompt_tokens", "checkpoint_every", "keep_every"):
             in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
         in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
-        for name in ("threads", "n_samples", "value_pretraining_iterations", "normalize_rewards_on"):
+        counts = ("threads", "n_samples", "value_pretraining_iterations", "normalize_rewards_on", "max_skipped_updates")
+        for name in counts:
             in_range(name, getattr(self, name), at_least=0, whole=True, usual=str(getattr(AlignConfig, name)))
         if 0 < self.normalize_rewards_on < 16:
             raise UserError(

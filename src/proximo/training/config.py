@@ -41,6 +41,13 @@ class EnvironmentConfig:
     """Truncate episodes after this many steps; by default whatever the environment does."""
     on_space_violation: SpacePolicy = "raise"
     """An observation outside the bounds of its own space stops the run, or is told once (`warn`)."""
+    on_environment_fault: Literal["raise", "restart"] = "raise"
+    """An environment that raises, returns what it must not, or, with workers, hangs or dies: stops the run, or is made
+    anew, its episode cut before the step that failed."""
+    max_restarts: int = 20
+    """Environments that may be made anew within a run; one more fault stops it."""
+    step_timeout: float = 60.0
+    """Seconds that one reset or step may take in a worker process; then it is held to hang."""
 
     @property
     def can_be_named(self) -> bool:
@@ -56,6 +63,19 @@ class EnvironmentConfig:
         )
         one_of("vectorization", self.vectorization, ("serial", "workers", "native"))
         one_of("on_space_violation", self.on_space_violation, ("raise", "warn"))
+        one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
+        in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
+        in_range("step_timeout", self.step_timeout, above=0.0, at_most=86_400.0, usual="60")
+        if self.on_environment_fault == "restart" and self.vectorization == "native":
+            raise UserError(
+                "on_environment_fault is restart, but the environments of a native vector environment cannot be made "
+                "anew one by one. Use --vectorization serial or workers."
+            )
+
+    @property
+    def restarts_allowed(self) -> int:
+        """How many environments may be made anew; 0 where a fault stops the run."""
+        return self.max_restarts if self.on_environment_fault == "restart" else 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,10 @@ class ControlConfig:
     """Environment steps between checkpoints; by default a twentieth of total_steps."""
     keep_checkpoints: int = 3
     """How many checkpoints to keep, the best one not counted."""
+    keep_every: int | None = None
+    """Also keep the first checkpoint at or after each multiple of this many steps, for good."""
+    max_skipped_updates: int = 3
+    """Updates in a row that may be left out because their loss or gradient is not finite; one more ends the run."""
     stop_at_return: float | None = None
     """End early once the mean return of the last 100 episodes reaches this."""
     device: str = "cpu"
@@ -98,6 +122,8 @@ class ControlConfig:
             usual="a twentieth of total_steps",
         )
         in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
+        in_range("keep_every", self.keep_every, optional=True, at_least=1, whole=True, usual="left out")
+        in_range("max_skipped_updates", self.max_skipped_updates, at_least=0, whole=True, usual="3")
         in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
         in_range("threads", self.threads, at_least=1, at_most=1024, whole=True, usual="1")
         if self.algorithm.gae_lambda_per_step is not None:

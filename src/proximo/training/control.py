@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,13 +21,16 @@ from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.rollout import Carry, Episodes, rollout
 from proximo.collect.workers import WorkerEnvs
 from proximo.core.batch import Batch
-from proximo.errors import UserError
+from proximo.errors import DiskError, UserError, tell
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.models.spaces import space_from_json, space_to_json
 from proximo.runs.checkpoint import Checkpoint, mark_best, prune_checkpoints, save_checkpoint
+from proximo.runs.contents import take_counters
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import append_metrics, sync_metrics
+from proximo.runs.keeping import Keeper
+from proximo.runs.metrics import sync_metrics
 from proximo.training.config import ControlConfig, settings_of, with_settings
+from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
 
@@ -52,6 +55,7 @@ class ControlState:
     recent_lengths: deque[int] = field(default_factory=lambda: deque(maxlen=100))
     best_return: float | None = None
     saved_at_step: int = 0
+    skipped_in_a_row: int = 0
     seconds: float = 0.0
 
 
@@ -76,8 +80,17 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
             name=task.env_id,
             n_workers=task.n_workers,
             on_space_violation=task.on_space_violation,
+            timeout=task.step_timeout,
+            max_restarts=task.restarts_allowed,
         )
-    return SerialEnvs(make_one, task.n_envs, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
+    return SerialEnvs(
+        make_one,
+        task.n_envs,
+        config.seed,
+        name=task.env_id,
+        on_space_violation=task.on_space_violation,
+        max_restarts=task.restarts_allowed,
+    )
 
 
 def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
@@ -104,41 +117,64 @@ def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
     )
 
 
-def iterate(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> Iterator[Metrics]:
+def iterate(
+    config: ControlConfig,
+    run: RunDirectory,
+    state: ControlState,
+    envs: VectorEnvs,
+    stopping: Callable[[], object] = lambda: False,
+) -> Iterator[Metrics]:
     """Train until `total_steps`, yielding the metrics of each iteration once they are written.
 
-    A checkpoint is saved whenever one is due and at the end. The consumer may stop between two iterations;
-    `save` then keeps what there is.
+    A checkpoint is saved whenever one is due, at the end, and before it ends early because `stopping()` is true. A disk
+    that is full holds nothing up: what it refuses is kept and tried again (`runs/keeping.py`). The consumer may also
+    stop between two iterations; `save` then keeps what there is.
 
     Raises:
         EnvironmentFault: if an environment raises or returns what it must not; a replay file is written.
-        UserError: if the update becomes non-finite.
+        UserError: if too many updates in a row are not finite, or the disk refuses too often.
     """
-    while not finished(config, state):
+    keeper, stopped = Keeper(run.metrics_path), False
+    while not (finished(config, state) or stopped):
         began = time.perf_counter()
         algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
+        moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
         batch, episodes = _collect(config, run, state, envs)
         collected = time.perf_counter()
         first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
         try:
             metrics: Metrics = algorithm.update(state.policy, state.optimizer, batch, state.shuffle_generator)
         except NonFiniteUpdateError as error:
-            raise UserError(_non_finite_message(config, state, error)) from error
-        state.kl_coef = algorithm.next_kl_coef(metrics)
-        if config.network.normalize_observations:
-            assert isinstance(batch.observations, torch.Tensor)
-            state.policy.update_observation_moments(batch.observations[batch.mask])
+            metrics = _left_out(config, run, state, batch, error, moments)
+        else:
+            state.skipped_in_a_row = 0
+            state.kl_coef = algorithm.next_kl_coef(metrics)
+            if config.network.normalize_observations:
+                assert isinstance(batch.observations, torch.Tensor)
+                state.policy.update_observation_moments(batch.observations[batch.mask])
         _count(state, batch, episodes)
         updated = time.perf_counter()
         state.seconds += updated - began
         if first_ratio_error is not None:
             metrics["first_ratio_error"] = first_ratio_error
         metrics |= {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
+        if config.environment.restarts_allowed:
+            metrics["env_restarts"] = envs.n_restarts
         row = _progress(state) | metrics | _clocks(state, batch, began, collected, updated)
-        append_metrics(run.metrics_path, row)
-        if finished(config, state) or state.env_steps - state.saved_at_step >= config.checkpoint_interval:
-            save(config, run, state, envs)
+        stopped, ended = bool(stopping()), finished(config, state)
+        keeper.keep(
+            row,
+            partial(save, config, run, state, envs),
+            is_due=stopped or ended or _is_due(config, state),
+            is_last=ended,
+            is_urgent=stopped,
+        )
         yield row
+
+
+def _is_due(config: ControlConfig, state: ControlState) -> bool:
+    """Whether it is time for a checkpoint; none is made where the last update was left out: it may be past mending."""
+    return state.env_steps - state.saved_at_step >= config.checkpoint_interval and not state.skipped_in_a_row
 
 
 def finished(config: ControlConfig, state: ControlState) -> bool:
@@ -151,7 +187,20 @@ def finished(config: ControlConfig, state: ControlState) -> bool:
 
 
 def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
-    """Write a checkpoint of `state`; mark it `best` if its return is; drop the oldest ones."""
+    """Write a checkpoint of `state`; mark it `best` if its return is; drop the oldest ones.
+
+    Raises:
+        DiskError: if the disk refuses; it may be tried again.
+    """
+    saved_at_step, best_return = state.saved_at_step, state.best_return
+    try:
+        _save(config, run, state, envs)
+    except DiskError:
+        state.saved_at_step, state.best_return = saved_at_step, best_return
+        raise
+
+
+def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
     state.saved_at_step = state.env_steps
     current = float(np.mean(state.recent_returns)) if state.recent_returns else None
     is_best = current is not None and (state.best_return is None or current >= state.best_return)
@@ -174,13 +223,14 @@ def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Ve
         "recent_returns": list(state.recent_returns),
         "recent_lengths": list(state.recent_lengths),
         "environments": snapshot.values,
+        "is_best": is_best,
         "policy": describe_policy(state.policy),
     }
     sync_metrics(run.metrics_path)
     path = save_checkpoint(run.checkpoints, state.env_steps, tensors, described)
     if is_best:
         mark_best(run.checkpoints, path)
-    prune_checkpoints(run.checkpoints, config.keep_checkpoints)
+    prune_checkpoints(run.checkpoints, config.keep_checkpoints, config.keep_every)
 
 
 def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> tuple[ControlState, list[int]]:
@@ -193,7 +243,7 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
         )
     try:
         return _restored(checkpoint, envs, state)
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(
             f"{checkpoint.path} does not fit this run ({error}). Has its config.toml been changed (n_envs)? Bring it "
             "back to what it was, or begin a new run."
@@ -206,8 +256,11 @@ def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> 
     state.optimizer.load_state_dict(tensors["optimizer"])
     state.action_generator.set_state(tensors["generators"]["actions"])
     state.shuffle_generator.set_state(tensors["generators"]["shuffles"])
-    for name, tensor in tensors["carry"].items():
-        setattr(state.carry, name, tensor.numpy().copy())
+    for name, own in vars(state.carry).items():
+        array = tensors["carry"][name].numpy().copy()
+        if (array.shape, array.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"its {name} are {array.dtype} of shape {array.shape}, not {own.dtype} of {own.shape}")
+        setattr(state.carry, name, array)
     arrays = {name: tensor.numpy() for name, tensor in tensors["environments"].items()}
     observations, fresh = envs.restore(Snapshot(arrays, described["environments"]))
     for index in fresh:
@@ -218,10 +271,11 @@ def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> 
             state.carry.discounted_return,
         ):
             per_episode[index] = 0
-    for name in _COUNTERS:
-        setattr(state, name, described[name])
-    state.recent_returns.extend(described["recent_returns"])
-    state.recent_lengths.extend(described["recent_lengths"])
+    take_counters(state, described, _COUNTERS, optional=("best_return",))
+    for name in ("recent_returns", "recent_lengths"):
+        if not all(isinstance(value, int | float) for value in described[name]):
+            raise ValueError(f"its {name} are no numbers")
+        getattr(state, name).extend(described[name])
     return state, fresh
 
 
@@ -234,13 +288,22 @@ def describe_policy(policy: ActorCritic) -> dict[str, Any]:
     }
 
 
-_COUNTERS = ("kl_coef", "iteration", "env_steps", "n_episodes", "best_return", "saved_at_step", "seconds")
+_COUNTERS = (
+    "kl_coef",
+    "iteration",
+    "env_steps",
+    "n_episodes",
+    "best_return",
+    "saved_at_step",
+    "skipped_in_a_row",
+    "seconds",
+)
 
 
 def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> tuple[Batch, Episodes]:
     """One rollout; what an environment did wrong is written down so that it can be played again."""
     try:
-        return rollout(
+        collected = rollout(
             state.policy,
             envs,
             state.carry,
@@ -249,18 +312,27 @@ def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs
             gamma=config.algorithm.gamma,
         )
     except EnvironmentFault as fault:
-        task = config.environment
-        record = {
-            "env_id": task.env_id,
-            "env_kwargs": task.env_kwargs,
-            "max_episode_steps": task.max_episode_steps,
-            **fault.record,
-        }
-        raise EnvironmentFault(f"{fault}\n{_written_down(record, run, config)}", fault.record) from fault
+        hint = "" if config.environment.restarts_allowed else _RESTART_HINT
+        raise EnvironmentFault(f"{fault}\n{_written_down(fault, run, config)}{hint}", fault.record) from fault
+    finally:
+        for fault in envs.faults:
+            tell(f"proximo: restarted: {fault}\n{_written_down(fault, run, config)}")
+        envs.faults.clear()
+    return collected
 
 
-def _written_down(record: dict[str, Any], run: RunDirectory, config: ControlConfig) -> str:
+_RESTART_HINT = "\nIf it cannot be mended: --on-environment-fault restart makes such an environment anew and goes on."
+
+
+def _written_down(fault: EnvironmentFault, run: RunDirectory, config: ControlConfig) -> str:
     """Write the replay file, and say how to use it; whatever goes wrong here must not hide the fault."""
+    task = config.environment
+    record = {
+        "env_id": task.env_id,
+        "env_kwargs": task.env_kwargs,
+        "max_episode_steps": task.max_episode_steps,
+        **fault.record,
+    }
     path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
     try:
         path.write_text(json.dumps(record, default=str))
@@ -314,15 +386,37 @@ def _clocks(state: ControlState, batch: Batch, began: float, collected: float, u
     }
 
 
-def _non_finite_message(config: ControlConfig, state: ControlState, error: NonFiniteUpdateError) -> str:
-    return (
-        f"Learning broke down in iteration {state.iteration + 1} (after {state.env_steps} steps): {error}. "
-        "The step was not taken; the weights are finite, and the last checkpoint is sound.\n"
+def _left_out(
+    config: ControlConfig,
+    run: RunDirectory,
+    state: ControlState,
+    batch: Batch,
+    error: NonFiniteUpdateError,
+    moments: dict[str, torch.Tensor],
+) -> Metrics:
+    """Go on without this update, and with the normalizers as they were before its rollout.
+
+    Raises:
+        UserError: if it was one too many in a row.
+    """
+    state.policy.load_state_dict(moments, strict=False)
+    state.skipped_in_a_row += 1
+    mends = (
         f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
         f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards.\n"
         "A run keeps the settings it was begun with, so give them to a new one: proximo train ... "
         f"--learning-rate {config.algorithm.learning_rate / 3:.1g}"
     )
+    leave_out(
+        run,
+        error,
+        batch,
+        iteration=state.iteration + 1,
+        in_a_row=state.skipped_in_a_row,
+        most=config.max_skipped_updates,
+        mends=mends,
+    )
+    return {"update_skipped": True}
 
 
 def load_policy(checkpoint: Checkpoint) -> ActorCritic:

@@ -6,7 +6,7 @@ step, and kept: no second model is ever in memory. Margins in the data are not u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,6 +66,7 @@ class DPOState:
     iteration: int = 0
     seconds: float = 0.0
     saved_at: int = 0
+    skipped_in_a_row: int = 0
 
 
 def start(config: DPOConfig) -> DPOState:
@@ -128,7 +129,9 @@ def plan(config: DPOConfig, state: DPOState) -> dict[str, str]:
     }
 
 
-def iterate(config: DPOConfig, run: RunDirectory, state: DPOState) -> Iterator[Metrics]:
+def iterate(
+    config: DPOConfig, run: RunDirectory, state: DPOState, stopping: Callable[[], object] = lambda: False
+) -> Iterator[Metrics]:
     """Train to the end of the last epoch, yielding the metrics of each step once they are written.
 
     Raises:
@@ -143,13 +146,14 @@ def iterate(config: DPOConfig, run: RunDirectory, state: DPOState) -> Iterator[M
         measure=partial(held_out_metrics, config, state),
         unmeasured=UNMEASURED,
         save=partial(save, config, run, state),
+        stopping=stopping,
     )
 
 
 def _step(config: DPOConfig, state: DPOState, numbers: list[int]) -> Step:
     pairs = [state.pairs[number] for number in numbers]
     shares = partial(_shares, config, state.policy, pairs, state.reference[numbers])
-    return Step(pair_pieces(config, pairs), shares, sum(map(len, texts_of(pairs))))
+    return Step(pair_pieces(config, pairs), shares, texts_of(pairs))
 
 
 def finished(config: DPOConfig, state: DPOState) -> bool:

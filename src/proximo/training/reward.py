@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ class RewardState:
     iteration: int = 0
     seconds: float = 0.0
     saved_at: int = 0
+    skipped_in_a_row: int = 0
 
 
 def start(config: RewardConfig) -> RewardState:
@@ -130,7 +131,9 @@ def plan(config: RewardConfig, state: RewardState) -> dict[str, str]:
     }
 
 
-def iterate(config: RewardConfig, run: RunDirectory, state: RewardState) -> Iterator[Metrics]:
+def iterate(
+    config: RewardConfig, run: RunDirectory, state: RewardState, stopping: Callable[[], object] = lambda: False
+) -> Iterator[Metrics]:
     """Train to the end of the last epoch, yielding the metrics of each step once they are written.
 
     Raises:
@@ -145,13 +148,14 @@ def iterate(config: RewardConfig, run: RunDirectory, state: RewardState) -> Iter
         measure=partial(held_out_metrics, config, state),
         unmeasured=UNMEASURED,
         save=partial(save, config, run, state),
+        stopping=stopping,
     )
 
 
 def _step(config: RewardConfig, state: RewardState, numbers: list[int]) -> Step:
     pairs = [state.pairs[number] for number in numbers]
     shares = partial(_shares, config, state.model, pairs)
-    return Step(pair_pieces(config, pairs), shares, sum(map(len, texts_of(pairs))))
+    return Step(pair_pieces(config, pairs), shares, texts_of(pairs))
 
 
 def finished(config: RewardConfig, state: RewardState) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ class SFTState:
     iteration: int = 0
     seconds: float = 0.0
     saved_at: int = 0
+    skipped_in_a_row: int = 0
 
 
 def start(config: SFTConfig) -> SFTState:
@@ -116,7 +117,9 @@ def plan(config: SFTConfig, state: SFTState) -> dict[str, str]:
     return words | {"tokens": f"{learned:,} of {whole:,} are learned; longest row {longest}; {layout}"}
 
 
-def iterate(config: SFTConfig, run: RunDirectory, state: SFTState) -> Iterator[Metrics]:
+def iterate(
+    config: SFTConfig, run: RunDirectory, state: SFTState, stopping: Callable[[], object] = lambda: False
+) -> Iterator[Metrics]:
     """Train to the end of the last epoch, yielding the metrics of each step once they are written.
 
     Raises:
@@ -131,13 +134,14 @@ def iterate(config: SFTConfig, run: RunDirectory, state: SFTState) -> Iterator[M
         measure=lambda: {"held_out_loss": held_out_loss(config, state)},
         unmeasured={"held_out_loss": None},
         save=partial(save, config, run, state),
+        stopping=stopping,
     )
 
 
 def _step(config: SFTConfig, state: SFTState, numbers: list[int]) -> Step:
     texts = _texts(config, [state.examples[number] for number in numbers])
     shares = partial(_shares, state.policy, texts, sum(text.n_scored for text in texts), config.device)
-    return Step(_pieces(config, texts), shares, sum(len(text.token_ids) for text in texts))
+    return Step(_pieces(config, texts), shares, [text.token_ids for text in texts])
 
 
 def finished(config: SFTConfig, state: SFTState) -> bool:

@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.collect.data import OVER_LONG, right_padded
 from proximo.core.batch import minibatch_indices
-from proximo.errors import HIGHEST_SEED, UserError, in_range, one_of
+from proximo.errors import HIGHEST_SEED, DiskError, UserError, in_range, one_of
 from proximo.models.adapters import LoraConfig, in_use
 from proximo.models.folders import check_token_ids, context_length, transformers_module
 from proximo.models.language import LanguagePolicy
 from proximo.runs.checkpoint import Checkpoint, prune_checkpoints, save_checkpoint
+from proximo.runs.contents import take_counters
 from proximo.runs.directory import RunDirectory
-from proximo.runs.metrics import append_metrics, sync_metrics
+from proximo.runs.keeping import Keeper
+from proximo.runs.metrics import sync_metrics
+from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
 
@@ -81,6 +84,10 @@ class SupervisedConfig:
     """Iterations between checkpoints; by default a tenth of all."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep the first checkpoint at or after each multiple of this many iterations, for good."""
+    max_skipped_updates: int = 3
+    """Steps in a row that may be left out because their loss or gradient is not finite; one more ends the run."""
     device: str = "cpu"
     """Where the model is: cpu, cuda, cuda:1, ..."""
     threads: int = 0
@@ -94,10 +101,11 @@ class SupervisedConfig:
         """Refuse impossible settings."""
         for name in ("n_epochs", "batch_size", "keep_checkpoints", "lora_rank"):
             in_range(name, getattr(self, name), at_least=1, whole=True, usual=str(getattr(SupervisedConfig, name)))
-        for name in ("microbatch_tokens", "checkpoint_every"):
+        for name in ("microbatch_tokens", "checkpoint_every", "keep_every"):
             in_range(name, getattr(self, name), optional=True, at_least=1, whole=True, usual="left out")
         in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="0")
         in_range("threads", self.threads, at_least=0, whole=True, usual="0")
+        in_range("max_skipped_updates", self.max_skipped_updates, at_least=0, whole=True, usual="3")
         for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
             in_range(name, getattr(self, name), above=0.0, usual=str(getattr(SupervisedConfig, name)))
         in_range("max_length", self.max_length, optional=True, at_least=2, whole=True, usual="1024")
@@ -341,30 +349,22 @@ def take_step(
     add up, however the minibatch is cut.
 
     Raises:
-        UserError: if the loss or the gradient is not finite; the weights are as they were.
+        NonFiniteUpdateError: if the loss or the gradient is not finite; the weights are as they were.
     """
     sums = accumulate_gradients(optimizer, pieces, shares_of)
     optimizer.learning_rate = learning_rate_at(config, iteration, total)
-    try:
-        if not math.isfinite(sums["loss"]):  # its gradient may be finite all the same, where a sigmoid is saturated
-            raise NonFiniteUpdateError(f"the loss is {sums['loss']}")
-        norm = optimizer.clipped_step(config.max_grad_norm)
-    except NonFiniteUpdateError as error:
-        raise UserError(
-            f"Learning broke down in iteration {iteration + 1}: {error}. The step was not taken; the weights are "
-            "finite, and the last checkpoint is sound.\n"
-            f"Usual mends, in a new run: a lower learning_rate (it is {config.learning_rate:g}), a higher "
-            f"warmup_fraction (it is {config.warmup_fraction:g}), precision float32."
-        ) from error
+    if not math.isfinite(sums["loss"]):  # its gradient may be finite all the same, where a sigmoid is saturated
+        raise NonFiniteUpdateError(f"the loss is {sums['loss']}")
+    norm = optimizer.clipped_step(config.max_grad_norm)
     return sums | {"grad_norm": norm, "learning_rate": optimizer.learning_rate}
 
 
 class Step(NamedTuple):
-    """What one optimizer step learns from: a minibatch in pieces, the shares of each piece, and how much text it is."""
+    """What one optimizer step learns from: a minibatch in pieces, the shares of each piece, and its texts in tokens."""
 
     pieces: Iterable[Any]
     shares_of: Callable[[Any], dict[str, Tensor]]
-    n_tokens: int
+    token_ids: Sequence[Sequence[int]]
 
 
 def steps(
@@ -377,6 +377,7 @@ def steps(
     measure: Callable[[], Metrics],
     unmeasured: Metrics,
     save: Callable[[], None],
+    stopping: Callable[[], object],
 ) -> Iterator[Metrics]:
     """Train to the end of the last epoch, yielding the metrics of each step once they are written.
 
@@ -389,15 +390,22 @@ def steps(
         measure: metrics of what is held out, at the end of each epoch.
         unmeasured: what stands for them elsewhere.
         save: writes a checkpoint.
+        stopping: whether to save and end early.
 
     Raises:
-        UserError: if the loss becomes non-finite.
+        UserError: if too many steps in a row are not finite, or the disk refuses too often.
     """
+    keeper, stopped = Keeper(run.metrics_path), False
     total, per_epoch = n_iterations(config, n_rows), iterations_per_epoch(config, n_rows)
-    while state.iteration < total:
+    while state.iteration < total and not stopped:
         began = time.perf_counter()
         step = step_on(rows_of(config, state.iteration, n_rows))
-        metrics: Metrics = take_step(config, state.optimizer, step.pieces, step.shares_of, state.iteration, total)
+        try:
+            metrics: Metrics = take_step(config, state.optimizer, step.pieces, step.shares_of, state.iteration, total)
+        except NonFiniteUpdateError as error:
+            metrics = _left_out(config, run, state, step, error)
+        else:
+            state.skipped_in_a_row = 0
         stepped = time.perf_counter()
         state.iteration += 1
         metrics |= measure() if state.iteration % per_epoch == 0 else unmeasured
@@ -408,12 +416,30 @@ def steps(
             "epoch": state.iteration / per_epoch,
             **metrics,
             "seconds": state.seconds,
-            "tokens_per_second": step.n_tokens / max(stepped - began, 1e-9),
+            "tokens_per_second": sum(map(len, step.token_ids)) / max(stepped - began, 1e-9),
         }
-        append_metrics(run.metrics_path, row)
-        if due(config, state.iteration, state.saved_at, total):
-            save()
+        stopped, ended = bool(stopping()), state.iteration >= total
+        is_due = due(config, state.iteration, state.saved_at, total) and not state.skipped_in_a_row
+        keeper.keep(row, save, is_due=stopped or ended or is_due, is_last=ended, is_urgent=stopped)
         yield row
+
+
+def _left_out(
+    config: SupervisedConfig, run: RunDirectory, state: Any, step: Step, error: NonFiniteUpdateError
+) -> Metrics:
+    """Go on without this step. Raises UserError if it was one too many in a row."""
+    state.skipped_in_a_row += 1
+    leave_out(
+        run,
+        error,
+        step.token_ids,
+        iteration=state.iteration + 1,
+        in_a_row=state.skipped_in_a_row,
+        most=config.max_skipped_updates,
+        mends=f"Usual mends, in a new run: a lower learning_rate (it is {config.learning_rate:g}), a higher "
+        f"warmup_fraction (it is {config.warmup_fraction:g}), precision float32.",
+    )
+    return {"update_skipped": True}
 
 
 def accumulate_gradients(
@@ -432,7 +458,7 @@ def accumulate_gradients(
 
 # --- saving and restoring ---------------------------------------------------------------------------------------
 
-_COUNTERS = ("iteration", "seconds", "saved_at")
+_COUNTERS = ("iteration", "skipped_in_a_row", "seconds", "saved_at")
 
 
 def learning_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -458,13 +484,21 @@ def save_progress(
     stands_on: str,
     more: dict[str, dict[str, Tensor]] | None = None,
 ) -> None:
-    """Write a checkpoint of a stage's state: what learns, the optimizer, the counters, and `more` tensors."""
-    state.saved_at = state.iteration
+    """Write a checkpoint of a stage's state: what learns, the optimizer, the counters, and `more` tensors.
+
+    Raises:
+        DiskError: if the disk refuses; it may be tried again.
+    """
+    saved_at, state.saved_at = state.saved_at, state.iteration
     tensors = {"weights": learning_weights(module), "optimizer": state.optimizer.state_dict(), **(more or {})}
     described = {name: getattr(state, name) for name in _COUNTERS} | {"stands_on": stands_on}
-    sync_metrics(run.metrics_path)
-    save_checkpoint(run.checkpoints, state.iteration, tensors, described)
-    prune_checkpoints(run.checkpoints, config.keep_checkpoints)
+    try:
+        sync_metrics(run.metrics_path)
+        save_checkpoint(run.checkpoints, state.iteration, tensors, described)
+        prune_checkpoints(run.checkpoints, config.keep_checkpoints, config.keep_every)
+    except DiskError:
+        state.saved_at = saved_at
+        raise
 
 
 def load_progress(config: SupervisedConfig, checkpoint: Checkpoint, state: Any, module: nn.Module, on: str) -> None:
@@ -488,8 +522,7 @@ def load_progress(config: SupervisedConfig, checkpoint: Checkpoint, state: Any, 
         for name, weight in weights.items():
             weight.copy_(saved[name])
         state.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
-        for name in _COUNTERS:
-            setattr(state, name, type(getattr(state, name))(checkpoint.state[name]))
+        take_counters(state, checkpoint.state, _COUNTERS)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{checkpoint.path} does not fit this run ({error}). Begin a new run.") from error
 
