@@ -155,7 +155,7 @@ def inject(fault: str, vectorization: str) -> None:
     def make() -> gym.Env:
         return Misbehaving(fault, seeds)
 
-    settings = dict(
+    settings: dict[str, Any] = dict(
         n_envs=N_ENVS,
         vectorization=vectorization,
         n_workers=2 if vectorization == "workers" else None,
