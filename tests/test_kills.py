@@ -32,7 +32,7 @@ CONTROL_KILLS: list[tuple[str, list[Place]]] = [
     (CARTPOLE, [("write half of run/metrics.jsonl", 3)]),
     (CARTPOLE, [("rename run/checkpoints/.tmp", 2)]),  # a checkpoint that `latest` does not name yet
     (CARTPOLE, [("unlink run/checkpoints/.tmp/manifest.json", 1), Point("minibatch", 3), Point("step", 9)]),
-    (PENDULUM, [("write half of run/checkpoints/.tmp/carry.safetensors", 3)]),
+    (PENDULUM, [("write half of run/checkpoints/.tmp/training.safetensors", 3)]),
     (PENDULUM, [("rename run/checkpoints/step_000000000000", 1), ("write run/checkpoints/.tmp/state.json", 1)]),
     (PENDULUM, [Point("step", 37)]),
     (PENDULUM, [Point("minibatch", 11)]),

@@ -69,8 +69,8 @@ def assert_refused(folder: Path, *words: str) -> None:
 
 def assert_weights_are_finite(run: Path) -> None:
     tensors = newest_checkpoint(RunDirectory(run).checkpoints).tensors
-    for group in ("policy", "optimizer"):
-        assert all(tensor.isfinite().all() for tensor in tensors[group].values() if tensor.is_floating_point())
+    for group in tensors.values():
+        assert all(tensor.isfinite().all() for tensor in group.values() if tensor.is_floating_point())
 
 
 # --- possible settings ------------------------------------------------------------------------------------------

@@ -330,9 +330,9 @@ class TestResume:
         assert fresh == [0, 1]
         for array in (state.carry.episode_length, state.carry.episode_return, state.carry.discounted_return):
             assert (array == 0).all()
-        before = newest_checkpoint(directory.checkpoints).tensors["carry"]
-        assert (before["episode_length"] > 0).any()
-        assert not np.array_equal(state.carry.observations, before["observations"].numpy())
+        before = newest_checkpoint(directory.checkpoints).tensors["training"]
+        assert (before["carry/episode_length"] > 0).any()
+        assert not np.array_equal(state.carry.observations, before["carry/observations"].numpy())
         assert np.array_equal(state.carry.observations, envs.snapshot().arrays["observations"])
         rows = list(iterate(config, directory, state, envs))
         assert [row["iteration"] for row in rows] == [3, 4, 5, 6]

@@ -21,6 +21,8 @@ from proximo.collect.envs import SpacePolicy
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
 
+_MOST_STEPS_BETWEEN_CHECKPOINTS = 250_000
+
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
@@ -92,7 +94,7 @@ class ControlConfig:
     seed: int = 0
     """Seeds the weights, the actions, the minibatches, and each episode of each environment."""
     checkpoint_every: int | None = None
-    """Environment steps between checkpoints; by default a twentieth of total_steps."""
+    """Environment steps between checkpoints; by default a tenth of total_steps, and 250,000 at most."""
     keep_checkpoints: int = 3
     """How many checkpoints to keep, the best one not counted."""
     keep_every: int | None = None
@@ -119,7 +121,7 @@ class ControlConfig:
             optional=True,
             at_least=1,
             whole=True,
-            usual="a twentieth of total_steps",
+            usual="a tenth of total_steps",
         )
         in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
         in_range("keep_every", self.keep_every, optional=True, at_least=1, whole=True, usual="left out")
@@ -151,7 +153,8 @@ class ControlConfig:
     @property
     def checkpoint_interval(self) -> int:
         """Environment steps between checkpoints."""
-        return self.checkpoint_every or max(self.total_steps // 20, self.steps_per_iteration)
+        by_default = min(self.total_steps // 10, _MOST_STEPS_BETWEEN_CHECKPOINTS)
+        return self.checkpoint_every or max(by_default, self.steps_per_iteration)
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
     if is_best:
         state.best_return = current
     snapshot = envs.snapshot()
-    tensors = {
-        "policy": dict(state.policy.state_dict()),
+    parts = {
         "optimizer": state.optimizer.state_dict(),
         "generators": {
             "actions": state.action_generator.get_state(),
@@ -217,6 +216,8 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
         "carry": {name: torch.from_numpy(array) for name, array in vars(state.carry).items()},
         "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
     }
+    # One file, not four: what a small run's save costs is the flushing of its files to the disk.
+    training = {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
     counters = {name: getattr(state, name) for name in _COUNTERS}
     described = {
         **counters,
@@ -227,6 +228,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
         "policy": describe_policy(state.policy),
     }
     sync_metrics(run.metrics_path)
+    tensors = {"policy": dict(state.policy.state_dict()), "training": training}
     path = save_checkpoint(run.checkpoints, state.env_steps, tensors, described)
     if is_best:
         mark_best(run.checkpoints, path)
@@ -251,17 +253,21 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
 
 
 def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> tuple[ControlState, list[int]]:
-    tensors, described = checkpoint.tensors, checkpoint.state
-    state.policy.load_state_dict(tensors["policy"])
-    state.optimizer.load_state_dict(tensors["optimizer"])
-    state.action_generator.set_state(tensors["generators"]["actions"])
-    state.shuffle_generator.set_state(tensors["generators"]["shuffles"])
+    described = checkpoint.state
+    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
+    for name, tensor in checkpoint.tensors["training"].items():
+        part, _, inner = name.partition("/")
+        parts[part][inner] = tensor
+    state.policy.load_state_dict(checkpoint.tensors["policy"])
+    state.optimizer.load_state_dict(parts["optimizer"])
+    state.action_generator.set_state(parts["generators"]["actions"])
+    state.shuffle_generator.set_state(parts["generators"]["shuffles"])
     for name, own in vars(state.carry).items():
-        array = tensors["carry"][name].numpy().copy()
+        array = parts["carry"][name].numpy().copy()
         if (array.shape, array.dtype) != (own.shape, own.dtype):
             raise ValueError(f"its {name} are {array.dtype} of shape {array.shape}, not {own.dtype} of {own.shape}")
         setattr(state.carry, name, array)
-    arrays = {name: tensor.numpy() for name, tensor in tensors["environments"].items()}
+    arrays = {name: tensor.numpy() for name, tensor in parts["environments"].items()}
     observations, fresh = envs.restore(Snapshot(arrays, described["environments"]))
     for index in fresh:
         state.carry.observations[index] = observations[index]
