@@ -423,18 +423,11 @@ def _left_out(
     config: AlignConfig, run: RunDirectory, state: AlignState, batch: Batch, error: NonFiniteUpdateError
 ) -> Metrics:
     """Go on without this update. Raises UserError if it was one too many in a row."""
-    state.skipped_in_a_row += 1
-    leave_out(
-        run,
-        error,
-        batch,
-        iteration=state.iteration + 1,
-        in_a_row=state.skipped_in_a_row,
-        most=config.max_skipped_updates,
-        mends=f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
-        "float32, a higher beta.",
+    mends = (
+        f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
+        "float32, a higher beta."
     )
-    return {"update_skipped": True}
+    return leave_out(run, state, error, batch, most=config.max_skipped_updates, mends=mends)
 
 
 # --- the end, and between -----------------------------------------------------------------------------------------

@@ -406,23 +406,13 @@ def _left_out(
         UserError: if it was one too many in a row.
     """
     state.policy.load_state_dict(moments, strict=False)
-    state.skipped_in_a_row += 1
     mends = (
         f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
         f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards.\n"
         "A run keeps the settings it was begun with, so give them to a new one: proximo train ... "
         f"--learning-rate {config.algorithm.learning_rate / 3:.1g}"
     )
-    leave_out(
-        run,
-        error,
-        batch,
-        iteration=state.iteration + 1,
-        in_a_row=state.skipped_in_a_row,
-        most=config.max_skipped_updates,
-        mends=mends,
-    )
-    return {"update_skipped": True}
+    return leave_out(run, state, error, batch, most=config.max_skipped_updates, mends=mends)
 
 
 def load_policy(checkpoint: Checkpoint) -> ActorCritic:
