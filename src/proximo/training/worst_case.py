@@ -18,10 +18,11 @@ from torch import Tensor
 
 from proximo.algorithms.ppo import PPO
 from proximo.collect.data import left_padded
-from proximo.collect.generate import TOKENS_AT_ONCE, TOKENS_SIDE_BY_SIDE, draw, new_cache
+from proximo.collect.generate import TOKENS_AT_ONCE, TOKENS_SIDE_BY_SIDE, draw
 from proximo.core.batch import Batch
 from proximo.core.kl import ReferenceKL
 from proximo.errors import UserError
+from proximo.models.cache import new_cache
 from proximo.models.language import LanguagePolicy
 from proximo.models.rows import position_ids
 from proximo.training import supervised
