@@ -254,7 +254,7 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
 
 def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> tuple[ControlState, list[int]]:
     described = checkpoint.state
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
     for name, tensor in checkpoint.tensors["training"].items():
         part, _, inner = name.partition("/")
         parts[part][inner] = tensor
