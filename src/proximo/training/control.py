@@ -162,19 +162,16 @@ def iterate(
             metrics["env_restarts"] = envs.n_restarts
         row = _progress(state) | metrics | _clocks(state, batch, began, collected, updated)
         stopped, ended = bool(stopping()), finished(config, state)
+        due = state.env_steps - state.saved_at_step >= config.checkpoint_interval
         keeper.keep(
             row,
             partial(save, config, run, state, envs),
-            is_due=stopped or ended or _is_due(config, state),
+            is_due=stopped or ended or due,
+            is_sound=not state.skipped_in_a_row,
             is_last=ended,
             is_urgent=stopped,
         )
         yield row
-
-
-def _is_due(config: ControlConfig, state: ControlState) -> bool:
-    """Whether it is time for a checkpoint; none is made where the last update was left out: it may be past mending."""
-    return state.env_steps - state.saved_at_step >= config.checkpoint_interval and not state.skipped_in_a_row
 
 
 def finished(config: ControlConfig, state: ControlState) -> bool:
