@@ -112,7 +112,7 @@ def wanted(task: Task, undisturbed: Story) -> Iterator[tuple[str, list[Point]]]:
 def _disk_points(task: Task, operations: list[str]) -> list[int]:
     """Every operation of one save, and of what comes before the first one, for one task; a sample for the others."""
     saves = [number for number, said in enumerate(operations, start=1) if said == "mkdir run/checkpoints/.tmp"]
-    first_saved, whole = saves[0] + 36, len(operations)
+    first_saved, whole = operations.index("write half of run/metrics.jsonl") + 1, len(operations)
     if task.name == "Pendulum-v1, serial":
         chosen = [
             *range(1, 10),
@@ -121,9 +121,9 @@ def _disk_points(task: Task, operations: list[str]) -> list[int]:
             *range(saves[2], whole, 8),
         ]
     elif task.name == "CartPole-v1, serial":
-        chosen = [3, 8, *range(first_saved, whole + 1, 7)]
+        chosen = [3, 8, *range(first_saved, whole + 1, 4)]
     elif task.name.endswith("workers"):
-        chosen = [5, *range(first_saved, whole + 1, 21)]
+        chosen = [5, *range(first_saved, whole + 1, 15)]
     else:
         chosen = [4, *range(saves[1], whole + 1, 9 if task.name == "align, ppo" else 18), whole - 5]
     return sorted({number for number in chosen if number <= whole})
