@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import proximo
-from proximo import cli, cli_language
+from proximo import cli_language
 from proximo.errors import UserError
 from proximo.language import StageRun, config_of
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
 from proximo.stage_display import StageDisplay
+from tests.commands import cut_at_rollout, said_by
 from tests.tiny_language import save_tiny, tiny_model, tiny_tokenizer
 
 QUIET = StageDisplay.choose(quiet=True)
@@ -25,14 +26,6 @@ ALIGN = dict(
     n_iterations=3, prompts_per_iteration=2, batch_size=2, max_new_tokens=4, n_samples=0, threads=1, quiet=True
 )
 BIG = "99999999999999999999"
-
-
-def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(list(words))
-    out, error = capsys.readouterr()
-    assert "Traceback" not in error
-    return int(caught.value.code or 0), out, error
 
 
 @pytest.fixture
@@ -53,31 +46,15 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(text)) for text in responses]
 
 
-class CutError(Exception):
-    """Ends a run in the middle."""
-
-
 def rewards_of(path: Path) -> list[Any]:
     return [row["reward_mean"] for row in read_metrics(RunDirectory(path).metrics_path)]
 
 
 class TestResume:
-    def test_of_a_run_with_a_function_goes_on_with_it(self, model, monkeypatch):
+    def test_of_a_run_with_a_function_goes_on_with_it(self, model):
         whole = proximo.align(model, length, "prompts.jsonl", run_dir="whole", **ALIGN)
-        from proximo.training import align
-
-        real, calls = align.generate, []
-
-        def failing(*arguments: Any, **named: Any) -> Any:
-            calls.append(0)
-            if len(calls) == 2:
-                raise CutError
-            return real(*arguments, **named)
-
-        monkeypatch.setattr(align, "generate", failing)
-        with pytest.raises(CutError):
+        with cut_at_rollout(2):
             proximo.align(model, length, "prompts.jsonl", run_dir="cut", **ALIGN)
-        monkeypatch.setattr(align, "generate", real)
         with pytest.raises(UserError, match=r"Go on from there: proximo\.resume\('.*cut', reward=function\)"):
             proximo.resume("cut", quiet=True)
         with pytest.raises(UserError, match=r"reward is 3; .* function"):
