@@ -11,7 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from proximo.collect import envs as envs_module
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpaceCheck, episode_seed
+from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, episode_seed
+from proximo.collect.returned_values import SpaceCheck
 from tests.environments import Counting, Faulty, Forever, Noisy, Recording, Scripted
 
 
