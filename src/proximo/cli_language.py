@@ -262,8 +262,8 @@ def chat_command(words: list[str]) -> Outcome:
     """`proximo chat MODEL`: a conversation; without a chat template each line is continued by itself."""
     import torch
 
-    from proximo.collect.data import encode_prompt
     from proximo.collect.generate import GenerationConfig, end_tokens, response_texts, sample
+    from proximo.collect.tokens import encode_prompt
     from proximo.models.folders import check_token_ids, context_length, load_tokenizer
     from proximo.training.compare import load_for_sampling
 

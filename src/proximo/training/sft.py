@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.collect.data import Example, pieces_within, read_examples
+from proximo.collect.data import Example, read_examples
+from proximo.collect.tokens import pieces_within
 from proximo.core.losses import token_nll
 from proximo.errors import UserError
 from proximo.models.adapters import add_adapter, merged_state

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
-from proximo.collect.data import OVER_LONG, right_padded
+from proximo.collect.data import OVER_LONG
+from proximo.collect.tokens import right_padded
 from proximo.core.batch import minibatch_indices
 from proximo.errors import HIGHEST_SEED, DiskError, UserError, in_range, one_of
 from proximo.models.adapters import LoraConfig, in_use
