@@ -96,7 +96,7 @@ class TestChatTemplate:
 
     def test_lets_a_model_chat(self, model, capsys, monkeypatch):
         for words, remark in (((), True), (("--chat-template", "chat.jinja"), False)):
-            monkeypatch.setattr("proximo.cli_language._asked", iter(["the cat", ""]).__next__)
+            monkeypatch.setattr("proximo.cli_models._asked", iter(["the cat", ""]).__next__)
             code, _, error = said_by(capsys, "chat", model, "--max-new-tokens", "3", *words)
             assert code == 0
             assert ("no chat template" in error) == remark

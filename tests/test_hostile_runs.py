@@ -198,7 +198,7 @@ def test_the_commands_for_people_end_in_words(
         ["report", str(language)],
         ["resume", str(language), "--quiet"],
     ):
-        monkeypatch.setattr("proximo.cli_language._asked", iter(["the cat", ""]).__next__)
+        monkeypatch.setattr("proximo.cli_models._asked", iter(["the cat", ""]).__next__)
         assert said_by(capsys, *words)[0] in (0, 2)
 
 

@@ -167,7 +167,7 @@ class TestCommandLine:
         assert all(row["n_tokens"] <= 3 for row in rows)
         monkeypatch.setattr("builtins.input", iter(["the cat", ""]).__next__)
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-        monkeypatch.setattr("proximo.cli_language._asked", iter(["the cat", ""]).__next__)
+        monkeypatch.setattr("proximo.cli_models._asked", iter(["the cat", ""]).__next__)
         code, out, error = said_by(capsys, "chat", "run", "--max-new-tokens", "4")
         assert code == 0
         assert "no chat template" in error

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import proximo
-from proximo import cli_language
+from proximo import cli_language, cli_models
 from proximo.errors import UserError
 from proximo.language import StageRun, config_of
 from proximo.runs.directory import RunDirectory
@@ -204,13 +204,13 @@ class TestChat:
         assert "the system message is left out" in error
 
     def test_writes_a_replacement_character(self):
-        assert cli_language._whole("a\ud800b\U0001f600\udfff") == "a\ufffdb\U0001f600\ufffd"
+        assert cli_models._whole("a\ud800b\U0001f600\udfff") == "a\ufffdb\U0001f600\ufffd"
 
     def test_refuses_tokens_that_the_model_does_not_know(self, model, capsys, monkeypatch):
         tokenizer = tiny_tokenizer()
         tokenizer.add_tokens(["unicorn"])
         tokenizer.save_pretrained(model)
-        monkeypatch.setattr("proximo.cli_language._asked", iter(["the unicorn", ""]).__next__)
+        monkeypatch.setattr("proximo.cli_models._asked", iter(["the unicorn", ""]).__next__)
         code, _, error = said_by(capsys, "chat", model, "--max-new-tokens", "3")
         assert code == 2
         assert "do not belong together" in error
