@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from proximo.api import check_device
 from proximo.cli_language import EXIT_DONE, Outcome
 from proximo.errors import HIGHEST_SEED, UserError, in_range
 from proximo.language import config_of, read_stage_config
+from proximo.process import check_device
 from proximo.runs.directory import RunDirectory
 from proximo.stage_display import StageDisplay
 from proximo.training.align_config import JudgeConfig
