@@ -14,7 +14,10 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cloudpickle  # noqa: TID251
@@ -29,8 +32,10 @@ sys.path.insert(0, str(HERE.parent))
 import proximo  # noqa: E402
 from proximo.collect.envs import EnvironmentFault, episode_seed  # noqa: E402
 from proximo.collect.replay import load_record, replay_record  # noqa: E402
+from proximo.demo.align import DemoConfig, run_demo  # noqa: E402
 from proximo.runs import checkpoint as checkpoints  # noqa: E402
-from proximo.training import control  # noqa: E402
+from proximo.stage_display import StageDisplay  # noqa: E402
+from proximo.training import align, control, supervised  # noqa: E402
 from proximo.training.config import ControlConfig  # noqa: E402
 from tests.environments import FAULTS_IN_A_RESET, FAULTS_IN_A_STEP, FAULTS_OF_THE_PROCESS, Faulty  # noqa: E402
 
@@ -51,6 +56,7 @@ def main() -> None:
     if command == "checkpoints":
         for name in ("CartPole-v1", "HalfCheetah-v5"):
             cost(name)
+        cost_of_the_demo()
     write_tables()
 
 
@@ -127,28 +133,50 @@ def stopped(make: Any, settings: dict[str, Any], folder: Path) -> tuple[bool, bo
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def timed(module: ModuleType, name: str, taken: list[float]) -> Iterator[None]:
+    """Note the seconds of each call of a function of a module."""
+    function = getattr(module, name)
+
+    def call(*arguments: Any) -> None:
+        began = time.perf_counter()
+        function(*arguments)
+        taken.append(time.perf_counter() - began)
+
+    setattr(module, name, call)
+    try:
+        yield
+    finally:
+        setattr(module, name, function)
+
+
 def cost(name: str) -> None:
     """Seconds of saving, over the seconds of a run at its default interval of checkpoints."""
     taken: list[float] = []
-    save = control.save
-
-    def timed(*arguments: Any) -> None:
-        began = time.perf_counter()
-        save(*arguments)
-        taken.append(time.perf_counter() - began)
-
-    control.save = timed
     config = ControlConfig() if name == "CartPole-v1" else None
     total = {"CartPole-v1": 200_000, "HalfCheetah-v5": 100_000}[name]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        with timed(control, "save", taken):
             run = proximo.train(name, config, run_dir=Path(folder) / "run", total_steps=total, quiet=True)
-            newest = checkpoints.names.all_in(run.path / "checkpoints")[0]
-            size = sum(file.stat().st_size for file in (run.path / "checkpoints" / newest).iterdir())
-    finally:
-        control.save = save
-    row = {"env_id": name, "steps": total, "saves": len(taken), "seconds_per_save": float(np.median(taken))}
-    keep({"test": "checkpoints", **row, "bytes": size, "share": sum(taken) / (run.seconds + sum(taken))})
+        keep_cost(f"{name}, {total:,} steps", taken, time.perf_counter() - began, run.path)
+
+
+def cost_of_the_demo() -> None:
+    """The same of `proximo demo align`: fine-tuning, a reward model and PPO, each at its default interval."""
+    taken: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        with timed(align, "save", taken), timed(supervised, "save_progress", taken):
+            run_demo(Path(folder), DemoConfig(threads=0), StageDisplay.choose(quiet=True))
+        keep_cost("demo align", taken, time.perf_counter() - began, Path(folder) / "ppo")
+
+
+def keep_cost(name: str, taken: list[float], seconds: float, run: Path) -> None:
+    newest = checkpoints.names.all_in(run / "checkpoints")[0]
+    size = sum(file.stat().st_size for file in (run / "checkpoints" / newest).iterdir())
+    row = {"run": name, "seconds": seconds, "saves": len(taken), "seconds_per_save": float(np.median(taken))}
+    keep({"test": "checkpoints", **row, "bytes": size, "share": sum(taken) / seconds})
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -169,10 +197,10 @@ def write_tables() -> None:
         )
     write_between("environment faults", lines + (in_words(found) if found else []), "reliability.md")
     saved = rows("checkpoints")
-    lines = ["| run | steps | saves | ms per save | KiB | share of the run's time |", "|---|---|---|---|---|---|"]
+    lines = ["| run | seconds | saves | ms per save | KiB | share of the run's time |", "|---|---|---|---|---|---|"]
     for row in saved:
         lines.append(
-            f"| {row['env_id']} | {row['steps']:,} | {row['saves']} | {1000 * row['seconds_per_save']:.1f} | "
+            f"| {row['run']} | {row['seconds']:.0f} | {row['saves']} | {1000 * row['seconds_per_save']:.1f} | "
             f"{row['bytes'] / 1024:.0f} | {100 * row['share']:.2f} % |"
         )
     write_between("checkpoint cost", lines + (in_words(saved) if saved else []), "reliability.md")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 import proximo
-from proximo import cli_language, cli_models
+from proximo import cli_language, cli_models, language
 from proximo.errors import UserError
 from proximo.language import StageRun, config_of
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
 from proximo.stage_display import StageDisplay
+from proximo.training.align_config import AlignConfig
 from tests.commands import cut_at_rollout, said_by
 from tests.tiny_language import save_tiny, tiny_model, tiny_tokenizer
 
@@ -62,6 +64,21 @@ class TestResume:
         run = proximo.resume("cut", reward=length, quiet=True)
         assert isinstance(run, StageRun)
         assert rewards_of(Path("cut")) == rewards_of(whole.path)
+
+    @pytest.mark.parametrize(
+        ("changed", "level"),
+        [
+            ({"reward": ("folder",)}, "exact"),
+            ({"reward": ("folder", "rw.py:score")}, "exact, where the reward function gives the same scores"),
+            ({"reward": ("code:tests", "rw.py:score")}, "exact, where the programs and their tests come out"),
+            ({"reward": ("rw.py:score", "judge")}, "statistical: an AI judge"),
+            ({"reward": ("folder",), "device": "cuda"}, "statistical: a GPU"),
+        ],
+    )
+    def test_says_how_exact_it_can_be(self, changed, level):
+        config = replace(AlignConfig(), **changed)
+        assert language._exactness(config, None).startswith(level)
+        assert level != "exact" or language._exactness(config, length).startswith("exact, where the reward function")
 
     def test_refuses_what_belongs_to_the_other_kind(self, model, capsys):
         run = proximo.sft(model, "texts.jsonl", batch_size=2, hold_out=0.0, threads=1, run_dir="sft", quiet=True)

@@ -418,12 +418,25 @@ def resume_stage(
         truncate_metrics(directory.metrics_path, state.iteration)
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
-        exact = "exact" if config.device == "cpu" else "statistical: a GPU adds numbers up in no fixed order"
-        exact = "\n".join(filter(None, [exact, differences(checkpoint.versions)]))
+        level = "\n".join(filter(None, [_exactness(config, function), differences(checkpoint.versions)]))
         display.facts(
-            {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": exact}
+            {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": level}
         )
         return _to_the_end(stage, module, config, directory, state, display)
+
+
+def _exactness(config: Any, function: Callable[..., Any] | None) -> str:
+    """How exactly a language run goes on, in words."""
+    if config.device != "cpu":
+        return "statistical: a GPU adds numbers up in no fixed order"
+    kinds = {kind_of_reward(place) for place in getattr(config, "reward", ())}
+    if "judge" in kinds:
+        return "statistical: an AI judge does not always answer alike; everything else is back as it was"
+    if "code" in kinds:
+        return "exact, where the programs and their tests come out as they did (time limits may not)"
+    if "function" in kinds or function is not None:
+        return "exact, where the reward function gives the same scores to the same responses"
+    return "exact"
 
 
 def _check_rewards(

@@ -116,3 +116,16 @@ def test_an_urgent_save_is_tried_once(tmp_path: Path, clock: Clock):
     with pytest.raises(UserError, match="does not fit"):
         keeper.keep({"iteration": 1}, disk.save, is_due=True, is_urgent=True)
     assert clock.slept == []
+
+
+def test_no_checkpoint_is_made_while_updates_are_left_out(tmp_path: Path, clock: Clock):
+    disk, keeper = Disk(failures=1), Keeper(tmp_path / "metrics.jsonl")
+    keeper.keep({"iteration": 1}, disk.save, is_due=True)
+    clock.now += WAITS[0]
+    keeper.keep({"iteration": 2}, disk.save, is_due=True, is_sound=False)  # the disk would take it now
+    assert (disk.tries, disk.saved) == (1, 0)
+    assert [row["iteration"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    keeper.keep({"iteration": 3}, disk.save, is_due=False)
+    assert disk.saved == 1
+    keeper.keep({"iteration": 4}, disk.save, is_due=True, is_sound=False, is_urgent=True)
+    assert disk.saved == 2

@@ -137,7 +137,7 @@ def test_a_critic_from_the_reward_is_refused_where_there_can_be_none(config_with
         build_roles(config_with(sharing="lora", **common))
 
 
-# --- prompts that are too long, and what is closed ----------------------------------------------------------------
+# --- columns that are not there, prompts that are too long, and what is closed ------------------------------------
 
 
 def test_the_context_is_the_limit_of_prompts_where_none_is_given(config_with, tmp_path):
@@ -207,3 +207,21 @@ def test_a_function_and_a_named_reward_are_one_too_many(config_with, tmp_path):
 def test_a_scale_is_not_measured_on_a_handful(config_with):
     with pytest.raises(UserError, match="normalize_rewards_on is 3: so few"):
         config_with(normalize_rewards_on=3)
+
+
+def test_a_reward_without_its_column_is_refused_before_any_weights_are_loaded(config_with, tmp_path, monkeypatch):
+    def answered(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+        return [float(response == answer) for response, answer in zip(responses, answers, strict=True)]
+
+    file = tmp_path / "rewards.py"
+    file.write_text("def score(prompts, responses, answers):\n    return [0.0] * len(responses)\n")
+    rows = [{"prompt": "the cat", "answer": "a"}, {"prompt": "the dog", "answer": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = config_with(prompts=str(tmp_path / "rows.jsonl"))
+    monkeypatch.setattr("proximo.training.roles.build_policy", None)
+    said = r"takes 'answers', but the data has no such column \(it has: answer\).* Did you mean answer\?"
+    refused(config, said, answered)
+    place = f"{file}:score"
+    refused(dataclasses.replace(config, reward=(place,)), said, None)
+    refused(dataclasses.replace(config, reward=(place, place), reward_weights=(1.0, 2.0)), said, None)
+    refused(dataclasses.replace(config, gold=(place,)), said)

@@ -247,8 +247,9 @@ class TestImpossibleValues:
 
 
 class TestDerived:
-    def test_a_twentieth_of_the_run_lies_between_checkpoints(self):
-        assert change(total_steps=100_000, n_envs=8, rollout_length=32).checkpoint_interval == 5000
+    def test_a_tenth_of_the_run_lies_between_checkpoints_and_never_very_much(self):
+        assert change(total_steps=100_000, n_envs=8, rollout_length=32).checkpoint_interval == 10_000
+        assert change(total_steps=100_000_000, n_envs=8, rollout_length=32).checkpoint_interval == 250_000
         assert change(total_steps=10_000, n_envs=8, rollout_length=128).checkpoint_interval == 1024
         assert change(checkpoint_every=77).checkpoint_interval == 77
 

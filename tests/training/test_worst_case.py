@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proximo import cli
-from proximo.collect import generate
 from proximo.collect.generate import GenerationConfig
 from proximo.core.batch import minibatch_indices
 from proximo.errors import UserError
 from proximo.language import config_of, run_stage, stage_module
+from proximo.models import cache
 from proximo.models.language import LanguagePolicy
 from proximo.stage_display import StageDisplay
 from proximo.training import align, worst_case
@@ -371,6 +371,6 @@ def test_rows_as_long_as_the_context_can_be_tried(config_with, tmp_path, kind) -
 
 
 def test_a_model_with_a_cache_of_its_own_kind_can_be_tried(config_with, monkeypatch) -> None:
-    monkeypatch.setattr(generate, "has_full_attention", lambda model: False)
+    monkeypatch.setattr(cache, "has_full_attention", lambda model: False)
     config = config_with("grpo", n_iterations=1)
     assert "it fits" in tried(config, align.start(config, share_of_wanted))["worst case"]

@@ -18,7 +18,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -94,14 +94,8 @@ class CodeReward:
         del prompts
         if not responses:
             return Scores([], [])
-        tests = columns.get(self.column)
-        if tests is None:
-            close = nearest(self.column, columns)
-            hint = f" Did you mean code:{close[0]}?" if close else ""
-            raise UserError(
-                f"The reward {self.name} needs the column {self.column!r} with tests, but the data has no such column "
-                f"(it has: {', '.join(columns) or 'none besides the prompts'}).{hint}"
-            )
+        self.check_columns(columns)
+        tests = columns[self.column]
         pool = ThreadPoolExecutor(_n_cores())
         try:
             return Scores.of(pool.map(self._score, responses, tests))
@@ -111,6 +105,16 @@ class CodeReward:
         finally:
             pool.shutdown(cancel_futures=True)
             self._stopped.clear()
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise UserError if the data has no column with the tests."""
+        if self.column not in columns:
+            close = nearest(self.column, columns)
+            hint = f" Did you mean code:{close[0]}?" if close else ""
+            raise UserError(
+                f"The reward {self.name} needs the column {self.column!r} with tests, but the data has no such column "
+                f"(it has: {', '.join(columns) or 'none besides the prompts'}).{hint}"
+            )
 
     def close(self) -> None:
         """Nothing stays open between two calls."""

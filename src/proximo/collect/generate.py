@@ -16,6 +16,7 @@ from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical
 from proximo.core.kl import k1
 from proximo.errors import UserError, in_range, one_of
+from proximo.models.cache import has_full_attention, new_cache
 from proximo.models.language import LanguagePolicy, Scored
 from proximo.models.rows import position_ids
 
@@ -137,28 +138,14 @@ def _sample_together(
     n_per_prompt: int,
     device: torch.device,
 ) -> Responses:
-    prompt_tokens, prompt_attention = (tensor.to(device) for tensor in left_padded(prompts))
-    n_rows, width = len(prompts) * n_per_prompt, prompt_tokens.shape[1]
-    cache = new_cache(policy.actor, width + config.max_new_tokens)
-    is_padded = not bool(prompt_attention.all())
+    logits, cache, tokens, attention, is_padded = _read_prompts(policy, prompts, config, n_per_prompt, device)
+    n_rows, width = len(tokens), tokens.shape[1] - config.max_new_tokens
+    response = torch.zeros_like(tokens, dtype=torch.bool)
+    log_probs = torch.zeros(tokens.shape, device=device)
+    lengths = attention[:, :width].sum(1)
     takes_whole_mask = policy.actor.config._attn_implementation == "sdpa" and has_full_attention(policy.actor)
     ends = end_tokens(policy.actor, tokenizer) if config.stop_at_eos else []
     ends_tensor = torch.tensor(ends, dtype=torch.long, device=device)
-
-    logits = policy.next_logits(
-        prompt_tokens, prompt_attention.long() if is_padded else None, position_ids(prompt_attention), cache
-    )
-    tokens = torch.zeros(n_rows, width + config.max_new_tokens, dtype=torch.long, device=device)
-    response = torch.zeros_like(tokens, dtype=torch.bool)
-    log_probs = torch.zeros(tokens.shape, device=device)
-    attention = torch.zeros_like(response)
-    tokens[:, :width] = prompt_tokens.repeat_interleave(n_per_prompt, 0)
-    attention[:, :width] = prompt_attention.repeat_interleave(n_per_prompt, 0)
-    attention[:, width:] = True  # of the cache while sampling; made true to the responses at the end
-    lengths = attention[:, :width].sum(1)
-    if n_per_prompt > 1:
-        cache.batch_repeat_interleave(n_per_prompt)
-        logits = logits.repeat_interleave(n_per_prompt, 0)
 
     rows = torch.arange(n_rows, device=device)  # of those that are still being written
     running = torch.ones(n_rows, dtype=torch.bool, device=device)  # False: over, and still in the cache
@@ -188,7 +175,7 @@ def _sample_together(
         logits = policy.next_logits(actions[:, None], mask, (lengths[rows] + step)[:, None], cache)
 
     used = int(response.any(0).nonzero()[-1]) + 1
-    attention[:, width:] = response[:, width:]
+    attention[:, width:] = response[:, width:]  # for sampling it was true at all of these
     return Responses(
         tokens[:, :used].masked_fill(~attention[:, :used], 0),
         attention[:, :used],
@@ -196,6 +183,37 @@ def _sample_together(
         log_probs[:, :used].masked_fill(~response[:, :used], 0.0),
         ended,
     )
+
+
+def _read_prompts(
+    policy: LanguagePolicy,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    n_per_prompt: int,
+    device: torch.device,
+) -> tuple[Tensor, Any, Tensor, Tensor, bool]:
+    """Read each prompt once, and make a row for each response to it.
+
+    Returns:
+        Logits of the first token `[B, V]`, the cache, the rows with room for responses `[B, P + max_new_tokens]`,
+        which places of the cache count (room for responses does), and whether there is padding among the prompts.
+    """
+    prompt_tokens, prompt_attention = (tensor.to(device) for tensor in left_padded(prompts))
+    width = prompt_tokens.shape[1]
+    cache = new_cache(policy.actor, width + config.max_new_tokens)
+    is_padded = not bool(prompt_attention.all())
+    logits = policy.next_logits(
+        prompt_tokens, prompt_attention.long() if is_padded else None, position_ids(prompt_attention), cache
+    )
+    shape = len(prompts) * n_per_prompt, width + config.max_new_tokens
+    tokens = torch.zeros(shape, dtype=torch.long, device=device)
+    attention = torch.ones(shape, dtype=torch.bool, device=device)
+    tokens[:, :width] = prompt_tokens.repeat_interleave(n_per_prompt, 0)
+    attention[:, :width] = prompt_attention.repeat_interleave(n_per_prompt, 0)
+    if n_per_prompt > 1:
+        cache.batch_repeat_interleave(n_per_prompt)
+        logits = logits.repeat_interleave(n_per_prompt, 0)
+    return logits, cache, tokens, attention, is_padded
 
 
 def draw(log_p: Tensor, generator: torch.Generator) -> Tensor:
@@ -446,58 +464,3 @@ def _assemble(
         done=is_last,
         ref_log_probs=None if ref is None else ref[:, 1:],
     )
-
-
-# --- the cache --------------------------------------------------------------------------------------------------
-
-
-def new_cache(model: Any, capacity: int) -> Any:
-    """A cache of keys and values with room for `capacity` tokens, set aside once.
-
-    Models with other layers than full attention (sliding windows, state spaces) get the one that transformers
-    makes for them.
-    """
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-
-    class _Layer(DynamicLayer):
-        """Writes into memory set aside for the whole response; hands out the part that is filled."""
-
-        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            n_new = key_states.shape[-2]
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.length = 0
-                self.all_keys, self.all_values = (
-                    states.new_empty(*states.shape[:-2], capacity, states.shape[-1])
-                    for states in (key_states, value_states)
-                )
-            self.all_keys[..., self.length : self.length + n_new, :] = key_states
-            self.all_values[..., self.length : self.length + n_new, :] = value_states
-            self.length += n_new
-            self._show()
-            return self.keys, self.values  # type: ignore[return-value]
-
-        def _show(self) -> None:
-            self.keys = self.all_keys[..., : self.length, :]
-            self.values = self.all_values[..., : self.length, :]
-
-        def batch_repeat_interleave(self, repeats: int) -> None:
-            self.all_keys = self.all_keys.repeat_interleave(repeats, 0)
-            self.all_values = self.all_values.repeat_interleave(repeats, 0)
-            self._show()
-
-        def batch_select_indices(self, indices: Tensor) -> None:
-            self.all_keys, self.all_values = self.all_keys[indices], self.all_values[indices]
-            self._show()
-
-    config = model.config.get_text_config()
-    if not has_full_attention(model):
-        return DynamicCache(config=config)
-    return Cache(layers=[_Layer() for _ in range(config.num_hidden_layers)])
-
-
-def has_full_attention(model: Any) -> bool:
-    """Whether every layer looks at all tokens before."""
-    config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or []
-    return all(kind == "full_attention" for kind in kinds) and not getattr(config, "sliding_window", None)

@@ -22,7 +22,7 @@ import sysconfig
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -89,11 +89,11 @@ class Signature(NamedTuple):
             [p.name for p in positional if p.kind is p.POSITIONAL_OR_KEYWORD],
         )
 
-    def select(self, columns: dict[str, list[Any]], place: str) -> dict[str, list[Any]]:
-        """The columns that the function takes.
+    def check(self, columns: Collection[str], place: str) -> None:
+        """Look for the columns that the function cannot be called without.
 
         Raises:
-            UserError: if the data lacks one that it cannot be called without, with the nearest names.
+            UserError: if the data lacks one, with the nearest names.
         """
         for name in self.required:
             if name not in columns:
@@ -104,6 +104,10 @@ class Signature(NamedTuple):
                     f" (it has: {', '.join(columns) or 'none besides the prompts'}).{hint}"
                     " Rename the parameter or the column, or give the parameter a default."
                 )
+
+    def select(self, columns: dict[str, list[Any]], place: str) -> dict[str, list[Any]]:
+        """The columns that the function takes. Raises as `check` does."""
+        self.check(columns, place)
         taken = {name for name in columns if name in self.named or (self.others and name not in self.occupied)}
         return {name: values for name, values in columns.items() if name in taken}
 

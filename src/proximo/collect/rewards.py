@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -71,6 +71,18 @@ class Reward(Protocol):
     def close(self) -> None:
         """Let go of processes and threads."""
         ...
+
+
+def check_columns(reward: Reward, columns: Collection[str]) -> None:
+    """Ask a reward that needs certain columns of the data, or all parts of a sum, whether these will do.
+
+    Raises:
+        UserError: if the data lacks one.
+    """
+    for part in reward.rewards if isinstance(reward, WeightedReward) else [reward]:
+        check = getattr(part, "check_columns", None)
+        if check is not None:
+            check(columns)
 
 
 def kind_of_reward(place: str) -> Literal["judge", "model", "function", "code"]:
@@ -137,6 +149,10 @@ class FunctionReward:
             self._signature = self._start()
         columns = self._signature.select(columns, self._place)
         return _score(self._ask, self._timeout, prompts, responses, columns)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise UserError if the data lacks a column that the function cannot be called without."""
+        self._signature.check(columns, self._place)
 
     def close(self) -> None:
         """End the process, and whatever it has started."""
@@ -229,6 +245,10 @@ class CallableReward:
             )
         columns = self._function.signature.select(columns, self.name)
         return _score(self._ask, self._timeout, prompts, responses, columns)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise UserError if the data lacks a column that the function cannot be called without."""
+        self._function.signature.check(columns, self.name)
 
     def close(self) -> None:
         """Close the function's event loop, unless it hangs in it."""

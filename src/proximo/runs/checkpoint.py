@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
         files.make_folders(folder)
         _check_space(folder, needed + _SPARE_BYTES)
         path = _write(folder, step, tensors, state_bytes)
-        files.replace_file(folder / names.LATEST, f"{path.name}\n".encode())
+        _name_latest(folder, path)
     except OSError as error:
         raise DiskError(
             f"The checkpoint of step {step} could not be saved in {folder}: {files.reason(error)}. "
@@ -115,7 +115,7 @@ def finish_save(
         return
     try:
         if names.pointed(folder, names.LATEST) != checkpoint.path.name:
-            files.replace_file(folder / names.LATEST, f"{checkpoint.path.name}\n".encode())
+            _name_latest(folder, checkpoint.path)
     except OSError as error:
         raise DiskError(
             f"{folder / names.LATEST} could not be written: {files.reason(error)}. "
@@ -233,6 +233,10 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_every: int | None = Non
             "The newest ones are untouched. Let this user write there, or delete them by hand."
         ) from error
     return tuple(doomed)
+
+
+def _name_latest(folder: Path, path: Path) -> None:
+    files.replace_file(folder / names.LATEST, f"{path.name}\n".encode())
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -34,6 +34,7 @@ class Keeper:
         save: Callable[[], object],
         *,
         is_due: bool,
+        is_sound: bool = True,
         is_last: bool = False,
         is_urgent: bool = False,
     ) -> None:
@@ -42,7 +43,9 @@ class Keeper:
         Args:
             row: of this iteration.
             save: writes a checkpoint; called once the rows that it counts on are written.
-            is_due: whether a checkpoint is wanted; one that was refused stays wanted.
+            is_due: whether a checkpoint is wanted; it stays wanted until it is written.
+            is_sound: False while updates are left out, which may be past mending: a checkpoint then waits, unless it is
+                the last or urgent.
             is_last: whether there is no later iteration to try again in: then this waits.
             is_urgent: whether the process must end now: then nothing is tried again.
 
@@ -53,7 +56,7 @@ class Keeper:
         self._save_is_due |= is_due
         while is_last or is_urgent or time.monotonic() >= self._next_try:
             try:
-                self._write(save)
+                self._write(save if self._save_is_due and (is_sound or is_last or is_urgent) else None)
             except DiskError as error:
                 wait = self._refused(error, is_urgent=is_urgent)
             else:
@@ -62,11 +65,11 @@ class Keeper:
                 return
             time.sleep(wait)
 
-    def _write(self, save: Callable[[], object]) -> None:
+    def _write(self, save: Callable[[], object] | None) -> None:
         while self._rows:
             append_metrics(self._metrics_path, self._rows[0])
             del self._rows[0]
-        if self._save_is_due:
+        if save is not None:
             save()
             self._save_is_due = False
         if self._refusals:

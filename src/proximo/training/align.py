@@ -21,7 +21,7 @@ from proximo.algorithms.ppo import PPO
 from proximo.collect.data import PromptRow, read_prompts
 from proximo.collect.generate import Answers, check_ends, columns_of, end_tokens, generate
 from proximo.collect.reward_model import score_responses
-from proximo.collect.rewards import Reward
+from proximo.collect.rewards import Reward, check_columns
 from proximo.core.batch import Batch
 from proximo.core.kl import ProportionalKL, ReferenceKL
 from proximo.errors import DiskError, UserError, tell
@@ -109,11 +109,13 @@ def _start(config: AlignConfig, reward: Callable[..., Any] | None, *, is_new: bo
     prompts = _prompts(config, tokenizer)
     _check_context(config, prompts)
     n_tokens = max(len(row.token_ids) for row in prompts) + config.generation.max_new_tokens
+    columns = columns_of(prompts)
     with ExitStack() as opened:  # the processes and threads of rewards must not outlive a failure
         gold = gold_of(config)
         if gold is not None:
             opened.callback(gold.close)
-        roles = build_roles(config, reward, n_tokens=n_tokens)
+            check_columns(gold, columns)
+        roles = build_roles(config, reward, n_tokens=n_tokens, columns=columns)
         policy = roles.policy
         opened.callback(roles.reward.close)
         check_ends(policy.actor, tokenizer, config.generation)
@@ -236,11 +238,12 @@ def iterate(
             state.samples = look(config, state)
             _keep_samples(run.path / "samples.jsonl", state)
         stopped, ended = bool(stopping()), finished(config, state)
-        due = state.iteration - state.saved_at >= _checkpoint_interval(config) and not state.skipped_in_a_row
+        due = state.iteration - state.saved_at >= _checkpoint_interval(config)
         keeper.keep(
             row,
             partial(save, config, run, state),
             is_due=stopped or ended or due,
+            is_sound=not state.skipped_in_a_row,
             is_last=ended,
             is_urgent=stopped,
         )
@@ -423,18 +426,11 @@ def _left_out(
     config: AlignConfig, run: RunDirectory, state: AlignState, batch: Batch, error: NonFiniteUpdateError
 ) -> Metrics:
     """Go on without this update. Raises UserError if it was one too many in a row."""
-    state.skipped_in_a_row += 1
-    leave_out(
-        run,
-        error,
-        batch,
-        iteration=state.iteration + 1,
-        in_a_row=state.skipped_in_a_row,
-        most=config.max_skipped_updates,
-        mends=f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
-        "float32, a higher beta.",
+    mends = (
+        f"Usual mends, in a new run: a lower learning_rate (it is {config.algorithm.learning_rate:g}), precision "
+        "float32, a higher beta."
     )
-    return {"update_skipped": True}
+    return leave_out(run, state, error, batch, most=config.max_skipped_updates, mends=mends)
 
 
 # --- the end, and between -----------------------------------------------------------------------------------------

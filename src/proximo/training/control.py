@@ -151,19 +151,16 @@ def iterate(
             metrics["env_restarts"] = envs.n_restarts
         row = _progress(state) | metrics | _clocks(state, batch, began, collected, updated)
         stopped, ended = bool(stopping()), finished(config, state)
+        due = state.env_steps - state.saved_at_step >= config.checkpoint_interval
         keeper.keep(
             row,
             partial(save, config, run, state, envs),
-            is_due=stopped or ended or _is_due(config, state),
+            is_due=stopped or ended or due,
+            is_sound=not state.skipped_in_a_row,
             is_last=ended,
             is_urgent=stopped,
         )
         yield row
-
-
-def _is_due(config: ControlConfig, state: ControlState) -> bool:
-    """Whether it is time for a checkpoint; none is made where the last update was left out: it may be past mending."""
-    return state.env_steps - state.saved_at_step >= config.checkpoint_interval and not state.skipped_in_a_row
 
 
 def finished(config: ControlConfig, state: ControlState) -> bool:
@@ -243,7 +240,7 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
 
 def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> tuple[ControlState, list[int]]:
     described = checkpoint.state
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
     for name, tensor in checkpoint.tensors["training"].items():
         part, _, inner = name.partition("/")
         parts[part][inner] = tensor
@@ -395,23 +392,13 @@ def _left_out(
         UserError: if it was one too many in a row.
     """
     state.policy.load_state_dict(moments, strict=False)
-    state.skipped_in_a_row += 1
     mends = (
         f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
         f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards.\n"
         "A run keeps the settings it was begun with, so give them to a new one: proximo train ... "
         f"--learning-rate {config.algorithm.learning_rate / 3:.1g}"
     )
-    leave_out(
-        run,
-        error,
-        batch,
-        iteration=state.iteration + 1,
-        in_a_row=state.skipped_in_a_row,
-        most=config.max_skipped_updates,
-        mends=mends,
-    )
-    return {"update_skipped": True}
+    return leave_out(run, state, error, batch, most=config.max_skipped_updates, mends=mends)
 
 
 def load_policy(checkpoint: Checkpoint) -> ActorCritic:

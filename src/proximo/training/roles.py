@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,7 +14,14 @@ from proximo.algorithms.ppo import PPO
 from proximo.collect.code_reward import CodeReward
 from proximo.collect.judge import JudgeReward
 from proximo.collect.reward_model import RewardModel, same_tokens, scale_of
-from proximo.collect.rewards import CallableReward, FunctionReward, Reward, WeightedReward, kind_of_reward
+from proximo.collect.rewards import (
+    CallableReward,
+    FunctionReward,
+    Reward,
+    WeightedReward,
+    check_columns,
+    kind_of_reward,
+)
 from proximo.errors import UserError
 from proximo.models.adapters import adapter_state, add_adapter, copy_adapter, has_reward_adapter
 from proximo.models.folders import (
@@ -39,7 +46,11 @@ class Roles(NamedTuple):
 
 
 def build_roles(
-    config: AlignConfig, function: Callable[..., Any] | None = None, *, n_tokens: int | None = None
+    config: AlignConfig,
+    function: Callable[..., Any] | None = None,
+    *,
+    n_tokens: int | None = None,
+    columns: Collection[str] = (),
 ) -> Roles:
     """Load policy, reference, critic and reward as the config shares them.
 
@@ -47,9 +58,11 @@ def build_roles(
         config: the settings.
         function: scores responses, in place of `config.reward`.
         n_tokens: of the longest text that a critic may have to read, if it is known.
+        columns: of the data, beside the prompts.
 
     Raises:
-        UserError: if one of them cannot be had; a reward that is no model is tried before any weights are loaded.
+        UserError: if one of them cannot be had, or the reward lacks a column; a reward that is no model is tried before
+            any weights are loaded.
     """
     on_base = config.sharing == "lora" and any(has_reward_adapter(place) for place in config.reward)
     reward: Reward | None = None
@@ -58,9 +71,12 @@ def build_roles(
     elif not on_base:
         reward = reward_of(config)
     try:
+        if reward is not None:
+            check_columns(reward, columns)
         policy = build_policy(config, n_tokens=n_tokens)
         if reward is None:
             reward = reward_of(config, base=policy.actor)
+            check_columns(reward, columns)
             began = _begin_critic(config, policy, reward)
         else:
             place = critic_place(config, n_tokens)[0] if policy.critic is not None else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -19,37 +20,47 @@ MOST_KEPT = 20
 """Batches that are kept of one run, so that they never fill a disk."""
 
 
+class Skipping(Protocol):
+    """The state of a run: how many iterations it has finished, and how many updates were left out of late."""
+
+    iteration: int
+    skipped_in_a_row: int
+
+
 def leave_out(
     run: RunDirectory,
+    state: Skipping,
     error: NonFiniteUpdateError,
     batch: Batch | Sequence[Sequence[int]],
     *,
-    iteration: int,
-    in_a_row: int,
     most: int,
     mends: str,
-) -> None:
-    """Say that an update was left out, and keep its batch: a `Batch` as safetensors, texts as JSON token ids.
+) -> dict[str, Any]:
+    """Count an update that is left out and say so; keep its batch: a `Batch` as safetensors, texts as JSON token ids.
 
     Args:
         run: where the batch goes.
+        state: counts the updates that were left out in a row.
         error: what was not finite.
         batch: what the update was to learn from.
-        iteration: which one it was, from 1.
-        in_a_row: how many were left out in a row, this one counted.
-        most: how many may be.
+        most: how many may be left out in a row.
         mends: what usually helps, in words.
+
+    Returns:
+        The metrics that the update has in place of its own.
 
     Raises:
         UserError: if it was one too many.
     """
+    state.skipped_in_a_row += 1
+    iteration, in_a_row = state.iteration + 1, state.skipped_in_a_row
     kept = _kept(run, batch, iteration)
     if in_a_row <= most:
         tell(
             f"proximo: iteration {iteration}: {error}. That step was not taken, nor the rest of its update: {in_a_row} "
             f"left out in a row, and {most} may be. {kept}"
         )
-        return
+        return {"update_skipped": True}
     times = "" if in_a_row == 1 else f", {in_a_row} times in a row"
     raise UserError(
         f"Learning broke down in iteration {iteration}{times}: {error}. No such step was taken: the weights are "

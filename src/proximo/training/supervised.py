@@ -322,8 +322,14 @@ def steps(
             "tokens_per_second": sum(map(len, step.token_ids)) / max(stepped - began, 1e-9),
         }
         stopped, ended = bool(stopping()), state.iteration >= total
-        is_due = due(config, state.iteration, state.saved_at, total) and not state.skipped_in_a_row
-        keeper.keep(row, save, is_due=stopped or ended or is_due, is_last=ended, is_urgent=stopped)
+        keeper.keep(
+            row,
+            save,
+            is_due=stopped or ended or due(config, state.iteration, state.saved_at, total),
+            is_sound=not state.skipped_in_a_row,
+            is_last=ended,
+            is_urgent=stopped,
+        )
         yield row
 
 
@@ -331,18 +337,11 @@ def _left_out(
     config: SupervisedConfig, run: RunDirectory, state: Any, step: Step, error: NonFiniteUpdateError
 ) -> Metrics:
     """Go on without this step. Raises UserError if it was one too many in a row."""
-    state.skipped_in_a_row += 1
-    leave_out(
-        run,
-        error,
-        step.token_ids,
-        iteration=state.iteration + 1,
-        in_a_row=state.skipped_in_a_row,
-        most=config.max_skipped_updates,
-        mends=f"Usual mends, in a new run: a lower learning_rate (it is {config.learning_rate:g}), a higher "
-        f"warmup_fraction (it is {config.warmup_fraction:g}), precision float32.",
+    mends = (
+        f"Usual mends, in a new run: a lower learning_rate (it is {config.learning_rate:g}), a higher "
+        f"warmup_fraction (it is {config.warmup_fraction:g}), precision float32."
     )
-    return {"update_skipped": True}
+    return leave_out(run, state, error, step.token_ids, most=config.max_skipped_updates, mends=mends)
 
 
 def accumulate_gradients(

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.ppo import PPO
-from proximo.collect.generate import TOKENS_AT_ONCE, TOKENS_SIDE_BY_SIDE, draw, new_cache
+from proximo.collect.generate import TOKENS_AT_ONCE, TOKENS_SIDE_BY_SIDE, draw
 from proximo.collect.tokens import left_padded
 from proximo.core.batch import Batch
 from proximo.core.kl import ReferenceKL
 from proximo.errors import UserError
+from proximo.models.cache import new_cache
 from proximo.models.language import LanguagePolicy
 from proximo.models.rows import position_ids
 from proximo.training import supervised
