@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 import tempfile
 import time
@@ -28,107 +26,31 @@ import numpy as np
 import torch
 from records import circumstances, in_words, write_between
 
-import proximo
-from proximo.collect.envs import EnvironmentFault, episode_seed
-from proximo.collect.replay import load_record, replay_record
-from proximo.demo.align import DemoConfig, run_demo
-from proximo.runs import checkpoint as checkpoints
-from proximo.stage_display import StageDisplay
-from proximo.training import align, control, supervised
-from proximo.training.config import ControlConfig
-
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import proximo  # noqa: E402
+from proximo.collect.envs import EnvironmentFault, episode_seed  # noqa: E402
+from proximo.collect.replay import load_record, replay_record  # noqa: E402
+from proximo.demo.align import DemoConfig, run_demo  # noqa: E402
+from proximo.runs import checkpoint as checkpoints  # noqa: E402
+from proximo.stage_display import StageDisplay  # noqa: E402
+from proximo.training import align, control, supervised  # noqa: E402
+from proximo.training.config import ControlConfig  # noqa: E402
+from tests.environments import FAULTS_IN_A_RESET, FAULTS_IN_A_STEP, FAULTS_OF_THE_PROCESS, Faulty  # noqa: E402
+
 RESULTS = HERE / "results" / "faults.jsonl"
-IN_A_STEP = (
-    "raises",
-    "leaves Python",
-    "returns four values",
-    "NaN reward",
-    "infinite reward",
-    "two rewards",
-    "no reward",
-    "NaN observation",
-    "infinite observation",
-    "another shape",
-    "out of bounds",
-    "a word for an observation",
-    "no truth value for terminated",
-)
-IN_A_RESET = ("reset raises", "reset returns no pair", "reset returns another shape", "reset returns NaN")
-OF_THE_PROCESS = ("hangs", "kills its process", "hangs in reset")
 N_ENVS, N_EPISODES = 4, 12
-
-
-class Misbehaving(gym.Env):
-    """Episodes of eight steps; the fault comes in the third step, or the reset, of episodes with one of these seeds."""
-
-    def __init__(self, fault: str, seeds: frozenset[int]) -> None:
-        self.observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.action_space = gym.spaces.Discrete(2)
-        self.fault, self.seeds = fault, seeds
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-        super().reset(seed=seed)
-        self.steps, self.bad = 0, seed in self.seeds
-        observation = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        match self.fault if self.bad else "":
-            case "reset raises":
-                raise RuntimeError("the arm is stuck")
-            case "reset returns no pair":
-                return observation
-            case "reset returns another shape":
-                return np.zeros(3, np.float32), {}
-            case "reset returns NaN":
-                return np.full(2, np.nan, np.float32), {}
-            case "hangs in reset":
-                signal.pause()
-        return observation, {}
-
-    def step(self, action: Any) -> Any:
-        self.steps += 1
-        observation: Any = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        answer = [observation, float(self.np_random.random()), False, self.steps == 8, {}]
-        if self.bad and self.steps == 3:
-            return self.misbehave(answer)
-        return tuple(answer)
-
-    def misbehave(self, answer: list[Any]) -> Any:
-        match self.fault:
-            case "raises":
-                raise ZeroDivisionError("the arm is stuck")
-            case "leaves Python":
-                sys.exit(3)
-            case "returns four values":
-                return answer[:4]
-            case "hangs":
-                signal.pause()
-            case "kills its process":
-                os.kill(os.getpid(), signal.SIGKILL)
-        put = {
-            "NaN reward": (1, float("nan")),
-            "infinite reward": (1, float("-inf")),
-            "two rewards": (1, np.ones(2)),
-            "no reward": (1, None),
-            "NaN observation": (0, np.array([np.nan, 0.0], np.float32)),
-            "infinite observation": (0, np.array([np.inf, 0.0], np.float32)),
-            "another shape": (0, np.zeros((1, 2), np.float32)),
-            "out of bounds": (0, np.array([0.0, 2.5], np.float32)),
-            "a word for an observation": (0, "nowhere"),
-            "no truth value for terminated": (2, np.array([True, False])),
-        }
-        place, value = put.get(self.fault, (0, answer[0]))
-        answer[place] = value
-        return tuple(answer)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["environments", "checkpoints", "table"])
     command = parser.parse_args().command
-    cloudpickle.register_pickle_by_value(sys.modules["__main__"])
+    cloudpickle.register_pickle_by_value(sys.modules["tests.environments"])
     if command == "environments":
         for vectorization in ("serial", "workers"):
-            kinds = IN_A_STEP + IN_A_RESET + (OF_THE_PROCESS if vectorization == "workers" else ())
+            kinds = FAULTS_IN_A_STEP + FAULTS_IN_A_RESET + (FAULTS_OF_THE_PROCESS if vectorization == "workers" else ())
             for fault in kinds:
                 inject(fault, vectorization)
     if command == "checkpoints":
@@ -159,7 +81,7 @@ def inject(fault: str, vectorization: str) -> None:
     seeds = frozenset(episode_seed(0, index, episode) for index in range(N_ENVS) for episode in range(1, N_EPISODES, 3))
 
     def make() -> gym.Env:
-        return Misbehaving(fault, seeds)
+        return Faulty(fault, seeds=seeds, length=8)
 
     settings: dict[str, Any] = dict(
         n_envs=N_ENVS,

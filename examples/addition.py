@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from proximo.collect.data import PromptRow, encode_prompt
+from proximo.collect.data import PromptRow
 from proximo.collect.generate import GenerationConfig
 from proximo.collect.rewards import Scores
+from proximo.collect.tokens import encode_prompt
 from proximo.language import config_of, run_stage
 from proximo.models.folders import load_tokenizer, save_model, transformers_module
 from proximo.stage_display import StageDisplay

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -165,61 +169,103 @@ class Noisy(gym.Env):
         return self.x.copy(), float(-np.square(self.x).sum() + self.source.normal()), far, self.t == self.length, {}
 
 
-class Faulty(gym.Env):
-    """A quiet environment that does one thing wrong, at step `at` of episode `episode`.
+FAULTS_IN_A_STEP = (
+    "raises",
+    "leaves Python",
+    "returns four values",
+    "NaN reward",
+    "infinite reward",
+    "two rewards",
+    "no reward",
+    "NaN observation",
+    "infinite observation",
+    "another shape",
+    "out of bounds",
+    "a word for an observation",
+    "no truth value for terminated",
+)
+FAULTS_IN_A_RESET = ("reset raises", "reset returns no pair", "reset returns another shape", "reset returns NaN")
+FAULTS_OF_THE_PROCESS = ("hangs", "kills its process", "hangs in reset")
 
-    `fault` names it: see `step` and `reset`. A copy with `faulty` False behaves.
+
+class Faulty(gym.Env):
+    """A quiet environment that does one thing wrong, at step `at` of an episode, or in its reset.
+
+    `fault` is one of those above, or none of them. It comes in episode `episode`, or, where there are `seeds`, in all
+    episodes with one of these. A copy with `faulty` False behaves. Episodes have `length` steps.
     """
 
-    def __init__(self, fault: str, at: int = 3, episode: int = 1, faulty: bool = True) -> None:
+    def __init__(
+        self,
+        fault: str,
+        at: int = 3,
+        episode: int = 1,
+        faulty: bool = True,
+        *,
+        seeds: Collection[int] = (),
+        length: int = 6,
+    ) -> None:
         self.observation_space = spaces.Box(-1.0, np.array([1.0, 2.0], np.float32), (2,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
         self.fault, self.at, self.bad_episode, self.faulty = fault, at, episode, faulty
+        self.seeds, self.length = seeds, length
         self.episode = -1
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         super().reset(seed=seed)
         self.episode += 1
         self.t = 0
+        self.bad = self.faulty and (seed in self.seeds if self.seeds else self.episode == self.bad_episode)
         start = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        if self.faulty and self.episode == self.bad_episode:
-            if self.fault == "reset raises":
+        match self.fault if self.bad else "":
+            case "reset raises":
                 raise RuntimeError("the arm is stuck")
-            if self.fault == "reset gives no pair":
+            case "reset returns no pair":
                 return start
-            if self.fault == "reset gives another shape":
+            case "reset returns another shape":
                 return np.zeros(3, np.float32), {}
-            if self.fault == "reset gives NaN":
+            case "reset returns NaN":
                 return np.array([np.nan, 0], np.float32), {}
+            case "hangs in reset":
+                signal.pause()
         return start, {}
 
-    def step(self, action):
+    def step(self, action) -> Any:
         self.t += 1
-        observation: Any = self.np_random.uniform(-1, 1, 2).astype(np.float32)
-        reward: Any = float(observation.sum())
-        if self.faulty and self.episode == self.bad_episode and self.t == self.at:
-            match self.fault:
-                case "step raises" | "leaves":
-                    raise ZeroDivisionError("the arm is stuck") if self.fault == "step raises" else SystemExit(3)
-                case "step gives four":
-                    return observation, reward, False, {}
-                case "NaN reward":
-                    reward = float("nan")
-                case "infinite reward":
-                    reward = -float("inf")
-                case "two rewards":
-                    reward = np.array([1.0, 2.0])
-                case "no reward":
-                    reward = None
-                case "NaN observation":
-                    observation[1] = np.nan
-                case "infinite observation":
-                    observation[0] = np.inf
-                case "another shape":
-                    observation = np.zeros((1, 2), np.float32)
-                case "out of bounds":
-                    observation[1] = 2.5
-        return observation, reward, False, self.t == 6, {}
+        observation = self.np_random.uniform(-1, 1, 2).astype(np.float32)
+        answer = [observation, float(observation.sum()), False, self.t == self.length, {}]
+        if self.bad and self.t == self.at:
+            return self.misbehave(answer)
+        return tuple(answer)
+
+    def misbehave(self, answer: list[Any]) -> Any:
+        x, y = answer[0]
+        match self.fault:
+            case "raises":
+                raise ZeroDivisionError("the arm is stuck")
+            case "leaves Python":
+                sys.exit(3)
+            case "returns four values":
+                return answer[:4]
+            case "hangs":
+                signal.pause()
+            case "kills its process":
+                os.kill(os.getpid(), signal.SIGKILL)
+        put = {
+            "NaN reward": (1, float("nan")),
+            "infinite reward": (1, -float("inf")),
+            "two rewards": (1, np.array([1.0, 2.0])),
+            "no reward": (1, None),
+            "NaN observation": (0, np.array([x, np.nan], np.float32)),
+            "infinite observation": (0, np.array([np.inf, y], np.float32)),
+            "another shape": (0, np.zeros((1, 2), np.float32)),
+            "out of bounds": (0, np.array([x, 2.5], np.float32)),
+            "a word for an observation": (0, "nowhere"),
+            "no truth value for terminated": (2, np.array([True, False])),
+        }
+        place, value = put.get(self.fault, (0, answer[0]))
+        answer[place] = value
+        return tuple(answer)
 
 
 class Returning(gym.Env):

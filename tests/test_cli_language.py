@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import proximo
-from proximo import cli
 from proximo.collect.data import DataNote
 from proximo.models.folders import load_tokenizer
 from tests.chat_endpoint import Endpoint, longer_is_better
+from tests.commands import said_by
 from tests.tiny_language import CHAT_TEMPLATE, save_tiny, tiny_tokenizer
 
 WORDS = ("cat", "dog", "bird", "fish", "tree", "house")
@@ -43,13 +43,6 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     Path("chat.jinja").write_text(CHAT_TEMPLATE)
     Path("rewards.py").write_text("def score(prompts, responses):\n    return [float(len(r)) for r in responses]\n")
     return str(save_tiny(tmp_path / "model"))
-
-
-def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(list(words))
-    out, error = capsys.readouterr()
-    return int(caught.value.code or 0), out, error
 
 
 class TestChatTemplate:
@@ -103,7 +96,7 @@ class TestChatTemplate:
 
     def test_lets_a_model_chat(self, model, capsys, monkeypatch):
         for words, remark in (((), True), (("--chat-template", "chat.jinja"), False)):
-            monkeypatch.setattr("proximo.cli_language._asked", iter(["the cat", ""]).__next__)
+            monkeypatch.setattr("proximo.cli_models._asked", iter(["the cat", ""]).__next__)
             code, _, error = said_by(capsys, "chat", model, "--max-new-tokens", "3", *words)
             assert code == 0
             assert ("no chat template" in error) == remark

@@ -25,6 +25,7 @@ from proximo.errors import UserError
 from proximo.models.folders import load_causal_lm, load_scalar_model, load_tokenizer
 from proximo.training.memory import n_parameters
 from tests.chat_endpoint import KEY, Endpoint
+from tests.commands import said_by
 from tests.runs.test_checkpoint import Bomb, plant, safetensors_file
 from tests.tiny_language import save_tiny, save_tiny_scalar
 
@@ -150,24 +151,24 @@ def put(path: Path, data: bytes) -> None:
 # --- pickles ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", [*CONTROL_PARTS, *BESIDE, *(f"checkpoints/step_000000000008/{n}" for n in BESIDE)])
-def test_a_pickle_in_a_control_run_never_runs(control: Path, marker: Path, part: str):
+def met_by(uses: Callable[[Path], list[Callable[[], Any]]], run: Path, part: str, marker: Path) -> None:
+    """Use a run with a bomb in the place of a part, with each of them."""
     for number, bomb in enumerate(bombs(marker)):  # each in a copy: resuming takes damaged checkpoints away
-        run = Path(shutil.copytree(control, control.with_name(f"copy{number}")))
-        put(run / part, bomb)
-        for use in uses_of_control(run):
+        copy = Path(shutil.copytree(run, run.with_name(f"copy{number}")))
+        put(copy / part, bomb)
+        for use in uses(copy):
             tried(use)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("part", [*CONTROL_PARTS, *BESIDE, *(f"checkpoints/step_000000000008/{n}" for n in BESIDE)])
+def test_a_pickle_in_a_control_run_never_runs(control: Path, marker: Path, part: str):
+    met_by(uses_of_control, control, part, marker)
 
 
 @pytest.mark.parametrize("part", [*LANGUAGE_PARTS, *BESIDE_A_MODEL])
 def test_a_pickle_in_a_language_run_never_runs(language: Path, marker: Path, part: str):
-    for number, bomb in enumerate(bombs(marker)):  # each in a copy: resuming takes damaged checkpoints away
-        run = Path(shutil.copytree(language, language.with_name(f"copy{number}")))
-        put(run / part, bomb)
-        for use in uses_of_language(run):
-            tried(use)
-    assert not marker.exists()
+    met_by(uses_of_language, language, part, marker)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "adapter_model.bin", "consolidated.00.pth", "model.pt"])
@@ -181,14 +182,6 @@ def test_nor_does_one_in_place_of_the_weights(language: Path, marker: Path, name
         for load in (load_causal_lm, load_scalar_model):
             assert tried(lambda load=load: load(language))
     assert not marker.exists()
-
-
-def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(words))
-    out, error = capsys.readouterr()
-    assert "Traceback" not in out + error
-    return int(ended.value.code or 0), out + error
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "tokenizer.json", "config.json", "config.toml", "metrics.jsonl"])
@@ -205,7 +198,7 @@ def test_the_commands_for_people_end_in_words(
         ["report", str(language)],
         ["resume", str(language), "--quiet"],
     ):
-        monkeypatch.setattr("proximo.cli_language._asked", iter(["the cat", ""]).__next__)
+        monkeypatch.setattr("proximo.cli_models._asked", iter(["the cat", ""]).__next__)
         assert said_by(capsys, *words)[0] in (0, 2)
 
 
@@ -252,9 +245,9 @@ def test_an_environment_that_is_code_needs_the_users_word(
     assert "allow_import" in tried(lambda: proximo.resume(control, total_steps=16, quiet=True))
     assert "allow_import" in tried(lambda: proximo.evaluate(control, episodes=1))
     for words in (["resume"], ["evaluate", "--episodes", "1"], ["watch"]):
-        code, said = said_by(capsys, words[0], str(control), *words[1:])
+        code, out, error = said_by(capsys, words[0], str(control), *words[1:])
         assert code == 2
-        assert "--allow-import" in said
+        assert "--allow-import" in out + error
     proximo.load(control)  # the policy is no code
     assert not marker.exists()
 
@@ -331,8 +324,8 @@ def test_a_chat_template_reaches_nothing_but_the_messages(place: Path, language:
     (language / "chat_template.jinja").write_text(template.replace("MARKER", str(marker)))
     prompts = marker.with_name("chats.jsonl")
     prompts.write_text(json.dumps({"prompt": [{"role": "user", "content": "the cat"}]}))
-    code, said = said_by(capsys, "sample", str(language), "--prompts", str(prompts), "--max-new-tokens", "2")
-    assert code == 2, said
+    code, out, error = said_by(capsys, "sample", str(language), "--prompts", str(prompts), "--max-new-tokens", "2")
+    assert code == 2, out + error
     assert not marker.exists()
 
 

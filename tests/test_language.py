@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import proximo
-from proximo import cli
 from proximo.errors import UserError
 from proximo.language import config_of, read_stage_config, run_stage, written_settings
 from proximo.models.folders import load_causal_lm, load_tokenizer
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
 from proximo.stage_display import StageDisplay
+from tests.commands import cut_at_rollout, said_by
 from tests.tiny_language import tiny_model, tiny_tokenizer
 
 QUIET = StageDisplay.choose(quiet=True)
@@ -46,13 +46,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(list(words))
-    out, error = capsys.readouterr()
-    return int(caught.value.code or 0), out, error
 
 
 ALIGN = dict(n_iterations=4, prompts_per_iteration=4, batch_size=4, max_new_tokens=6, samples_every=2, threads=1)
@@ -136,29 +129,13 @@ class TestSettings:
         assert config.reward == (f"{folder / 'rewards.py'}:score",)
 
 
-class CutError(Exception):
-    """Ends a run in the middle."""
-
-
 class TestCommandLine:
-    def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(self, model, folder, capsys, monkeypatch):
+    def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(self, model, folder, capsys):
         settings = dict(model=str(model), prompts="prompts.jsonl", reward=("rewards.py:score",), checkpoint_every=2)
         config = config_of("align", ALIGN | settings, where="test")
         whole = run_stage("align", config, QUIET, "whole")
-        from proximo.training import align
-
-        real, calls = align.generate, []
-
-        def failing(*arguments: Any, **named: Any) -> Any:
-            calls.append(0)
-            if len(calls) == 5:  # three rollouts and a look at samples have passed
-                raise CutError
-            return real(*arguments, **named)
-
-        monkeypatch.setattr(align, "generate", failing)
-        with pytest.raises(CutError):
+        with cut_at_rollout(5):  # three rollouts and a look at samples have passed
             run_stage("align", config, QUIET, "cut")
-        monkeypatch.setattr(align, "generate", real)
         code, _, error = said_by(capsys, "resume", "cut", "--quiet")
         assert code == 2
         assert "--allow-import" in error
@@ -190,7 +167,7 @@ class TestCommandLine:
         assert all(row["n_tokens"] <= 3 for row in rows)
         monkeypatch.setattr("builtins.input", iter(["the cat", ""]).__next__)
         monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-        monkeypatch.setattr("proximo.cli_language._asked", iter(["the cat", ""]).__next__)
+        monkeypatch.setattr("proximo.cli_models._asked", iter(["the cat", ""]).__next__)
         code, out, error = said_by(capsys, "chat", "run", "--max-new-tokens", "4")
         assert code == 0
         assert "no chat template" in error

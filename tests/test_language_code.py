@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 import proximo
-from proximo import cli, cli_language
+from proximo import cli_language
 from proximo.errors import UserError
 from proximo.language import config_of, read_stage_config
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
+from tests.commands import cut_at_rollout, said_by
 from tests.tiny_language import save_tiny
 
 SANDBOX = f"{sys.executable} {{file}}"
@@ -39,21 +40,13 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(save_tiny(tmp_path / "model"))
 
 
-def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(list(words))
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return int(caught.value.code or 0), error
-
-
 def flags() -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in ALIGN.items()]
 
 
 def test_a_run_from_the_command_line_and_what_may_be_typed_next(model, capsys):
     words = ["--model", model, "--prompts", "prompts.jsonl", "--reward", "code:tests", *flags(), "--run-dir", "run"]
-    code, error = said_by(capsys, "align", *words, "--sandbox", SANDBOX)
+    code, _, error = said_by(capsys, "align", *words, "--sandbox", SANDBOX)
     assert code == 0, error
     assert "note: the sandbox command lets programs write files" in error
     rows = read_metrics(RunDirectory(Path("run")).metrics_path)
@@ -62,7 +55,7 @@ def test_a_run_from_the_command_line_and_what_may_be_typed_next(model, capsys):
     command = next(line for line in error.splitlines() if "proximo evaluate" in line)
     assert shlex.split(command)[-6:-1] == ["--reward", "code:tests", "--sandbox", SANDBOX, "--prompts"]
     compared = ["evaluate", "run", "--against", model, "--prompts", "prompts.jsonl", "--reward", "code:tests"]
-    code, error = said_by(capsys, *compared, "--best-of", "2")
+    code, _, error = said_by(capsys, *compared, "--best-of", "2")
     assert code == 2
     assert "--sandbox" in error
     assert said_by(capsys, *compared, "--best-of", "2", "--sandbox", SANDBOX)[0] == 0
@@ -70,12 +63,12 @@ def test_a_run_from_the_command_line_and_what_may_be_typed_next(model, capsys):
 
 def test_nothing_is_run_without_a_sandbox(model, capsys):
     words = ["--model", model, "--prompts", "prompts.jsonl", "--reward", "code:tests", *flags(), "--run-dir", "run"]
-    code, error = said_by(capsys, "align", *words)
+    code, _, error = said_by(capsys, "align", *words)
     assert code == 2
     assert "runs programs that the model writes" in error
     assert '--sandbox "bwrap' in error
     for more, said in ((("--sandbox", "true {file}"), "does not work"), (("--sandbox", "nowhere {file}"), "nowhere")):
-        code, error = said_by(capsys, "align", *words, *more)
+        code, _, error = said_by(capsys, "align", *words, *more)
         assert code == 2
         assert said in error
     assert not Path("run").exists()
@@ -100,31 +93,15 @@ def test_what_does_not_fit_is_refused(model, changed, said):
         proximo.align(**named)
 
 
-class CutError(Exception):
-    """Ends a run in the middle."""
-
-
-def test_another_ones_run_runs_no_program_without_leave(model, capsys, monkeypatch):
-    from proximo.training import align
-
-    real, calls = align.generate, []
-
-    def failing(*arguments: Any, **named: Any) -> Any:
-        calls.append(0)
-        if len(calls) == 2:
-            raise CutError
-        return real(*arguments, **named)
-
+def test_another_ones_run_runs_no_program_without_leave(model, capsys):
     Path("my_sandbox.sh").write_text(f'#!/bin/sh\necho ran >> {Path.cwd()}/ran\nexec {sys.executable} "$@"\n')
     Path("my_sandbox.sh").chmod(0o755)
-    monkeypatch.setattr(align, "generate", failing)
-    with pytest.raises(CutError):
+    with cut_at_rollout(2):
         proximo.align(model, "code:tests", "prompts.jsonl", **QUIET | {"sandbox": "./my_sandbox.sh {file}"})
-    monkeypatch.setattr(align, "generate", real)
     _, config = read_stage_config(RunDirectory(Path("run")))
     assert config.sandbox == f"{Path.cwd()}/my_sandbox.sh {{file}}"
     Path("ran").unlink()
-    code, error = said_by(capsys, "resume", "run", "--quiet")
+    code, _, error = said_by(capsys, "resume", "run", "--quiet")
     assert code == 2
     assert "programs that the model writes" in error
     assert config.sandbox in error

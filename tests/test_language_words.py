@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import proximo
-from proximo import cli, cli_language, language
+from proximo import cli_language, cli_models, language
 from proximo.errors import UserError
 from proximo.language import StageRun, config_of
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
 from proximo.stage_display import StageDisplay
 from proximo.training.align_config import AlignConfig
+from tests.commands import cut_at_rollout, said_by
 from tests.tiny_language import save_tiny, tiny_model, tiny_tokenizer
 
 QUIET = StageDisplay.choose(quiet=True)
@@ -27,14 +28,6 @@ ALIGN = dict(
     n_iterations=3, prompts_per_iteration=2, batch_size=2, max_new_tokens=4, n_samples=0, threads=1, quiet=True
 )
 BIG = "99999999999999999999"
-
-
-def said_by(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        cli.main(list(words))
-    out, error = capsys.readouterr()
-    assert "Traceback" not in error
-    return int(caught.value.code or 0), out, error
 
 
 @pytest.fixture
@@ -55,31 +48,15 @@ def length(prompts: list[str], responses: list[str]) -> list[float]:
     return [float(len(text)) for text in responses]
 
 
-class CutError(Exception):
-    """Ends a run in the middle."""
-
-
 def rewards_of(path: Path) -> list[Any]:
     return [row["reward_mean"] for row in read_metrics(RunDirectory(path).metrics_path)]
 
 
 class TestResume:
-    def test_of_a_run_with_a_function_goes_on_with_it(self, model, monkeypatch):
+    def test_of_a_run_with_a_function_goes_on_with_it(self, model):
         whole = proximo.align(model, length, "prompts.jsonl", run_dir="whole", **ALIGN)
-        from proximo.training import align
-
-        real, calls = align.generate, []
-
-        def failing(*arguments: Any, **named: Any) -> Any:
-            calls.append(0)
-            if len(calls) == 2:
-                raise CutError
-            return real(*arguments, **named)
-
-        monkeypatch.setattr(align, "generate", failing)
-        with pytest.raises(CutError):
+        with cut_at_rollout(2):
             proximo.align(model, length, "prompts.jsonl", run_dir="cut", **ALIGN)
-        monkeypatch.setattr(align, "generate", real)
         with pytest.raises(UserError, match=r"Go on from there: proximo\.resume\('.*cut', reward=function\)"):
             proximo.resume("cut", quiet=True)
         with pytest.raises(UserError, match=r"reward is 3; .* function"):
@@ -244,13 +221,13 @@ class TestChat:
         assert "the system message is left out" in error
 
     def test_writes_a_replacement_character(self):
-        assert cli_language._whole("a\ud800b\U0001f600\udfff") == "a\ufffdb\U0001f600\ufffd"
+        assert cli_models._whole("a\ud800b\U0001f600\udfff") == "a\ufffdb\U0001f600\ufffd"
 
     def test_refuses_tokens_that_the_model_does_not_know(self, model, capsys, monkeypatch):
         tokenizer = tiny_tokenizer()
         tokenizer.add_tokens(["unicorn"])
         tokenizer.save_pretrained(model)
-        monkeypatch.setattr("proximo.cli_language._asked", iter(["the unicorn", ""]).__next__)
+        monkeypatch.setattr("proximo.cli_models._asked", iter(["the unicorn", ""]).__next__)
         code, _, error = said_by(capsys, "chat", model, "--max-new-tokens", "3")
         assert code == 2
         assert "do not belong together" in error

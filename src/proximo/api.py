@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import tomli_w
-import torch
 
 from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import EnvFactory, find_factory, make_env, names_code
 from proximo.errors import UserError, tell
 from proximo.models.control import ActorCritic
 from proximo.presets import resolve_settings
+from proximo.process import enough_memory, noted_signals, training_threads
 from proximo.runs import names
 from proximo.runs.checkpoint import Checkpoint, finish_save, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
@@ -33,9 +31,6 @@ from proximo.training import control
 from proximo.training.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
 from proximo.training.estimate import estimated_seconds
 from proximo.training.evaluate import evaluate_policy
-
-_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
-"""What torch's RuntimeErrors say where memory ran out."""
 
 Env = str | type[gym.Env] | Callable[..., Any]
 """A Gymnasium id, `my_file.py:MyEnv`, `package.module:MyEnv`, an environment class, or a factory."""
@@ -139,7 +134,7 @@ def resume_with(
         checkpoint = newest_checkpoint(directory.checkpoints)
         if total_steps is not None:
             config = _with_total_steps(config, total_steps, checkpoint.step, directory)
-        with _enough_memory(config), _training_threads(config), _open_envs(config, factory) as envs:
+        with enough_memory(config), training_threads(config), _open_envs(config, factory) as envs:
             state, fresh = control.restore(config, checkpoint, envs)
             if total_steps is not None:
                 write_config(directory, settings_of(config))
@@ -398,7 +393,7 @@ def train_with(
     The environments are made first, so that what is wrong with them leaves no run directory behind.
     """
     _check_environment(config.environment)
-    with _enough_memory(config), _training_threads(config), _open_envs(config, factory) as envs:
+    with enough_memory(config), training_threads(config), _open_envs(config, factory) as envs:
         state = control.start(config, envs)
         seen = state.carry.observations
         np.zeros((seen.shape[0], config.rollout_length, *seen.shape[1:]), seen.dtype)  # if not, let it fail here
@@ -496,44 +491,6 @@ def _check_environment(task: EnvironmentConfig) -> None:
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying; a second SIGINT interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, frame: object) -> None:
-        del frame
-        if number == signal.SIGINT and signal.SIGINT in received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if number == signal.SIGINT:
-            with suppress(OSError):  # not print: the loop may be in the middle of one
-                os.write(2, b"\nproximo: finishing this iteration, then saving; Ctrl-C again stops at once\n")
-
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _training_threads(config: ControlConfig) -> Iterator[None]:
-    """Give torch the run's number of threads, and back what it had."""
-    check_device(config.device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[VectorEnvs]:
     envs = control.make_envs(config, factory)
     try:
@@ -543,35 +500,6 @@ def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[VectorEnv
             envs.close()
         except (Exception, SystemExit) as error:  # what was learned is saved, and worth more
             tell(f"proximo: closing the environments failed: {type(error).__name__}: {error}")
-
-
-@contextmanager
-def _enough_memory(config: ControlConfig) -> Iterator[None]:
-    """Say which settings to lower where memory runs out."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _OUT_OF_MEMORY):
-            raise
-        raise UserError(
-            f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'it ran out'}). Lower one of "
-            f"hidden_sizes (now {' '.join(map(str, config.network.hidden_sizes))}), n_envs (now "
-            f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
-            f"{config.algorithm.batch_size})."
-        ) from error
-
-
-def check_device(name: str) -> None:
-    """Refuse a device that torch cannot use.
-
-    Raises:
-        UserError: with the reason.
-    """
-    try:
-        torch.zeros(1, dtype=torch.float64, device=name).item()
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device is {name!r}, which cannot be used here: {reason} Use cpu.") from error
 
 
 def _checkpoint(directory: RunDirectory, name: str) -> Checkpoint:

@@ -354,7 +354,7 @@ def _result_facts(run: Any) -> dict[str, str]:
 
 def _evaluate(words: list[str]) -> Outcome:
     if any(word.partition("=")[0] == "--against" for word in words):
-        from proximo.cli_language import compare_command
+        from proximo.cli_models import compare_command
 
         return compare_command(words)
     from proximo.api import evaluate_opened, open_policy, skipped_in_words
@@ -500,6 +500,18 @@ def _language(name: str, *first: str) -> Callable[[list[str]], Outcome]:
     return command
 
 
+def _sample(words: list[str]) -> Outcome:
+    from proximo.cli_models import sample_command
+
+    return sample_command(words)
+
+
+def _chat(words: list[str]) -> Outcome:
+    from proximo.cli_models import chat_command
+
+    return chat_command(words)
+
+
 COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "train": _train,
     "resume": _resume,
@@ -513,8 +525,8 @@ COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "reward": _language("stage_command", "reward"),
     "align": _language("stage_command", "align"),
     "dpo": _language("stage_command", "dpo"),
-    "sample": _language("sample_command"),
-    "chat": _language("chat_command"),
+    "sample": _sample,
+    "chat": _chat,
     "demo": _language("demo_command"),
 }
 

@@ -13,10 +13,11 @@ from typing import Any, overload
 import torch
 
 from proximo import api
-from proximo.api import Env, Run, check_device, noted_signals
+from proximo.api import Env, Run
 from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest, shown, tell
 from proximo.models.folders import tokenizer_in_words
+from proximo.process import check_device, noted_signals
 from proximo.runs.checkpoint import finish_save, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
 from proximo.runs.lock import locked

@@ -21,14 +21,16 @@ from proximo.collect.code_reward import MOST_OUTPUT, CodeReward, program_in
 from proximo.collect.data import DataNote
 from proximo.collect.rewards import Scores, kind_of_reward
 from proximo.errors import UserError
+from tests.collect import scoring
+from tests.collect.scoring import ended
 
 NONE_AT_ALL = f"{sys.executable} {{file}}"
 
 pytestmark = pytest.mark.filterwarnings("ignore::proximo.collect.data.DataNote")
 
 
-def ask(source: CodeReward, *responses: str, tests: Any = "assert double(2) == 4", **columns: list[Any]) -> Scores:
-    return source(["what?"] * len(responses), list(responses), {"tests": [tests] * len(responses)} | columns)
+def ask(source: CodeReward, *responses: str, tests: Any = "assert double(2) == 4") -> Scores:
+    return scoring.ask(source, *responses, tests=[tests] * len(responses))
 
 
 def fenced(text: str) -> str:
@@ -122,17 +124,6 @@ class TestScores:
         assert set(Path(tempfile.gettempdir()).glob("proximo-code-*")) <= before
 
 
-def gone(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.02)
-    return False
-
-
 class TestMisbehaviour:
     @pytest.mark.parametrize(
         "program",
@@ -155,7 +146,7 @@ class TestMisbehaviour:
         began = time.monotonic()  # the first leaves a child behind that holds its output open
         assert ask(hasty, start, start + "time.sleep(60)", tests="pass").values == [1.0, 0.0]
         assert time.monotonic() - began < 8
-        assert all(gone(int(pid)) for pid in pids.read_text().split())
+        assert all(ended(int(pid)) for pid in pids.read_text().split())
 
     def test_gigabytes_of_output_fill_nothing(self, source: CodeReward, monkeypatch: pytest.MonkeyPatch) -> None:
         sizes: list[int] = []

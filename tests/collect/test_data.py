@@ -9,19 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from proximo.collect.data import (
-    Example,
-    Pair,
-    encode_completion,
-    encode_prompt,
-    left_padded,
-    pieces_within,
-    read_examples,
-    read_preferences,
-    read_prompts,
-    read_rows,
-    right_padded,
-)
+from proximo.collect.data import Example, Pair, read_examples, read_preferences, read_prompts, read_rows
+from proximo.collect.tokens import encode_completion, encode_prompt, left_padded, pieces_within, right_padded
 from proximo.errors import UserError
 from tests.tiny_language import CHAT_TEMPLATE, tiny_tokenizer
 

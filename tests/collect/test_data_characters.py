@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
-from proximo.collect.data import encode_prompt, read_preferences, read_prompts, read_rows
+from proximo.collect.data import read_preferences, read_prompts, read_rows
+from proximo.collect.tokens import encode_prompt
 from proximo.errors import UserError
 from proximo.training.supervised import SupervisedConfig, take_step
 from tests.tiny_language import CHAT_TEMPLATE, tiny_tokenizer

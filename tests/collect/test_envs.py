@@ -11,7 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from proximo.collect import envs as envs_module
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpaceCheck, episode_seed
+from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, episode_seed
+from proximo.collect.returned_values import SpaceCheck
 from tests.environments import Counting, Faulty, Forever, Noisy, Recording, Scripted
 
 
@@ -128,9 +129,11 @@ class TestSteps:
 
 
 FAULTS = {
-    "step raises": "step() raised ZeroDivisionError: the arm is stuck",
-    "step gives four": "step() must return (observation, reward, terminated, truncated, info), and returned 4 values",
-    "leaves": "step() raised SystemExit: 3",
+    "raises": "step() raised ZeroDivisionError: the arm is stuck",
+    "returns four values": (
+        "step() must return (observation, reward, terminated, truncated, info), and returned 4 values"
+    ),
+    "leaves Python": "step() raised SystemExit: 3",
     "NaN reward": "the reward is nan",
     "infinite reward": "the reward is -inf",
     "two rewards": "the reward must be one number, not array([1., 2.])",
@@ -142,9 +145,9 @@ FAULTS = {
 }
 RESET_FAULTS = {
     "reset raises": "reset() raised RuntimeError: the arm is stuck",
-    "reset gives no pair": "reset() must return (observation, info), and returned a ndarray",
-    "reset gives another shape": "that reset() returned has shape (3,), not (2,)",
-    "reset gives NaN": "after reset(), observation[0] is nan",
+    "reset returns no pair": "reset() must return (observation, info), and returned a ndarray",
+    "reset returns another shape": "that reset() returned has shape (3,), not (2,)",
+    "reset returns NaN": "after reset(), observation[0] is nan",
 }
 
 
@@ -230,7 +233,7 @@ class TestFaults:
         assert "Arm-v0, environment 0, episode 1, step 1" in warning
         assert "observation[1] is 2.5" in warning
 
-    @pytest.mark.parametrize("fault", ["NaN observation", "infinite observation", "NaN reward", "reset gives NaN"])
+    @pytest.mark.parametrize("fault", ["NaN observation", "infinite observation", "NaN reward", "reset returns NaN"])
     def test_warn_is_for_bounds_alone(self, fault):
         with pytest.raises(EnvironmentFault):
             drive(faulty(fault, on_space_violation="warn"))
@@ -455,5 +458,5 @@ class TestRestore:
         envs = SerialEnvs(lambda: Faulty("none"), 1, seed=4)
         envs.reset()
         walk(envs, 4, np.random.default_rng(1))
-        others = SerialEnvs(lambda: Faulty("step raises", at=2, episode=0), 1, seed=4)
+        others = SerialEnvs(lambda: Faulty("raises", at=2, episode=0), 1, seed=4)
         assert others.restore(envs.snapshot())[1] == [0]

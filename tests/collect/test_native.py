@@ -139,7 +139,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("episode", [0, 1])
     def test_a_first_observation_that_is_not_finite_where_we_reset(self, episode):
-        envs = native(lambda: Faulty("reset gives NaN", episode=episode), AutoresetMode.DISABLED)
+        envs = native(lambda: Faulty("reset returns NaN", episode=episode), AutoresetMode.DISABLED)
         with pytest.raises(EnvironmentFault):
             run(envs, 6)
 
@@ -178,7 +178,7 @@ class TestFaults:
         NativeEnvs(vector, 1, name="Arm-v0").close()
         assert "closing Arm-v0 failed: RuntimeError: the door is stuck" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("fault", ["step raises", "two rewards", "leaves"])
+    @pytest.mark.parametrize("fault", ["raises", "two rewards", "leaves Python"])
     def test_an_environment_that_raises(self, fault):
         envs = native(lambda: Faulty(fault), AutoresetMode.SAME_STEP)
         with pytest.raises(EnvironmentFault):

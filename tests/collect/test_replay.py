@@ -15,7 +15,7 @@ from proximo.collect.replay import load_record, replay_record
 from proximo.errors import UserError
 from tests.environments import Faulty, Recording
 
-FAULTS = ["reset raises", "reset gives no pair", "reset gives NaN", "step raises", "step gives four", "no reward"]
+FAULTS = ["reset raises", "reset returns no pair", "reset returns NaN", "raises", "returns four values", "no reward"]
 FAULTS += ["NaN reward", "NaN observation", "another shape", "out of bounds"]
 RECORD = {"seed": 5, "actions": [[0.5], [0.1]], "step": 2, "problem": "the reward is nan"}
 
@@ -45,7 +45,7 @@ def test_what_was_returned_or_raised_is_shown() -> None:
     returned = replay_record(lambda: Faulty("NaN reward", episode=0), fault_of("NaN reward"))
     assert "  reward       nan" in returned
     assert "  action       [" in returned
-    raised = replay_record(lambda: Faulty("step raises", episode=0), fault_of("step raises"))
+    raised = replay_record(lambda: Faulty("raises", episode=0), fault_of("raises"))
     assert 'raise ZeroDivisionError("the arm is stuck")' in raised
 
 
@@ -64,7 +64,7 @@ def test_a_mended_environment_shows_the_problem_no_more() -> None:
 
 def test_another_problem_or_step_is_told_as_such() -> None:
     record = fault_of("NaN reward")
-    other = replay_record(lambda: Faulty("step raises", episode=0), record)
+    other = replay_record(lambda: Faulty("raises", episode=0), record)
     assert "another problem appears at that step: step() raised ZeroDivisionError" in other
     sooner = replay_record(lambda: Faulty("NaN reward", at=1, episode=0), record)
     assert "a problem appears at another step, 1: the reward is nan" in sooner

@@ -10,7 +10,6 @@ from itertools import count
 from typing import Any
 
 import cloudpickle  # noqa: TID251
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -24,53 +23,15 @@ from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.runs.checkpoint import named_checkpoint
 from proximo.training.config import EnvironmentConfig
 from proximo.training.control import iterate, make_envs, restore
-from tests.environments import Faulty
+from tests.environments import FAULTS_IN_A_RESET, FAULTS_IN_A_STEP, FAULTS_OF_THE_PROCESS, Faulty
 from tests.training.running import begin, config_with, differing, tensors_of, train
 
 cloudpickle.register_pickle_by_value(sys.modules["tests.environments"])
 
-IN_A_STEP = (
-    "step raises",
-    "leaves",
-    "step gives four",
-    "NaN reward",
-    "infinite reward",
-    "two rewards",
-    "no reward",
-    "NaN observation",
-    "infinite observation",
-    "another shape",
-    "out of bounds",
-)
-IN_A_RESET = ("reset raises", "reset gives no pair", "reset gives another shape", "reset gives NaN")
 
-
-class Seeded(gym.Env):
+def seeded(fault: str, *seeds: int) -> Faulty:
     """Ends after eight steps; `fault` happens on the third step, or in the reset, of episodes with these seeds."""
-
-    def __init__(self, fault: str, seeds: tuple[int, ...]) -> None:
-        self.observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.action_space = gym.spaces.Discrete(2)
-        self.fault, self.seeds = fault, seeds
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        super().reset(seed=seed)
-        self.steps, self.bad = 0, seed in self.seeds
-        if self.bad and self.fault == "hang in reset":
-            signal.pause()
-        return self.np_random.uniform(-1, 1, 2).astype(np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        if self.bad and self.steps == 3:
-            if self.fault == "raise":
-                raise ZeroDivisionError("the arm is stuck")
-            if self.fault == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if self.fault == "hang":
-                signal.pause()
-        reward = float("nan") if self.bad and self.steps == 3 else float(self.np_random.random())
-        return self.np_random.uniform(-1, 1, 2).astype(np.float32), reward, False, self.steps == 8, {}
+    return Faulty(fault, seeds=seeds, length=8)
 
 
 def one_faulty(fault: str):
@@ -87,7 +48,7 @@ def play(envs: Any, n_steps: int) -> list[Step]:
     return [copied(envs.step(actions)) for _ in range(n_steps)]
 
 
-@pytest.mark.parametrize("fault", IN_A_STEP)
+@pytest.mark.parametrize("fault", FAULTS_IN_A_STEP)
 def test_a_step_that_fails_is_no_experience_and_cuts_its_episode(fault):
     envs, sound = SerialEnvs(one_faulty(fault), 2, 3, max_restarts=1), SerialEnvs(lambda: Faulty(""), 2, 3)
     envs.reset()
@@ -106,7 +67,7 @@ def test_a_step_that_fails_is_no_experience_and_cuts_its_episode(fault):
 
 
 def test_the_episode_after_a_fault_is_the_next_one_with_its_own_seed():
-    envs = SerialEnvs(one_faulty("step raises"), 1, 3, max_restarts=1)
+    envs = SerialEnvs(one_faulty("raises"), 1, 3, max_restarts=1)
     envs.reset()
     steps = play(envs, 9)
     fresh = Faulty("")
@@ -114,7 +75,7 @@ def test_the_episode_after_a_fault_is_the_next_one_with_its_own_seed():
     assert np.array_equal(steps[8].observations[0], expected)
 
 
-@pytest.mark.parametrize("fault", IN_A_RESET)
+@pytest.mark.parametrize("fault", FAULTS_IN_A_RESET)
 def test_an_episode_that_cannot_begin_is_passed_over(fault):
     envs = SerialEnvs(one_faulty(fault), 1, 3, max_restarts=1)
     envs.reset()
@@ -142,7 +103,7 @@ def test_several_environments_may_fail_in_one_step():
 
 
 def test_without_leave_a_fault_is_raised_as_ever():
-    envs = SerialEnvs(one_faulty("step raises"), 1, 3)
+    envs = SerialEnvs(one_faulty("raises"), 1, 3)
     envs.reset()
     with pytest.raises(EnvironmentFault, match="the arm is stuck"):
         play(envs, 9)
@@ -151,30 +112,30 @@ def test_without_leave_a_fault_is_raised_as_ever():
 BAD = (episode_seed(3, 2, 1), episode_seed(3, 0, 2))
 
 
-@pytest.mark.parametrize("fault", ["raise", "nan"])
+@pytest.mark.parametrize("fault", ["raises", "NaN reward"])
 def test_workers_restart_as_this_process_does(fault):
-    serial = SerialEnvs(lambda: Seeded(fault, BAD), 5, 3, max_restarts=4)
-    envs = WorkerEnvs(lambda: Seeded(fault, BAD), 5, 3, n_workers=2, max_restarts=4)
+    serial = SerialEnvs(lambda: seeded(fault, *BAD), 5, 3, max_restarts=4)
+    envs = WorkerEnvs(lambda: seeded(fault, *BAD), 5, 3, n_workers=2, max_restarts=4)
     assert np.array_equal(envs.reset(), serial.reset())
     for one, other in zip(play(envs, 40), play(serial, 40), strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
     assert envs.n_restarts == serial.n_restarts == 2
-    assert sorted(map(str, envs.faults)) == sorted(map(str, serial.faults)) or fault == "raise"  # tracebacks differ
+    assert sorted(map(str, envs.faults)) == sorted(map(str, serial.faults)) or fault == "raises"  # tracebacks differ
     ours, theirs = envs.snapshot(), serial.snapshot()
     assert ours.values == theirs.values
     assert all(np.array_equal(ours.arrays[name], theirs.arrays[name]) for name in theirs.arrays)
     envs.close()
 
 
-@pytest.mark.parametrize("fault", ["kill", "hang", "hang in reset"])
+@pytest.mark.parametrize("fault", FAULTS_OF_THE_PROCESS)
 def test_a_worker_that_dies_or_hangs_is_replaced_and_all_its_episodes_are_cut(fault):
-    bad = (episode_seed(3, 2, 1),)
-    sound = SerialEnvs(lambda: Seeded("", ()), 4, 3)
-    envs = WorkerEnvs(lambda: Seeded(fault, bad), 4, 3, n_workers=2, max_restarts=1, timeout=1.0)
+    bad = episode_seed(3, 2, 1)
+    sound = SerialEnvs(lambda: seeded(""), 4, 3)
+    envs = WorkerEnvs(lambda: seeded(fault, bad), 4, 3, n_workers=2, max_restarts=1, timeout=1.0)
     envs.reset()
     sound.reset()
     steps, expected = play(envs, 30), play(sound, 30)
-    at = 7 if fault == "hang in reset" else 10  # in the step that ends episode 0, or the third one of episode 1
+    at = 7 if fault == "hangs in reset" else 10  # in the step that ends episode 0, or the third one of episode 1
     lost = [(t, index) for t, step in enumerate(steps) for index in range(4) if not step.valid[index]]
     assert lost == [(at, 2), (at, 3)]  # environments 2 and 3 share the worker
     assert np.array_equal(steps[at].final_observations[2:], steps[at - 1].observations[2:])
@@ -186,7 +147,7 @@ def test_a_worker_that_dies_or_hangs_is_replaced_and_all_its_episodes_are_cut(fa
 
 
 def test_a_worker_killed_from_outside_between_two_steps_is_replaced():
-    envs = WorkerEnvs(lambda: Seeded("", ()), 2, 3, n_workers=2, max_restarts=1)
+    envs = WorkerEnvs(lambda: seeded(""), 2, 3, n_workers=2, max_restarts=1)
     envs.reset()
     play(envs, 2)
     os.kill(envs._workers[1].process.pid or 0, signal.SIGKILL)
@@ -199,7 +160,7 @@ def test_a_worker_killed_from_outside_between_two_steps_is_replaced():
 
 
 def test_nothing_is_bootstrapped_across_a_fault():
-    envs = SerialEnvs(one_faulty("step raises"), 1, 3, max_restarts=1)
+    envs = SerialEnvs(one_faulty("raises"), 1, 3, max_restarts=1)
     network = NetworkConfig(hidden_sizes=(8,))
     policy = ActorCritic(envs.observation_space, envs.action_space, network, torch.Generator().manual_seed(0))
     carry = Carry.start(envs.reset())
@@ -239,7 +200,7 @@ class TestRuns:
         return config_with(on_environment_fault="restart", checkpoint_every=32, keep_checkpoints=9, **settings)
 
     def make(self):
-        return Seeded("raise", (episode_seed(0, 1, 2),))
+        return seeded("raises", episode_seed(0, 1, 2))
 
     def test_a_run_goes_on_counts_and_leaves_a_replay_file(self, tmp_path, capfd):
         run = train(self.config(), self.make, tmp_path)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from proximo.collect.data import PromptRow, encode_completion
+from proximo.collect.data import PromptRow
 from proximo.collect.generate import Responses, _rewarded, end_tokens, response_texts
 from proximo.collect.reward_model import RewardModel, score_responses
 from proximo.collect.rewards import WeightedReward
+from proximo.collect.tokens import encode_completion
 from tests.collect.answering import Told
 from tests.tiny_language import save_tiny_scalar, tiny_model, tiny_tokenizer
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from proximo.collect.reward_process import describe
-from proximo.collect.rewards import CallableReward, FunctionReward, Reward, Scores, WeightedReward
+from proximo.collect.rewards import CallableReward, FunctionReward, Scores, WeightedReward
 from proximo.errors import UserError
+from tests.collect.scoring import ask, ended
 
 SOURCE = """
 import asyncio, os, subprocess, sys, time
@@ -117,22 +118,6 @@ def reward(folder: Path) -> Iterator[Callable[..., FunctionReward]]:
     yield opening
     for one in opened:
         one.close()
-
-
-def ask(source: Reward, *responses: str, **columns: list[Any]) -> Scores:
-    return source(["what?"] * len(responses), list(responses), columns)
-
-
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or a zombie that nobody has waited for."""
-    for _ in range(50):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 class TestValues:

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proximo.collect.data import encode_completion, encode_prompt, read_examples, read_preferences, read_prompts
+from proximo.collect.data import read_examples, read_preferences, read_prompts
+from proximo.collect.tokens import encode_completion, encode_prompt
 from proximo.errors import UserError
 from tests.fuzz.examples import examples, values
 from tests.tiny_language import WORDS, tiny_tokenizer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from proximo.collect.data import encode_prompt
+from proximo.collect.tokens import encode_prompt
 from proximo.errors import UserError
 from proximo.models.folders import (
     check_token_ids,

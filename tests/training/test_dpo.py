@@ -129,14 +129,14 @@ def test_poisoned_padding_changes_nothing(tmp_path: Path, data: Path, monkeypatc
     config = config_with(save_tiny(tmp_path / "m"), data)
     policy = causal_policy(config)
     clean = dpo.score_pairs(config, policy, PAIRS)
-    plain = supervised.in_rows
+    plain = dpo.in_rows
 
     def poisoned(*arguments: Any) -> Any:
         rows = plain(*arguments)
         assert bool((rows.text < 0).any())
         return rows._replace(tokens=torch.where(rows.text < 0, 33, rows.tokens))
 
-    monkeypatch.setattr(supervised, "in_rows", poisoned)
+    monkeypatch.setattr(dpo, "in_rows", poisoned)
     assert torch.equal(dpo.score_pairs(config, policy, PAIRS), clean)
 
 

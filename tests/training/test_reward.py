@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.collect.data import Pair, right_padded
+from proximo.collect.data import Pair
 from proximo.collect.reward_model import RewardModel, last_scores, score_rows
+from proximo.collect.tokens import right_padded
 from proximo.errors import UserError
 from proximo.models.folders import REWARD_SCALE, load_scalar_model
 from proximo.runs.checkpoint import newest_checkpoint

@@ -18,7 +18,7 @@ from proximo.runs.directory import RunDirectory
 from proximo.training import sft, supervised
 from proximo.training.config import settings_of, with_settings
 from proximo.training.sft import SFTConfig
-from proximo.training.supervised import Text
+from proximo.training.texts import Text, in_rows, packed_rows, token_log_probs
 from tests.tiny_language import SPECIAL, WORDS, Kind, save_tiny
 
 VOCABULARY = len(SPECIAL + WORDS)
@@ -120,14 +120,14 @@ def test_packed_and_padded_agree(tmp_path: Path, data: Path, kind: Kind, attenti
 @pytest.mark.parametrize("rows", [[[0], [1], [2], [3]], [[0, 1], [3, 2]]])
 def test_poisoned_padding_changes_nothing(tmp_path: Path, data: Path, rows: list[list[int]]):
     policy = sft.causal_policy(config_with(save_tiny(tmp_path / "m"), data))
-    laid = supervised.in_rows(TEXTS, rows, "cpu")
+    laid = in_rows(TEXTS, rows, "cpu")
     assert bool((laid.text < 0).any())
     poisoned = laid._replace(tokens=torch.where(laid.text < 0, 33, laid.tokens))
-    assert torch.equal(supervised.token_log_probs(policy, laid), supervised.token_log_probs(policy, poisoned))
+    assert torch.equal(token_log_probs(policy, laid), token_log_probs(policy, poisoned))
 
 
 def test_packing_fills_rows():
-    assert supervised.packed_rows([5, 3, 2, 4, 1], 6) == [[0, 4], [3, 2], [1]]
+    assert packed_rows([5, 3, 2, 4, 1], 6) == [[0, 4], [3, 2], [1]]
 
 
 # --- the order of rows and the learning rate --------------------------------------------------------------------

@@ -20,7 +20,8 @@ import numpy as np
 from gymnasium import spaces
 
 from proximo.collect.advice import ADVICE, Severity
-from proximo.collect.envs import SpaceCheck, end_of, episode_seed, reward_of, shown
+from proximo.collect.envs import episode_seed
+from proximo.collect.returned_values import SpaceCheck, end_of, reward_of, shown
 from proximo.errors import UserError, in_range
 from proximo.models.control import ActorCritic, NetworkConfig
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from proximo.collect.returned_values import (
+    RESET_RETURNS,
+    STEP_RETURNS,
+    SpaceCheck,
+    amount_of,
+    element,
+    end_of,
+    reward_of,
+    shown,
+)
 from proximo.errors import UserError
 
 SpacePolicy = Literal["raise", "warn"]
@@ -127,85 +135,6 @@ def evaluation_episode_seed(seed: int, episode: int) -> int:
     return episode_seed(EVALUATION_STREAM + seed, episode % EVALUATION_ENVS, episode // EVALUATION_ENVS)
 
 
-@dataclass(frozen=True)
-class SpaceCheck:
-    """Finds what is wrong with a batch of observations; a value may pass its bound by float rounding."""
-
-    low: np.ndarray
-    high: np.ndarray
-    bounded: bool
-    slack_low: np.ndarray
-    slack_high: np.ndarray
-
-    @staticmethod
-    def of(space: spaces.Space) -> SpaceCheck:
-        """Prepare the bounds of a Box; other spaces have none here."""
-        if not isinstance(space, spaces.Box):
-            nothing = np.zeros(())
-            return SpaceCheck(nothing, nothing, False, nothing, nothing)
-        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-        bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
-        return SpaceCheck(low, high, bounded, low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high)))
-
-    def fits(self, observations: np.ndarray) -> bool:
-        """Whether all of them are finite and inside the bounds."""
-        if not np.isfinite(observations).all():
-            return False
-        if not self.bounded:
-            return True
-        return bool(((observations >= self.slack_low) & (observations <= self.slack_high)).all())
-
-    def first_problem(self, observation: np.ndarray, given: np.ndarray | None = None) -> tuple[str, bool] | None:
-        """What is wrong with one observation, in words, and whether it is a value out of bounds (not NaN).
-
-        `given` is the same observation before it was converted: it may have been too large for float32.
-        """
-        for place in np.argwhere(~np.isfinite(observation)):
-            where = tuple(place)
-            if given is not None and np.isfinite(given[where]):
-                return f"{_element(place)} is {given[where]:.6g}, too large for {observation.dtype}", False
-            return f"{_element(place)} is {observation[where]}", False
-        if self.bounded:
-            for place in np.argwhere((observation < self.slack_low) | (observation > self.slack_high)):
-                where = tuple(place)
-                return (
-                    f"{_element(place)} is {observation[where]:.9g}, outside its space's bounds "
-                    f"[{self.low[where]:.6g}, {self.high[where]:.6g}]",
-                    True,
-                )
-        return None
-
-
-def _element(place: np.ndarray) -> str:
-    return f"observation[{', '.join(map(str, place))}]" if len(place) else "observation"
-
-
-def shown(value: Any) -> str:
-    """A value, short enough for a sentence."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def reward_of(value: Any) -> float | None:
-    """A reward as the float that is learned from; None if it is not one number."""
-    try:
-        if isinstance(value, int):  # NumPy takes only those of 64 bits for numbers
-            return float(value)
-        array = np.asarray(value)
-        return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiub" else None
-    except OverflowError:
-        return math.inf
-    except Exception:  # what a value of any class raises while it is converted
-        return None
-
-
-def end_of(value: Any) -> bool | None:
-    """`terminated` or `truncated` as a bool: one of Python or NumPy, or an integer 0 or 1; None if it is neither."""
-    if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
-        return bool(value)
-    return None
-
-
 def too_many_restarts(fault: EnvironmentFault, most: int) -> EnvironmentFault:
     """The fault that was one too many."""
     return EnvironmentFault(f"{fault}\nEnvironments have been restarted {most} times (max_restarts).", fault.record)
@@ -222,14 +151,6 @@ def close_quietly(name: str, envs: Sequence[Any]) -> None:
     if failures:
         others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         print(f"proximo: closing {name} failed: {failures[0]}{others}", file=sys.stderr)
-
-
-_STEP_RETURNS = "step() must return (observation, reward, terminated, truncated, info)"
-_RESET_RETURNS = "reset() must return (observation, info)"
-
-
-def _amount(result: Any) -> str:
-    return f"{len(result)} values" if isinstance(result, (tuple, list)) else f"a {type(result).__name__}"
 
 
 class SerialEnvs:
@@ -338,7 +259,7 @@ class SerialEnvs:
             try:
                 observation, reward, terminated, truncated, _ = result
             except (TypeError, ValueError) as error:
-                raise self._fault(index, f"{_STEP_RETURNS}, and returned {_amount(result)}") from error
+                raise self._fault(index, f"{STEP_RETURNS}, and returned {amount_of(result)}") from error
             self._store(index, observation, self._final, "the observation")
             self._rewards[index] = reward if type(reward) is float else self._number(index, reward)
             self._terminated[index] = (
@@ -473,7 +394,7 @@ class SerialEnvs:
         except (Exception, SystemExit) as error:
             raise self._raised(index, "reset", error) from error
         if not (isinstance(result, tuple) and len(result) == 2):
-            raise self._fault(index, f"{_RESET_RETURNS}, and returned {_amount(result)}")
+            raise self._fault(index, f"{RESET_RETURNS}, and returned {amount_of(result)}")
         self._store(index, result[0], self._observations, "the observation that reset() returned")
         problem = self._check.first_problem(self._observations[index], np.asarray(result[0]))
         if problem:
@@ -502,7 +423,7 @@ class SerialEnvs:
         if not is_bound:
             raise self._fault(index, problem)
         for place in np.argwhere(array % 1 != 0):
-            what = f"{_element(place)} is {array[tuple(place)]}, but its space holds whole numbers ({dtype})"
+            what = f"{element(place)} is {array[tuple(place)]}, but its space holds whole numbers ({dtype})"
             raise self._fault(index, f"{what}: declare observation_space with dtype=np.float32")
         if problem:
             low, high = (False, True) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
@@ -573,7 +494,7 @@ class SerialEnvs:
         frames = list(traceback.walk_tb(error.__traceback__))
         module = str(frames[-1][0].f_globals.get("__name__")) if frames else ""
         if module.startswith("gymnasium.") and "unpack" in str(error):  # a wrapper has failed to
-            return self._fault(index, f"{_STEP_RETURNS if method == 'step' else _RESET_RETURNS} ({error})")
+            return self._fault(index, f"{STEP_RETURNS if method == 'step' else RESET_RETURNS} ({error})")
         own = "".join(traceback.format_exception(error)[-4:]).rstrip()
         return self._fault(index, f"{method}() raised {type(error).__name__}: {error}\n{own}")
 

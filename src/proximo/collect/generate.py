@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from proximo.collect.data import Prompt, PromptRow, left_padded
+from proximo.collect.data import PromptRow
 from proximo.collect.rewards import Reward, Scores, WeightedReward
+from proximo.collect.tokens import Prompt, left_padded
 from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical
 from proximo.core.kl import k1

@@ -12,13 +12,12 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from proximo.collect.envs import (
     EnvironmentFault,
     Snapshot,
-    SpaceCheck,
     SpacePolicy,
     Step,
     close_quietly,
     episode_seed,
-    shown,
 )
+from proximo.collect.returned_values import SpaceCheck, shown
 from proximo.errors import UserError
 
 

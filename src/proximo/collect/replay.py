@@ -12,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from proximo.collect.check import shown
 from proximo.collect.envs import EnvironmentFault, SerialEnvs
+from proximo.collect.returned_values import shown
 from proximo.errors import UserError, nearest
 from proximo.runs.files import expanded
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proximo.collect.data import Prompt, encode_completion, encode_prompt, pieces_within, right_padded
 from proximo.collect.rewards import Reward, Scores, WeightedReward
+from proximo.collect.tokens import Prompt, encode_completion, encode_prompt, pieces_within, right_padded
 from proximo.errors import UserError
 from proximo.models.adapters import has_reward_adapter, put_on_reward_adapter
 from proximo.models.folders import REWARD_SCALE, context_length, load_scalar_model, load_tokenizer

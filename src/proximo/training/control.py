@@ -72,25 +72,14 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
     make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
+    shared: dict[str, Any] = dict(
+        name=task.env_id, on_space_violation=task.on_space_violation, max_restarts=task.restarts_allowed
+    )
     if task.vectorization == "workers":
         return WorkerEnvs(
-            make_one,
-            task.n_envs,
-            config.seed,
-            name=task.env_id,
-            n_workers=task.n_workers,
-            on_space_violation=task.on_space_violation,
-            timeout=task.step_timeout,
-            max_restarts=task.restarts_allowed,
+            make_one, task.n_envs, config.seed, n_workers=task.n_workers, timeout=task.step_timeout, **shared
         )
-    return SerialEnvs(
-        make_one,
-        task.n_envs,
-        config.seed,
-        name=task.env_id,
-        on_space_violation=task.on_space_violation,
-        max_restarts=task.restarts_allowed,
-    )
+    return SerialEnvs(make_one, task.n_envs, config.seed, **shared)
 
 
 def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:

@@ -26,7 +26,8 @@ from proximo.runs.directory import RunDirectory
 from proximo.training import supervised
 from proximo.training.reward import UNMEASURED, pair_pieces, read_pairs, texts_of
 from proximo.training.sft import causal_policy
-from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig, Text
+from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig
+from proximo.training.texts import Text, in_rows, sums_of_texts, token_log_probs
 
 STAGE = "dpo"
 
@@ -113,8 +114,8 @@ def score_pairs(config: DPOConfig, policy: LanguagePolicy, pairs: Sequence[Pair]
 def _answers(config: DPOConfig, policy: LanguagePolicy, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
     """Log-probabilities of chosen and rejected answers `[P]`, with gradient."""
     texts = [Text(ids, pair.n_prompt) for ids, pair in zip(texts_of(pairs), [*pairs, *pairs], strict=True)]
-    rows = supervised.in_rows(texts, [[number] for number in range(len(texts))], config.device)
-    sums = supervised.sums_of_texts(supervised.token_log_probs(policy, rows), rows, len(texts))
+    rows = in_rows(texts, [[number] for number in range(len(texts))], config.device)
+    sums = sums_of_texts(token_log_probs(policy, rows), rows, len(texts))
     chosen, rejected = sums.chunk(2)
     return chosen, rejected
 

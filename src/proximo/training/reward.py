@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.collect.data import Pair, pieces_within, read_preferences, right_padded
+from proximo.collect.data import Pair, read_preferences
 from proximo.collect.reward_model import last_scores, score_rows
+from proximo.collect.tokens import pieces_within, right_padded
 from proximo.core.losses import pairwise
 from proximo.errors import in_range, one_of
 from proximo.models.adapters import add_adapter, merged_state, save_reward_adapter

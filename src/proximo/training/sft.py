@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.collect.data import Example, pieces_within, read_examples
+from proximo.collect.data import Example, read_examples
+from proximo.collect.tokens import pieces_within
 from proximo.core.losses import token_nll
 from proximo.errors import UserError
 from proximo.models.adapters import add_adapter, merged_state
@@ -21,7 +22,8 @@ from proximo.models.language import LanguagePolicy, enable_gradient_checkpointin
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.training import supervised
-from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig, Text
+from proximo.training.supervised import EVALUATION_TOKENS, Metrics, Step, SupervisedConfig
+from proximo.training.texts import Text, in_rows, packed_rows, token_log_probs
 
 STAGE = "sft"
 
@@ -157,7 +159,7 @@ def _pieces(config: SFTConfig, texts: Sequence[Text], budget: int | None = None)
     """Cut texts into pieces within the budget of tokens; a piece is rows, and a row the numbers of its texts."""
     lengths = [len(text.token_ids) for text in texts]
     if config.packing and config.max_length is not None:
-        rows = supervised.packed_rows(lengths, config.max_length)
+        rows = packed_rows(lengths, config.max_length)
     else:
         rows = [[number] for number in range(len(texts))]
     in_row = [sum(lengths[number] for number in row) for row in rows]
@@ -169,8 +171,8 @@ def _shares(
     policy: LanguagePolicy, texts: Sequence[Text], n_scored: int, device: str, piece: list[list[int]]
 ) -> dict[str, Tensor]:
     """The share that some of the texts have in the mean over all `n_scored` tokens."""
-    rows = supervised.in_rows(texts, piece, device)
-    log_probs = supervised.token_log_probs(policy, rows)
+    rows = in_rows(texts, piece, device)
+    log_probs = token_log_probs(policy, rows)
     return {"loss": token_nll(log_probs, rows.scored, denominator=float(max(n_scored, 1)))}
 
 

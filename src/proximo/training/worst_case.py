@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.ppo import PPO
-from proximo.collect.data import left_padded
 from proximo.collect.generate import TOKENS_AT_ONCE, TOKENS_SIDE_BY_SIDE, draw
+from proximo.collect.tokens import left_padded
 from proximo.core.batch import Batch
 from proximo.core.kl import ReferenceKL
 from proximo.errors import UserError

@@ -1,0 +1,98 @@
+"""What an environment returns: whether it is what it must be, and if not, what is wrong with it in words."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+STEP_RETURNS = "step() must return (observation, reward, terminated, truncated, info)"
+RESET_RETURNS = "reset() must return (observation, info)"
+
+
+@dataclass(frozen=True)
+class SpaceCheck:
+    """Finds what is wrong with a batch of observations; a value may pass its bound by float rounding."""
+
+    low: np.ndarray
+    high: np.ndarray
+    bounded: bool
+    slack_low: np.ndarray
+    slack_high: np.ndarray
+
+    @staticmethod
+    def of(space: spaces.Space) -> SpaceCheck:
+        """Prepare the bounds of a Box; other spaces have none here."""
+        if not isinstance(space, spaces.Box):
+            nothing = np.zeros(())
+            return SpaceCheck(nothing, nothing, False, nothing, nothing)
+        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
+        return SpaceCheck(low, high, bounded, low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high)))
+
+    def fits(self, observations: np.ndarray) -> bool:
+        """Whether all of them are finite and inside the bounds."""
+        if not np.isfinite(observations).all():
+            return False
+        if not self.bounded:
+            return True
+        return bool(((observations >= self.slack_low) & (observations <= self.slack_high)).all())
+
+    def first_problem(self, observation: np.ndarray, given: np.ndarray | None = None) -> tuple[str, bool] | None:
+        """What is wrong with one observation, in words, and whether it is a value out of bounds (not NaN).
+
+        `given` is the same observation before it was converted: it may have been too large for float32.
+        """
+        for place in np.argwhere(~np.isfinite(observation)):
+            where = tuple(place)
+            if given is not None and np.isfinite(given[where]):
+                return f"{element(place)} is {given[where]:.6g}, too large for {observation.dtype}", False
+            return f"{element(place)} is {observation[where]}", False
+        if self.bounded:
+            for place in np.argwhere((observation < self.slack_low) | (observation > self.slack_high)):
+                where = tuple(place)
+                return (
+                    f"{element(place)} is {observation[where]:.9g}, outside its space's bounds "
+                    f"[{self.low[where]:.6g}, {self.high[where]:.6g}]",
+                    True,
+                )
+        return None
+
+
+def element(place: np.ndarray) -> str:
+    """What a number of an observation is called, by its place in it."""
+    return f"observation[{', '.join(map(str, place))}]" if len(place) else "observation"
+
+
+def shown(value: Any) -> str:
+    """A value, short enough for a sentence."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def reward_of(value: Any) -> float | None:
+    """A reward as the float that is learned from; None if it is not one number."""
+    try:
+        if isinstance(value, int):  # NumPy takes only those of 64 bits for numbers
+            return float(value)
+        array = np.asarray(value)
+        return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiub" else None
+    except OverflowError:
+        return math.inf
+    except Exception:  # what a value of any class raises while it is converted
+        return None
+
+
+def end_of(value: Any) -> bool | None:
+    """`terminated` or `truncated` as a bool: one of Python or NumPy, or an integer 0 or 1; None if it is neither."""
+    if isinstance(value, (bool, np.bool_, int, np.integer)) and value in (0, 1):
+        return bool(value)
+    return None
+
+
+def amount_of(result: Any) -> str:
+    """How much came in the place of what must be returned."""
+    return f"{len(result)} values" if isinstance(result, (tuple, list)) else f"a {type(result).__name__}"

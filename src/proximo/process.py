@@ -1,0 +1,84 @@
+"""What a run asks of the process that it is in: signals noted, threads for torch, memory, and a device."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+
+from proximo.errors import UserError
+from proximo.training.config import ControlConfig
+
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
+"""What torch's RuntimeErrors say where memory ran out."""
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying; a second SIGINT interrupts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: object) -> None:
+        del frame
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+        if number == signal.SIGINT:
+            with suppress(OSError):  # not print: the loop may be in the middle of one
+                os.write(2, b"\nproximo: finishing this iteration, then saving; Ctrl-C again stops at once\n")
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def training_threads(config: ControlConfig) -> Iterator[None]:
+    """Give torch the run's number of threads, and back what it had."""
+    check_device(config.device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def enough_memory(config: ControlConfig) -> Iterator[None]:
+    """Say which settings to lower where memory runs out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _OUT_OF_MEMORY):
+            raise
+        raise UserError(
+            f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'it ran out'}). Lower one of "
+            f"hidden_sizes (now {' '.join(map(str, config.network.hidden_sizes))}), n_envs (now "
+            f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
+            f"{config.algorithm.batch_size})."
+        ) from error
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that torch cannot use.
+
+    Raises:
+        UserError: with the reason.
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=name).item()
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device is {name!r}, which cannot be used here: {reason} Use cpu.") from error
