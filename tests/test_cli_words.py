@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,18 @@ def test_a_finished_run_says_so_and_how_to_go_on(run: Path, capsys: pytest.Captu
     assert "This run is finished: 512 of 512 steps are done" in error
     assert f"proximo resume '{run}' --total-steps 1024" in error
     assert f"proximo evaluate '{run}'" in error
+
+
+def test_settings_that_were_changed_are_named_where_a_run_goes_on(run: Path, capsys) -> None:
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub(r"learning_rate = .*", "learning_rate = 0.1", text))
+    code, _, error = said_by(capsys, "resume", str(run), "--total-steps", "1024")
+    said = " ".join(error.split())
+    assert code == 0
+    assert re.search(r"with other settings it goes another way: learning_rate was [0-9.e-]+ and is 0.1", said)
+    assert "exact:" not in said
+    code, _, error = said_by(capsys, "resume", str(run), "--total-steps", "1536")
+    assert "exact: every open episode" in " ".join(error.split())
 
 
 @pytest.mark.parametrize("text", ["", 'env_id = "CartPole-v1"\ngamma = 0.9\n'])

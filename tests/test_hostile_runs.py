@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import tomli_w
 import torch
 
 import proximo
@@ -264,6 +266,23 @@ def test_a_reward_that_is_code_needs_the_users_word(language: Path, marker: Path
     assert not marker.exists()
 
 
+@pytest.mark.parametrize("name", ["reward", "gold"])
+def test_a_judge_is_sent_no_key_and_no_file_without_the_users_word(language: Path, name: str, monkeypatch, capsys):
+    secret = language / "secret.txt"
+    secret.write_text("what nobody else should read")
+    monkeypatch.setenv("MY_SECRET", "abc")
+    with contextlib.closing(Endpoint()) as endpoint:
+        settings = tomllib.loads((language / "config.toml").read_text())
+        settings |= {"reward": ["reward"], name: ["judge"], "judge_url": endpoint.url, "judge_rubric": str(secret)}
+        settings |= {"judge_api_key_variable": "MY_SECRET"}
+        (language / "config.toml").write_text(tomli_w.dumps(settings))
+        code, _, error = said_by(capsys, "resume", str(language), "--quiet")
+        assert code == 2
+        for part in (endpoint.url, "$MY_SECRET", str(secret), "--allow-import"):
+            assert part in error
+        assert not endpoint.requests
+
+
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -327,6 +346,20 @@ def test_a_chat_template_reaches_nothing_but_the_messages(place: Path, language:
     code, out, error = said_by(capsys, "sample", str(language), "--prompts", str(prompts), "--max-new-tokens", "2")
     assert code == 2, out + error
     assert not marker.exists()
+
+
+# --- what is no file ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["metrics.jsonl", ".lock", "checkpoints/latest", "checkpoints/best"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_nobody_waits_for_a_pipe_and_a_folder_is_no_file(control: Path, part: str, make: Callable[..., None], capsys):
+    path = control / part
+    path.unlink(missing_ok=True)
+    make(path)
+    code, _, error = said_by(capsys, "resume", str(control), "--total-steps", "16", "--quiet")
+    assert (code, str(path) in error) == (2, True), error
+    said_by(capsys, "evaluate", str(control), "--episodes", "1")
 
 
 # --- tensors that do not fit --------------------------------------------------------------------------------------

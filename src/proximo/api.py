@@ -28,7 +28,7 @@ from proximo.runs.lock import locked
 from proximo.runs.metrics import truncate_metrics
 from proximo.terminal import Display
 from proximo.training import control
-from proximo.training.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
+from proximo.training.config import ControlConfig, EnvironmentConfig, changed_settings, settings_of, with_settings
 from proximo.training.estimate import estimated_seconds
 from proximo.training.evaluate import evaluate_policy
 
@@ -132,6 +132,7 @@ def resume_with(
     with locked(directory):  # before anything is read that another process may be writing
         config = read_run_config(directory)
         checkpoint = newest_checkpoint(directory.checkpoints)
+        changed = changed_settings(checkpoint.state.get("settings"), config)
         if total_steps is not None:
             config = _with_total_steps(config, total_steps, checkpoint.step, directory)
         with enough_memory(config), training_threads(config), _open_envs(config, factory) as envs:
@@ -146,7 +147,7 @@ def resume_with(
                 best=checkpoint.state.get("is_best") is True,
             )
             truncate_metrics(directory.metrics_path, state.iteration)
-            display.resumed(directory, checkpoint, fresh, envs.n_envs)
+            display.resumed(directory, checkpoint, fresh, envs.n_envs, changed)
             if control.finished(config, state):
                 display.say(_already_finished(config, state, directory))
             return _train_to_the_end(config, directory, state, envs, display)

@@ -24,7 +24,7 @@ from proximo.runs.lock import locked
 from proximo.runs.manifest import differences
 from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.stage_display import StageDisplay
-from proximo.training.config import settings_of, with_settings
+from proximo.training.config import changed_settings, settings_of, with_settings
 from proximo.training.memory import check_fits, enough_memory
 from proximo.training.worst_case import try_worst_case
 
@@ -215,14 +215,14 @@ def resume_words(path: Path, stage: str, config: Any) -> str:
     """What to type to go on with a run; Python where its reward is a function object."""
     if stage == "align" and not config.reward:
         return f"proximo.resume({str(path)!r}, reward=function)"
-    trust = ["--allow-import"] if _named_functions(config) else []
+    trust = ["--allow-import"] if _needing_leave(config) else []
     return shlex.join(["proximo", "resume", str(path), *trust])
 
 
-def _named_functions(config: Any) -> list[str]:
-    """The functions of files and modules that a run calls, and the rewards that run programs."""
+def _needing_leave(config: Any) -> list[str]:
+    """The rewards that a stranger's run must not bring along: functions, programs, judges (they get keys and files)."""
     places = getattr(config, "reward", ()) + getattr(config, "gold", ())
-    return [place for place in places if kind_of_reward(place) in ("function", "code")]
+    return [place for place in places if kind_of_reward(place) in ("function", "code", "judge")]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
@@ -418,7 +418,8 @@ def resume_stage(
         truncate_metrics(directory.metrics_path, state.iteration)
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
-        level = "\n".join(filter(None, [_exactness(config, function), differences(checkpoint.versions)]))
+        changed = changed_settings(checkpoint.state.get("settings"), config)
+        level = "\n".join(filter(None, [changed or _exactness(config, function), differences(checkpoint.versions)]))
         display.facts(
             {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": level}
         )
@@ -442,7 +443,7 @@ def _exactness(config: Any, function: Callable[..., Any] | None) -> str:
 def _check_rewards(
     directory: RunDirectory, stage: str, config: Any, function: Callable[..., Any] | None, *, allow_import: bool
 ) -> None:
-    """Refuse to resume without the reward that the run had, or to run code that nobody has allowed."""
+    """Refuse to resume without the reward that the run had, or with one that nobody has allowed."""
     if function is not None and not callable(function):
         raise UserError(f"reward is {function!r}; to resume a run it must be a function, or left out.")
     if function is not None and stage != "align":
@@ -458,13 +459,16 @@ def _check_rewards(
             f"{resume_words(directory.path, stage, config)}"
         )
     asked = config.gold if stage == "align" and function is not None else None
-    places = [place for place in _named_functions(config) if asked is None or place in asked]
+    places = [place for place in _needing_leave(config) if asked is None or place in asked]
     if places and not allow_import:
-        runs = "that code"
-        if kind_of_reward(places[0]) == "code":
-            runs = f"programs that the model writes, by the command: {config.sandbox or '(none)'}"
+        does = {
+            "function": "runs that code",
+            "code": f"runs programs that the model writes, by the command: {config.sandbox or '(none)'}",
+            "judge": f"sends texts, the rubric {config.judge.judge_rubric or '(none)'} and the key in "
+            f"${config.judge.judge_api_key_variable} (where there is one) to {config.judge.judge_url}",
+        }[kind_of_reward(places[0])]
         raise UserError(
-            f"This run's reward is {places[0]!r}: resuming it runs {runs}\nIf the run is your own, add "
+            f"This run's reward is {places[0]!r}: resuming it {does}\nIf the run is your own, add "
             "--allow-import (Python: allow_import=True)."
         )
 

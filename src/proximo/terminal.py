@@ -78,8 +78,8 @@ class Display:
         }
         self._facts(rows)
 
-    def resumed(self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], n_envs: int) -> None:
-        """Say where a run goes on, and how exactly."""
+    def resumed(self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], n_envs: int, changed: str) -> None:
+        """Say where a run goes on, and how exactly; `changed` says what settings have become since."""
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         level = "exact: every open episode was played again and came back to the same observation"
@@ -88,7 +88,9 @@ class Display:
                 f"statistical: {len(fresh)} of {n_envs} environments could not be brought back to where they were "
                 "and begin fresh episodes"
             )
-        level = "\n".join(filter(None, [level, differences(checkpoint.versions)]))
+        elif changed:
+            level = ""
+        level = "\n".join(filter(None, [level, changed, differences(checkpoint.versions)]))
         self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
 
     @contextmanager

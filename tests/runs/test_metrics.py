@@ -114,6 +114,27 @@ def test_truncating_gives_back_a_newline_that_an_editor_took(log):
     assert log.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ([], "3 of the 3 rows are not there"),
+        ([0, 3], "2 of the 3 rows are not there"),
+        ([0, 1, 0, 1, 2], "some rows are doubled, or not in their order"),
+        ([0, 2, 1, 3], "some rows are doubled, or not in their order"),
+    ],
+)
+def test_truncating_says_what_is_not_as_the_run_has_left_it(log, kept, said, capfd):
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[number] for number in kept))
+    truncate_metrics(log, 3)
+    assert said in capfd.readouterr().err
+    log.unlink()
+    truncate_metrics(log, 3)
+    assert "3 of the 3 rows" in capfd.readouterr().err
+    truncate_metrics(log, 0)
+    assert not capfd.readouterr().err
+
+
 @pytest.mark.parametrize("row", [{"step": 1}, {"iteration": 1.0}, {"iteration": True}, {"iteration": "1"}])
 def test_truncating_refuses_rows_whose_iteration_is_unknown(log, row):
     append_metrics(log, row)

@@ -61,12 +61,13 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
 
     Raises DiskError if the disk is full or refuses: nothing half-written is left, older checkpoints are
     as they were, and the caller may go on and try again later. Raises TypeError or ValueError for what
-    a checkpoint cannot hold, before anything is written.
+    a checkpoint cannot hold, and UserError if `latest` is no plain file, before anything is written.
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be an integer of at least 0, not {step!r}")
     contents.check_tensors(tensors)
     contents.check_state(state)
+    names.check_pointer(folder / names.LATEST)
     state_bytes = contents.state_bytes(state)
     needed = len(state_bytes) + sum(
         tensor.numel() * tensor.element_size() for group in tensors.values() for tensor in group.values()
@@ -75,12 +76,12 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
         files.make_folders(folder)
         _check_space(folder, needed + _SPARE_BYTES)
         path = _write(folder, step, tensors, state_bytes)
-        _name_latest(folder, path)
     except OSError as error:
         raise DiskError(
             f"The checkpoint of step {step} could not be saved in {folder}: {files.reason(error)}. "
             "Earlier checkpoints are untouched. Free some space there, or let this user write there."
         ) from error
+    _name_latest(folder, path)
     return path
 
 
@@ -113,14 +114,8 @@ def finish_save(
     """
     if checkpoint.skipped:
         return
-    try:
-        if names.pointed(folder, names.LATEST) != checkpoint.path.name:
-            _name_latest(folder, checkpoint.path)
-    except OSError as error:
-        raise DiskError(
-            f"{folder / names.LATEST} could not be written: {files.reason(error)}. "
-            "Free some space there, or let this user write there."
-        ) from error
+    if names.pointed(folder, names.LATEST) != checkpoint.path.name:
+        _name_latest(folder, checkpoint.path)
     if best and names.pointed(folder, names.BEST) != checkpoint.path.name:
         mark_best(folder, checkpoint.path)
     prune_checkpoints(folder, keep_last, keep_every)
@@ -236,7 +231,13 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_every: int | None = Non
 
 
 def _name_latest(folder: Path, path: Path) -> None:
-    files.replace_file(folder / names.LATEST, f"{path.name}\n".encode())
+    try:
+        files.replace_file(folder / names.LATEST, f"{path.name}\n".encode())
+    except OSError as error:
+        raise DiskError(
+            f"{path} is whole, but {folder / names.LATEST} could not be written: {files.reason(error)}. "
+            "Free some space there, or let this user write there."
+        ) from error
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -130,6 +130,8 @@ def _own_files(run: RunDirectory) -> RunDirectory:
     for part in (run.checkpoints, run.metrics_path, run.config_path, run.report, run.videos, run.path / LOCK_NAME):
         if part.is_symlink():
             raise UserError(f"{part} is a link to {part.readlink()}; a run's own files are expected there.")
+        if part.exists() and not (part.is_file() or part.is_dir()):  # a pipe would be waited for for ever
+            raise UserError(f"{part} is no plain file; a run's own files are expected there. Delete it.")
     return run
 
 

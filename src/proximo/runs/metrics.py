@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from proximo.errors import DiskError, UserError
+from proximo.errors import DiskError, UserError, tell
 from proximo.runs import files
 
 MetricValue = float | int | bool | None | str
@@ -69,22 +69,33 @@ def read_metrics(path: Path) -> list[dict[str, MetricValue]]:
 def truncate_metrics(path: Path, iteration: int) -> None:
     """Keep the rows whose "iteration" is at most `iteration`, byte for byte, and drop the rest.
 
-    A resumed run writes those again. The file is replaced as a whole, or not at all.
+    A resumed run writes those again. The file is replaced as a whole, or not at all. Rows that are not there, or
+    twice, are told on standard error: nothing but pictures hangs on them.
 
     Raises UserError for a damaged file, a row without an iteration, and a disk that refuses.
     """
-    if not path.exists():
-        return
     kept: list[bytes] = []
+    iterations: list[int] = []
     for number, (line, row) in enumerate(_rows(path), start=1):
         value = row.get("iteration")
         if not isinstance(value, int) or isinstance(value, bool):
             raise UserError(f"{path}, line {number} has no whole number under 'iteration'. Delete the line.")
         if value <= iteration:
             kept.append(line + b"\n")
+            iterations.append(value)
+    if iterations != list(range(1, iteration + 1)):
+        missing = len(set(range(1, iteration + 1)) - set(iterations))
+        what = (
+            f"{missing} of the {iteration} rows are not there"
+            if missing
+            else "some rows are doubled, or not in their order"
+        )
+        tell(
+            f"proximo: {path} is not as the run has left it: {what}. Training goes on as if they were; pictures do not."
+        )
     data = b"".join(kept)
     try:
-        if path.read_bytes() != data:
+        if path.exists() and path.read_bytes() != data:
             files.replace_file(path, data)
     except OSError as error:
         raise UserError(

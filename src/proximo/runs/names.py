@@ -56,6 +56,7 @@ def pointed(folder: Path, pointer: str) -> str | None:
     Raises UserError if it holds anything but the name of a checkpoint, such as a path.
     """
     path = folder / pointer
+    check_pointer(path)
     try:
         with path.open("rb") as file:
             text = file.read(_MOST_NAME_BYTES).decode("utf-8", "replace").strip()
@@ -69,3 +70,9 @@ def pointed(folder: Path, pointer: str) -> str | None:
             f"Delete the file {path}; the checkpoints themselves are not touched by that."
         )
     return text
+
+
+def check_pointer(path: Path) -> None:
+    """Raise UserError if `latest` or `best` is a folder, or a pipe, which would be waited for for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is damaged: it is no plain file. Delete it; no checkpoint is touched by that.")

@@ -35,6 +35,7 @@ from proximo.runs.files import parse_json, reason, replace_file
 from proximo.runs.keeping import Keeper
 from proximo.runs.metrics import sync_metrics
 from proximo.training.align_config import AlignConfig, check_together
+from proximo.training.config import recorded
 from proximo.training.digests import check_digests, digests_of
 from proximo.training.reward_scale import normalize_rewards, scales_in_words
 from proximo.training.roles import (
@@ -464,6 +465,7 @@ def _save(config: AlignConfig, run: RunDirectory, state: AlignState) -> None:
     }
     described = {name: getattr(state, name) for name in _COUNTERS} | {"stage": STAGE}
     described["digests"] = state.digests
+    described["settings"] = recorded(config)
     described["reward_scales"] = [[model.mean, model.std] for model in models_of(state.reward)]
     sync_metrics(run.metrics_path)
     save_checkpoint(run.checkpoints, state.iteration, tensors, described)

@@ -186,6 +186,21 @@ def settings_of(config: object) -> dict[str, Any]:
     return settings
 
 
+def recorded(config: object) -> dict[str, str]:
+    """Every setting as a text, for a checkpoint to remember."""
+    return {name: repr(value) for name, value in settings_of(config).items()}
+
+
+def changed_settings(before: object, config: object) -> str:
+    """What a checkpoint's `recorded` settings have become since, in words; empty if they are the same."""
+    now = recorded(config)
+    was = before if isinstance(before, dict) else now
+    changed = [
+        f"{name} was {was.get(name, 'none')} and is {value}" for name, value in now.items() if was.get(name) != value
+    ]
+    return f"its state is back, but with other settings it goes another way: {', '.join(changed)}" if changed else ""
+
+
 Config = TypeVar("Config")
 
 

@@ -29,7 +29,7 @@ from proximo.runs.contents import take_counters
 from proximo.runs.directory import RunDirectory
 from proximo.runs.keeping import Keeper
 from proximo.runs.metrics import sync_metrics
-from proximo.training.config import ControlConfig, settings_of, with_settings
+from proximo.training.config import ControlConfig, recorded, settings_of, with_settings
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
@@ -211,6 +211,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
         "recent_lengths": list(state.recent_lengths),
         "environments": snapshot.values,
         "is_best": is_best,
+        "settings": recorded(config),
         "policy": describe_policy(state.policy),
     }
     sync_metrics(run.metrics_path)
@@ -396,7 +397,7 @@ def _left_out(
         f"Usual mends: a lower learning_rate (it is {config.algorithm.learning_rate:g}), a lower max_grad_norm "
         f"(it is {config.algorithm.max_grad_norm:g}), --normalize-observations, --normalize-rewards.\n"
         "A run keeps the settings it was begun with, so give them to a new one: proximo train ... "
-        f"--learning-rate {config.algorithm.learning_rate / 3:.1g}"
+        f"--learning-rate {min(config.algorithm.learning_rate / 3, 1e-3):.1g}"
     )
     return leave_out(run, state, error, batch, most=config.max_skipped_updates, mends=mends)
 

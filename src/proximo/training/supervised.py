@@ -31,6 +31,7 @@ from proximo.runs.contents import take_counters
 from proximo.runs.directory import RunDirectory
 from proximo.runs.keeping import Keeper
 from proximo.runs.metrics import sync_metrics
+from proximo.training.config import recorded
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
@@ -393,7 +394,10 @@ def save_progress(
     """
     saved_at, state.saved_at = state.saved_at, state.iteration
     tensors = {"weights": learning_weights(module), "optimizer": state.optimizer.state_dict(), **(more or {})}
-    described = {name: getattr(state, name) for name in _COUNTERS} | {"stands_on": stands_on}
+    described = {name: getattr(state, name) for name in _COUNTERS} | {
+        "stands_on": stands_on,
+        "settings": recorded(config),
+    }
     try:
         sync_metrics(run.metrics_path)
         save_checkpoint(run.checkpoints, state.iteration, tensors, described)
