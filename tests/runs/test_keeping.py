@@ -129,3 +129,17 @@ def test_no_checkpoint_is_made_while_updates_are_left_out(tmp_path: Path, clock:
     assert disk.saved == 1
     keeper.keep({"iteration": 4}, disk.save, is_due=True, is_sound=False, is_urgent=True)
     assert disk.saved == 2
+
+
+def test_a_run_that_may_rest_saves_no_oftener_than_its_saves_are_short(tmp_path: Path, clock: Clock):
+    saved: list[float] = []
+
+    def save() -> None:
+        clock.now += 0.5
+        saved.append(clock.now)
+
+    keeper = Keeper(tmp_path / "metrics.jsonl", may_rest=True)
+    for iteration in range(300):
+        clock.now += 1.0
+        keeper.keep({"iteration": iteration}, save, is_due=True, is_last=iteration == 299)
+    assert saved == [1.5, 102.0, 202.5, 302.0]  # each rests for 100 seconds; the last one cannot

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,10 @@ WAITS = (5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0)
 """Seconds from each refusal to the next try; a disk that refuses once more after the last one ends the run."""
 
 
+REST, LONGEST_REST = 200.0, 600.0
+"""A checkpoint that may rest waits until so many times as long as the last took have passed, at most so many seconds."""
+
+
 class Keeper:
     """Writes the metrics and checkpoints of one run; what the disk refuses stays in memory until it takes it.
 
@@ -20,9 +25,16 @@ class Keeper:
     have ended without one.
     """
 
-    def __init__(self, metrics_path: Path) -> None:
-        """Nothing is kept back yet."""
+    def __init__(self, metrics_path: Path, *, may_rest: bool = False) -> None:
+        """Nothing is kept back yet.
+
+        `may_rest` is for runs that nobody has told how often to save, and whose numbers do not depend on it: saving
+        then takes less than a hundredth of their time, however short they are.
+        """
         self._metrics_path = metrics_path
+        self._owner = os.getpid()
+        self._may_rest = may_rest
+        self._rests_until = 0.0
         self._rows: list[dict[str, MetricValue]] = []
         self._save_is_due = False
         self._refusals = 0
@@ -52,11 +64,14 @@ class Keeper:
         Raises:
             UserError: if the disk has refused too often in a row, or once where it is urgent.
         """
+        if os.getpid() != self._owner:  # a fork that an environment let come back: only one process may go on
+            os._exit(0)
         self._rows.append(row)
         self._save_is_due |= is_due
         while is_last or is_urgent or time.monotonic() >= self._next_try:
             try:
-                self._write(save if self._save_is_due and (is_sound or is_last or is_urgent) else None)
+                now = is_last or is_urgent or (is_sound and time.monotonic() >= self._rests_until)
+                self._write(save if self._save_is_due and now else None)
             except DiskError as error:
                 wait = self._refused(error, is_urgent=is_urgent)
             else:
@@ -70,8 +85,12 @@ class Keeper:
             append_metrics(self._metrics_path, self._rows[0])
             del self._rows[0]
         if save is not None:
+            began = time.monotonic()
             save()
             self._save_is_due = False
+            if self._may_rest:
+                ended = time.monotonic()
+                self._rests_until = ended + min(REST * (ended - began), LONGEST_REST)
         if self._refusals:
             tell("proximo: the disk takes what is written again; nothing was lost")
         self._refusals = 0

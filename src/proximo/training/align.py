@@ -212,7 +212,7 @@ def iterate(
         UserError: if too many responses get no score, too many updates in a row are not finite, or the disk refuses
             too often.
     """
-    keeper, stopped = Keeper(run.metrics_path), False
+    keeper, stopped = Keeper(run.metrics_path, may_rest=config.checkpoint_every is None), False
     while not (finished(config, state) or stopped):
         began = time.perf_counter()
         batch, answers, gold_mean = _collect(config, state)

@@ -135,7 +135,7 @@ class AlignConfig:
     seed: int = 0
     """Seeds the order of prompts, the sampling, the minibatches and new heads and adapters."""
     checkpoint_every: int | None = None
-    """Iterations between checkpoints; by default a tenth of n_iterations."""
+    """Iterations between checkpoints; by default a tenth of n_iterations, more where saving would take too long."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
     keep_every: int | None = None

@@ -81,7 +81,7 @@ class SupervisedConfig:
     seed: int = 0
     """Seeds what is held out, the order of rows, and new heads and adapters."""
     checkpoint_every: int | None = None
-    """Iterations between checkpoints; by default a tenth of all."""
+    """Iterations between checkpoints; by default a tenth of all, more where saving would take too long."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep."""
     keep_every: int | None = None
@@ -299,7 +299,7 @@ def steps(
     Raises:
         UserError: if too many steps in a row are not finite, or the disk refuses too often.
     """
-    keeper, stopped = Keeper(run.metrics_path), False
+    keeper, stopped = Keeper(run.metrics_path, may_rest=config.checkpoint_every is None), False
     total, per_epoch = n_iterations(config, n_rows), iterations_per_epoch(config, n_rows)
     while state.iteration < total and not stopped:
         began = time.perf_counter()
