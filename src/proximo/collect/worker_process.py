@@ -27,6 +27,7 @@ import cloudpickle  # noqa: TID251 (the factory, on its way to our own worker pr
 import gymnasium as gym
 import numpy as np
 
+from proximo.collect.child_process import begin_group, end_with, hear_signals, kill_group
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpacePolicy
 from proximo.errors import UserError
 
@@ -161,14 +162,17 @@ def pack(make: Callable[[], gym.Env], name: str) -> Parcel:
 # ----------------------------------------------------------------------------------------- the worker process
 
 
-def work(number: int, connection: Connection) -> None:
-    """Serve commands until "close", or until the main process is gone."""
-    # Ctrl-C and a scheduler's signals reach the whole process group; the main process still needs us for its
+def work(number: int, connection: Connection, parent: int) -> None:
+    """Serve commands until "close", or until the main process, `parent` (see `as_parent`), is gone."""
+    begin_group()
+    end_with(parent)
+    # A scheduler's signals reach every process of a job; the main process still needs us for its
     # checkpoint. SIGINT stays ignored in simulators that the environment starts; SIGTERM must not (an ignored
     # signal is inherited, a handler is not), because that is how an environment ends its simulator.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number_of_signal in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number_of_signal, lambda *_: None)
+    hear_signals()
     faulthandler.enable()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     service = _Service(number, connection)
@@ -177,9 +181,13 @@ def work(number: int, connection: Connection) -> None:
             command, payload = connection.recv()
             if command == "close":
                 break
-            connection.send(service.reply(command, payload))
-    except (EOFError, OSError):  # the main process is gone
-        pass
+            reply = service.reply(command, payload)
+            service.end_a_fork()
+            connection.send(reply)
+    except (EOFError, OSError):  # the main process is gone, and nobody else ends what the environments leave behind
+        service.close()
+        sys.stdout.flush()
+        kill_group(os.getpid())
     finally:
         service.close()
 
@@ -190,6 +198,7 @@ def _leave_with_parent() -> None:
     if parent is not None:
         parent.join()
         time.sleep(_ORPHAN_SECONDS)
+        kill_group(os.getpid())  # with whatever the environments have started
         os._exit(1)
 
 
@@ -202,6 +211,7 @@ class _Service:
         self._pulse = np.zeros(8, np.int64)
         self._warnings: list[str] = []
         self._closing = ExitStack()
+        self._process = os.getpid()
 
     def reply(self, command: str, payload: Any) -> Reply:
         """Do what is asked; what goes wrong goes back as a value."""
@@ -290,6 +300,11 @@ class _Service:
         """Close the environments."""
         self._closing.close()
 
+    def end_a_fork(self) -> None:
+        """End this process if it is a fork that an environment let come back: only one of the two may answer."""
+        if os.getpid() != self._process:
+            os._exit(0)
+
     def begin(self, index: int, seed: int, step: int) -> None:
         """Note the call that is about to be made, for the main process to read if it does not end."""
         self._pulse[1], self._pulse[2], self._pulse[3] = index, seed, step
@@ -307,12 +322,18 @@ class _Watched:
     def reset(self, *, seed: int) -> Any:
         self._seed, self._steps = seed, 0
         self._service.begin(self._index, seed, 0)
-        return self._env.reset(seed=seed)
+        try:
+            return self._env.reset(seed=seed)
+        finally:
+            self._service.end_a_fork()
 
     def step(self, action: Any) -> Any:
         self._steps += 1
         self._service.begin(self._index, self._seed, self._steps)
-        return self._env.step(action)
+        try:
+            return self._env.step(action)
+        finally:
+            self._service.end_a_fork()
 
     def close(self) -> None:
         self._env.close()

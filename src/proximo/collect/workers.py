@@ -26,6 +26,7 @@ import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker pro
 import gymnasium as gym
 import numpy as np
 
+from proximo.collect.child_process import as_parent, kill_group, signals_held_back
 from proximo.collect.envs import (
     LONGEST_REPLAY,
     EnvironmentFault,
@@ -65,8 +66,9 @@ class WorkerEnvs:
     crash can be played again, and a snapshot needs no worker.
 
     The factory may be a lambda or a closure. Workers do not run the main module again, so a script needs no
-    `if __name__ == "__main__":`. They ignore SIGINT, SIGTERM and SIGUSR1, which are this process's to act on,
-    and leave when it ends or dies.
+    `if __name__ == "__main__":`. Each has a process group of its own, which is killed with it, so that nothing
+    is left of what environments start. They ignore SIGINT, SIGTERM and SIGUSR1, which are this process's to act
+    on, and leave when it ends or dies.
     """
 
     def __init__(
@@ -359,14 +361,14 @@ class WorkerEnvs:
                     pending.remove(worker)
             if ready:
                 continue
-            # Ticks are counted, no clock is read: a process group that was stopped for an hour (Ctrl-Z) has
-            # not waited for an hour.
+            # Ticks are counted, no clock is read: a process that was stopped for an hour (Ctrl-Z) has not waited for
+            # an hour.
             for worker in pending.copy():
                 beat = self._beat(worker)
                 quiet[worker.number] = quiet[worker.number] + tick if beat == beats[worker.number] else 0.0
                 beats[worker.number] = beat
                 if quiet[worker.number] >= timeout:
-                    worker.process.kill()
+                    worker.kill()
                     what = f"was not back after {timeout:g} s"
                     replies[worker.number] = self._without(worker, what, may_lose=may_lose)
                     pending.remove(worker)
@@ -440,7 +442,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads' locks, held or not
         ours, theirs = context.Pipe()
         with theirs, _clean_start():
-            process = context.Process(target=work, args=(number, theirs), name=f"proximo-worker-{number}")
+            process = context.Process(target=work, args=(number, theirs, as_parent()), name=f"proximo-worker-{number}")
             process.start()
         return _Worker(number, start, stop, process, ours)
 
@@ -468,21 +470,26 @@ class _Worker:
 
     def death(self) -> str:
         """How the process ended, in words."""
-        self.process.join(CLOSE_SECONDS)
-        code = self.process.exitcode
-        if code is None:
-            self.process.kill()
+        ended = wait([self.process.sentinel], CLOSE_SECONDS)
+        self.kill()
+        if not ended:
             return "closed its pipe"
+        self.process.join()
+        code = self.process.exitcode or 0
         if code < 0:
             known = {s.value: s.name for s in signal.Signals}
             return f"was ended by {known.get(-code, f'signal {-code}')}"
         return f"ended with exit code {code}"
 
+    def kill(self) -> None:
+        """Kill the process, unless it has ended, and whatever its environments have started and left behind."""
+        kill_group(self.process.pid)
+        self.process.kill()  # one that is only being started has no group yet
+
     def end(self, deadline: float) -> None:
         """Wait for the process until `deadline`, then kill it (SIGTERM it ignores); leave nothing of it."""
-        self.process.join(max(0.0, deadline - time.monotonic()))
-        if self.process.is_alive():
-            self.process.kill()
+        wait([self.process.sentinel], max(0.0, deadline - time.monotonic()))
+        self.kill()
         self.process.join()
         self.process.close()
         self.connection.close()
@@ -509,18 +516,19 @@ _START_LOCK = threading.Lock()
 
 @contextmanager
 def _clean_start() -> Iterator[None]:
-    """Let processes start with one thread each, and without running the main module again.
+    """Let processes start with one thread each, deaf to signals, and without running the main module again.
 
     Python's spawn runs the main module a second time in each child, for pickles that refer to it; cloudpickle
     sends what is defined there by value. And threads must be limited before numpy loads its BLAS, so before
-    the child's first line that is ours.
+    the child's first line that is ours; before that line it would die of a signal to the group, too.
     """
     with _START_LOCK:
         main, before = sys.modules["__main__"], {key: os.environ.get(key) for key in _ONE_THREAD}
         sys.modules["__main__"] = types.ModuleType("__main__")
         os.environ.update(_ONE_THREAD)
         try:
-            yield
+            with signals_held_back():
+                yield
         finally:
             sys.modules["__main__"] = main
             for key, value in before.items():
