@@ -215,16 +215,19 @@ class SerialEnvs:
         self._reward_sums = np.zeros(n_envs)
 
     def reset(self) -> np.ndarray:
-        """Begin episode 0 of each environment; return observations `[N, *O]`."""
+        """Begin episode 0 of each environment, or the first one that can be begun; return observations `[N, *O]`."""
         return self.begin(np.zeros(self.n_envs, np.int64))
 
     def begin(self, episodes: np.ndarray) -> np.ndarray:
-        """Begin the given episode `[N]` of each environment; return observations `[N, *O]`."""
+        """Begin the given episode `[N]` of each environment, or the first one after it that can be begun.
+
+        Raises:
+            EnvironmentFault: if one raises or returns what it must not, and may not be restarted (any more).
+        """
         self._episodes[:] = episodes
-        self._history, self._starts = [], np.zeros(self.n_envs, np.int64)
-        self._reward_sums[:] = 0.0
+        self._history = []
         for index in range(self.n_envs):
-            self._begin_episode(index)
+            self._begin_due_episode(index)
         return self._observations
 
     def step(self, actions: np.ndarray) -> Step:
@@ -236,9 +239,10 @@ class SerialEnvs:
         self._history.append(actions)
         self._valid[:] = True
         first = 0
+        given = actions.copy()  # environments may change their own (action *= 0.1), not what is played again
         while first < self.n_envs:
             try:
-                first = self._step_from(first, actions)
+                first = self._step_from(first, given)
             except EnvironmentFault as fault:
                 first = self._lose(fault)
         self._check_values()
@@ -297,11 +301,15 @@ class SerialEnvs:
     def _begin_next_episode(self, index: int) -> None:
         """Begin the next episode that can be begun."""
         while True:
-            self._episodes[index] += 1
             self._starts[index] = len(self._history)
             self._reward_sums[index] = 0.0
             try:
                 self._begin_episode(index)
+        self._episodes[index] += 1
+        self._begin_due_episode(index)
+
+    def _begin_due_episode(self, index: int) -> None:
+        """Begin the episode that is due, or the first one after it that can be begun."""
             except EnvironmentFault as fault:
                 self._restart(index, fault)
             else:
@@ -310,6 +318,7 @@ class SerialEnvs:
     @property
     def episodes(self) -> np.ndarray:
         """The number of the open episode of each environment."""
+                self._episodes[index] += 1
         return self._episodes.copy()
 
     def snapshot(self) -> Snapshot:
@@ -338,8 +347,11 @@ class SerialEnvs:
         """Play the open episodes again and compare where they lead, bit for bit.
 
         An environment that does not come back to the same observation and sum of rewards (it draws on
-        something that its seed does not fix), or whose actions were forgotten, begins its next episode
-        instead; those are listed.
+        something that its seed does not fix), whose actions were forgotten, or whose reset fails, begins its next
+        episode instead; those are listed.
+
+        Raises:
+            EnvironmentFault: if one cannot be reset, and may not be restarted (any more).
         """
         arrays = snapshot.arrays
         check_snapshot(snapshot, self.n_envs)
@@ -354,17 +366,22 @@ class SerialEnvs:
             self._history = [
                 np.zeros((self.n_envs, *open_actions.shape[1:]), open_actions.dtype) for _ in range(longest)
             ]
-        self._starts[:] = [longest - length for length in lengths]
+        self._starts[:] = longest
         fresh = []
         for index, length in enumerate(lengths):
-            self._begin_episode(index)
-            for offset, action in enumerate(
-                arrays["open_actions"][ends[index] - length : ends[index]] if length else []
-            ):
-                self._history[longest - length + offset][index] = action
-            self._reward_sums[index] = arrays["reward_sums"][index]
-            if arrays["lengths"][index] < 0 or not self._replay(index, arrays["observations"][index]):
-                self._begin_next_episode(index)
+            episode = int(self._episodes[index])
+            self._begin_due_episode(index)
+            came_back = self._episodes[index] == episode
+            if came_back:
+                self._starts[index] = longest - length
+                actions = arrays["open_actions"][ends[index] - length : ends[index]] if length else []
+                for offset, action in enumerate(actions):
+                    self._history[longest - length + offset][index] = action
+                self._reward_sums[index] = arrays["reward_sums"][index]
+                if arrays["lengths"][index] < 0 or not self._replay(index, arrays["observations"][index]):
+                    self._begin_next_episode(index)
+                    came_back = False
+            if not came_back:
                 fresh.append(self._first + index)
         return self._observations, fresh
 
@@ -377,7 +394,7 @@ class SerialEnvs:
         rewards = 0.0
         for action in self._actions_of(index):
             try:
-                observation, reward, terminated, truncated, _ = self._envs[index].step(action)
+                observation, reward, terminated, truncated, _ = self._envs[index].step(action.copy())
                 if self._end(index, "terminated", terminated) or self._end(index, "truncated", truncated):
                     return False
                 self._store(index, observation, self._observations, "the observation")

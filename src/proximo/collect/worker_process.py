@@ -266,13 +266,14 @@ class _Service:
         os.close(descriptor)
         self._memory, self._pulse = memory, memory.pulses[self._number]
 
-    def reset(self, _: None) -> None:
+    def reset(self, _: None) -> Restarted | None:
         """Begin the first episodes."""
-        self._memory.observations[self._own] = self._serial.reset()
+        return self.begin_at(np.zeros(self._serial.n_envs, np.int64))
 
-    def begin_at(self, episodes: np.ndarray) -> None:
+    def begin_at(self, episodes: np.ndarray) -> Restarted | None:
         """Begin the given episodes."""
         self._memory.observations[self._own] = self._serial.begin(episodes)
+        return self._restarted() if self._serial.faults else None
 
     def step(self, described: tuple[str, tuple[int, ...]]) -> Restarted | None:
         """Step each environment."""

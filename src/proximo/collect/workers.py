@@ -124,17 +124,19 @@ class WorkerEnvs:
             raise
 
     def reset(self) -> np.ndarray:
-        """Begin episode 0 of each environment; return observations `[N, *O]`.
+        """Begin episode 0 of each environment, or the first one that can be begun; return observations `[N, *O]`.
 
         Raises:
-            EnvironmentFault: if one raises, returns what it must not, hangs, or takes its process with it.
+            EnvironmentFault: if one raises, returns what it must not, hangs, or takes its process with it, and may not
+                be restarted (any more).
         """
         memory = self._opened()
         self._episodes[:] = 0
         self._reward_sums[:] = 0.0
         self._forgotten[:] = 0
         self._actions = [[] for _ in range(self.n_envs)]
-        self._ask("reset")
+        for number, answer in enumerate(self._ask("reset", may_lose=self._max_restarts > 0)):
+            self._go_on_after(number, answer)
         return memory.observations
 
     def step(self, actions: np.ndarray) -> Step:
@@ -193,7 +195,8 @@ class WorkerEnvs:
         """Play the open episodes again, as `SerialEnvs.restore` does, the workers side by side.
 
         Raises:
-            EnvironmentFault: if an environment cannot be reset, hangs, or takes its process with it.
+            EnvironmentFault: if an environment cannot be reset, hangs, or takes its process with it, and may not be
+                restarted (any more).
         """
         memory, arrays = self._opened(), snapshot.arrays
         check_snapshot(snapshot, self.n_envs)
@@ -212,8 +215,14 @@ class WorkerEnvs:
             part["open_actions"] = rows[bounds[worker.start] : bounds[worker.stop]]
             parts.append(Snapshot(part, snapshot.values))
         fresh = []
-        for worker, (indices, restarted) in zip(self._workers, self._ask("restore", parts), strict=True):
-            self._note(worker, restarted)
+        for number, answer in enumerate(self._ask("restore", parts, may_lose=self._max_restarts > 0)):
+            if isinstance(answer, EnvironmentFault):  # no episode of that worker can be come back to
+                indices = list(range(self._workers[number].start, self._workers[number].stop))
+                self._episodes[indices] += 1
+                self._go_on_after(number, answer)
+            else:
+                indices, restarted = answer
+                self._note(self._workers[number], restarted)
             fresh += indices
         for index in fresh:
             self._reward_sums[index] = 0.0
@@ -286,19 +295,22 @@ class WorkerEnvs:
         self.faults.append(fault)
 
     def _go_on_after(self, number: int, answer: Restarted | EnvironmentFault | None) -> None:
-        """Note what was restarted within a step; put a worker that was lost in it back to work."""
-        if isinstance(answer, Restarted):
-            self._note(self._workers[number], answer)
+        """Note which environments a worker restarted; put one that was lost back to work."""
+        memory = self._memory
+        assert memory is not None
         own = slice(self._workers[number].start, self._workers[number].stop)
         while isinstance(answer, EnvironmentFault):
             self._count(answer)
             index = answer.record["env_index"]  # the episode that failed may be one that was only being begun
             self._episodes[index] = max(int(self._episodes[index]), answer.record["episode"] + 1)
             self._workers[number].end(0.0)
+            memory.pulses[number, :2] = 0, -1  # what was done before is nothing that the fresh worker can be lost in
             self._workers[number] = fresh = _Worker.begin(number, own.start, own.stop)
             self._ask("make", [self._task(fresh)], workers=[fresh], timeout=max(self._timeout, START_SECONDS))
             self._ask("share", [self._layout], workers=[fresh], descriptor=self._descriptor)
             (answer,) = self._ask("begin_at", [self._episodes[own]], workers=[fresh], may_lose=True)
+        if isinstance(answer, Restarted):
+            self._note(self._workers[number], answer)
 
     def _opened(self) -> Memory:
         if self._memory is None:
