@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle  # noqa: TID251
 import numpy as np
@@ -28,6 +29,7 @@ from tests.environments import FAULTS_IN_A_RESET, FAULTS_IN_A_STEP, FAULTS_OF_TH
 from tests.training.running import begin, config_with, differing, tensors_of, train
 
 cloudpickle.register_pickle_by_value(sys.modules["tests.environments"])
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def seeded(fault: str, *seeds: int) -> Faulty:
@@ -213,6 +215,41 @@ def test_a_worker_may_hang_in_the_first_reset_and_in_a_restore():
     assert envs.snapshot().arrays["episodes"].tolist() == [0, 0, 1, 1]
     assert len(play(envs, 10)) == 10
     envs.close()
+
+
+@pytest.mark.parametrize("fault", ["panics", "is cancelled"])
+def test_what_is_no_ordinary_exception_is_named_and_covered_too(fault):
+    bad = episode_seed(3, 1, 0)
+    kinds = [SerialEnvs, WorkerEnvs]
+    for kind in kinds:
+        envs = kind(lambda: Panicking(fault, seeds=[bad]), 2, 3, max_restarts=1)
+        envs.reset()
+        assert [step.valid.tolist() for step in play(envs, 4)] == [[True, True]] * 2 + [[True, False], [True, True]]
+        assert f"step() raised {Panicking.FAULTS[fault].__name__}: stuck" in str(envs.faults[0])
+        envs.close()
+
+
+def test_ctrl_c_is_no_fault_of_an_environment():
+    envs = SerialEnvs(lambda: Panicking("is interrupted", episode=0), 1, 3, max_restarts=1)
+    envs.reset()
+    with pytest.raises(KeyboardInterrupt):
+        play(envs, 4)
+
+
+class Panic(BaseException):  # as pyo3's PanicException
+    pass
+
+
+class Panicking(Faulty):
+    """Raises something that is no `Exception`, at the third step; cannot be closed either."""
+
+    FAULTS: ClassVar = {"panics": Panic, "is cancelled": asyncio.CancelledError, "is interrupted": KeyboardInterrupt}
+
+    def misbehave(self, answer: list[Any]) -> Any:
+        raise self.FAULTS[self.fault]("stuck")
+
+    def close(self) -> None:
+        raise Panic("closing")
 
 
 def test_a_worker_lost_before_it_does_anything_is_not_laid_to_what_the_one_before_did(monkeypatch):

@@ -21,7 +21,7 @@ from proximo.collect.returned_values import (
     reward_of,
     shown,
 )
-from proximo.errors import UserError
+from proximo.errors import UserError, in_words, with_traceback
 
 SpacePolicy = Literal["raise", "warn"]
 
@@ -146,8 +146,10 @@ def close_quietly(name: str, envs: Sequence[Any]) -> None:
     for env in envs:
         try:
             env.close()
-        except (Exception, SystemExit) as error:
-            failures.append(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failures.append(in_words(error))
     if failures:
         others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         print(f"proximo: closing {name} failed: {failures[0]}{others}", file=sys.stderr)
@@ -237,9 +239,9 @@ class SerialEnvs:
             EnvironmentFault: if one raises or returns what it must not, and may not be restarted (any more).
         """
         self._history.append(actions)
+        given = actions.copy()  # environments may change their own (action *= 0.1), not what is played again
         self._valid[:] = True
         first = 0
-        given = actions.copy()  # environments may change their own (action *= 0.1), not what is played again
         while first < self.n_envs:
             try:
                 first = self._step_from(first, given)
@@ -258,7 +260,9 @@ class SerialEnvs:
         for index in range(first, self.n_envs):
             try:
                 result = self._envs[index].step(actions[index])
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 raise self._raised(index, "step", error) from error
             try:
                 observation, reward, terminated, truncated, _ = result
@@ -294,31 +298,33 @@ class SerialEnvs:
         close_quietly(self._name, [self._envs[index]])
         try:
             self._envs[index] = self._wrap(self._make(), self._first + index)
-        except (Exception, SystemExit) as error:
-            what = f"{fault}\nIt could not be made anew: {type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            what = f"{fault}\nIt could not be made anew: {in_words(error)}"
             raise EnvironmentFault(what, fault.record) from error
 
     def _begin_next_episode(self, index: int) -> None:
         """Begin the next episode that can be begun."""
-        while True:
-            self._starts[index] = len(self._history)
-            self._reward_sums[index] = 0.0
-            try:
-                self._begin_episode(index)
         self._episodes[index] += 1
         self._begin_due_episode(index)
 
     def _begin_due_episode(self, index: int) -> None:
         """Begin the episode that is due, or the first one after it that can be begun."""
+        while True:
+            self._starts[index] = len(self._history)
+            self._reward_sums[index] = 0.0
+            try:
+                self._begin_episode(index)
             except EnvironmentFault as fault:
                 self._restart(index, fault)
+                self._episodes[index] += 1
             else:
                 return
 
     @property
     def episodes(self) -> np.ndarray:
         """The number of the open episode of each environment."""
-                self._episodes[index] += 1
         return self._episodes.copy()
 
     def snapshot(self) -> Snapshot:
@@ -399,7 +405,9 @@ class SerialEnvs:
                     return False
                 self._store(index, observation, self._observations, "the observation")
                 rewards += self._number(index, reward)
-            except (Exception, SystemExit):  # an environment that cannot be replayed is reported by the caller
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # an environment that cannot be replayed is reported by the caller
                 return False
         return self._observations[index].tobytes() == expected.tobytes() and rewards == self._reward_sums[index]
 
@@ -408,7 +416,9 @@ class SerialEnvs:
         seed = episode_seed(self._seed, self._first + index, int(self._episodes[index]))
         try:
             result = self._envs[index].reset(seed=seed)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self._raised(index, "reset", error) from error
         if not (isinstance(result, tuple) and len(result) == 2):
             raise self._fault(index, f"{RESET_RETURNS}, and returned {amount_of(result)}")
@@ -421,9 +431,11 @@ class SerialEnvs:
         """Write an observation into its row, if it is one."""
         try:
             array = np.asarray(observation)
-        except Exception as error:  # what a value of any class raises while it is converted
-            kind = type(observation).__name__
-            raise self._fault(index, f"{what} is a {kind} that cannot be made an array: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # what a value of any class raises while it is converted
+            problem = f"{what} is a {type(observation).__name__} that cannot be made an array: {in_words(error)}"
+            raise self._fault(index, problem) from error
         if array.dtype.kind not in "fiub":
             kind = f"{type(observation).__name__}{f' of {array.dtype}' if array.ndim else ''}"
             raise self._fault(index, f"{what} is a {kind}, not an array of numbers of shape {self._shape}")
@@ -510,10 +522,9 @@ class SerialEnvs:
     def _raised(self, index: int, method: str, error: BaseException) -> EnvironmentFault:
         frames = list(traceback.walk_tb(error.__traceback__))
         module = str(frames[-1][0].f_globals.get("__name__")) if frames else ""
-        if module.startswith("gymnasium.") and "unpack" in str(error):  # a wrapper has failed to
+        if module.startswith("gymnasium.") and "unpack" in in_words(error):  # a wrapper has failed to
             return self._fault(index, f"{STEP_RETURNS if method == 'step' else RESET_RETURNS} ({error})")
-        own = "".join(traceback.format_exception(error)[-4:]).rstrip()
-        return self._fault(index, f"{method}() raised {type(error).__name__}: {error}\n{own}")
+        return self._fault(index, f"{method}() raised {with_traceback(error)}")
 
     def _fault(self, index: int, problem: str) -> EnvironmentFault:
         """Say what went wrong where, with a record that replays it."""

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from proximo.collect.child_process import end_with, kill_group
-from proximo.errors import UserError, nearest
+from proximo.errors import UserError, in_words, nearest
 
 WANTED = "def score(prompts, responses, **columns) -> list of one float (or None) per response"
 """What a reward function looks like, for messages."""
@@ -171,11 +171,7 @@ def number(value: Any) -> tuple[float | None, str]:
 
 def describe(error: BaseException) -> str:
     """The type and message of an exception, and the last line of the user's own code that led to it."""
-    try:
-        said = str(error)
-    except BaseException:  # the exception is the user's own, and so are the mistakes in it
-        said = "(its message cannot be shown)"
-    text = " ".join(f"{type(error).__name__}: {said}".split())
+    text = " ".join(in_words(error).split())
     text = text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…"
     library = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib"))
     frames = traceback.extract_tb(error.__traceback__)

@@ -29,7 +29,7 @@ import numpy as np
 
 from proximo.collect.child_process import begin_group, end_with, hear_signals, kill_group
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpacePolicy
-from proximo.errors import UserError
+from proximo.errors import UserError, in_words, with_traceback
 
 _ORPHAN_SECONDS = 2.0
 """How long a worker whose main process is gone may take before it ends in the middle of what it does."""
@@ -141,7 +141,7 @@ def pack(make: Callable[[], gym.Env], name: str) -> Parcel:
     except Exception as error:
         raise UserError(
             f"{name}: what makes the environment cannot be sent to a worker process: "
-            f"{type(error).__name__}: {error}\n"
+            f"{in_words(error)}\n"
             "Let it make what it needs (open files, threads, windows) itself instead of holding it, "
             "or use serial environments."
         ) from error
@@ -248,10 +248,10 @@ class _Service:
             )
         except UserError:
             raise
-        except (Exception, SystemExit) as error:
-            own = "".join(traceback.format_exception(error)[-4:]).rstrip()
-            what = f"{name} could not be made in a worker process: {type(error).__name__}: {error}"
-            raise UserError(f"{what}\n{own}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise UserError(f"{name} could not be made in a worker process: {with_traceback(error)}") from error
         self._closing.callback(envs.close)
         self._serial, self._warnings = envs, envs.warnings
         self._own = slice(first_index, first_index + n_envs)
