@@ -28,7 +28,8 @@ def end_with(parent: int) -> None:
     A thread that waits for the main process's end and then leaves is not enough: native code that holds Python's lock
     (a regular expression that backtracks for ever) keeps it from running. And SIGKILL at once would leave no time to
     close environments, which end what they have started. So the system sends SIGQUIT, and its handler is C's own
-    `alarm`, called with the number of the signal: 3 seconds later SIGALRM ends the process, with or without Python.
+    `alarm`, called with the number of the signal: 3 seconds later SIGALRM ends the process, with or without Python
+    (unless the user's own code handles SIGALRM).
     """
     if not parent or not sys.platform.startswith("linux"):
         return
