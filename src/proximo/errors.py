@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
+import traceback
 from collections.abc import Iterable
 
 HIGHEST_SEED = 2**63 - 1
@@ -51,6 +52,28 @@ def shown(value: object) -> str:
 
 
 _LONGEST_SHOWN = 400
+
+
+def in_words(error: BaseException) -> str:
+    """The type and message of an exception that the user's own code may have raised; what is too long is cut."""
+    try:
+        said = str(error)
+    except BaseException:  # the exception is the user's own, and so are the mistakes in it
+        said = "(its message cannot be shown)"
+    return _cut(f"{type(error).__name__}: {said}")
+
+
+def with_traceback(error: BaseException) -> str:
+    """The same, and below it where it came from: the last lines of its traceback."""
+    lines = [_cut(line) for line in traceback.format_exception(error)[-4:]]
+    return f"{in_words(error)}\n{''.join(lines).rstrip()}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_SAID else f"{text[:_LONGEST_SAID]}..."
+
+
+_LONGEST_SAID = 2000
 
 
 def in_range(

@@ -302,7 +302,28 @@ def through_a_file(snapshot: Snapshot) -> Snapshot:
     return Snapshot({name: array.copy() for name, array in snapshot.arrays.items()}, dict(snapshot.values))
 
 
+class Shrinking(Noisy):
+    """Changes its action in place."""
+
+    def step(self, action):
+        action *= 0.1
+        return super().step(action)
+
+
 class TestRestore:
+    def test_an_environment_that_changes_its_actions_in_place_is_come_back_to(self):
+        envs = SerialEnvs(lambda: Shrinking(50), 2, seed=1)
+        envs.reset()
+        taken = np.full((2, 2), 1.5, np.float32)
+        for _ in range(5):
+            envs.step(taken)
+        assert (taken == 1.5).all()
+        moment = envs.snapshot()
+        assert (moment.arrays["open_actions"] == 1.5).all()
+        other = SerialEnvs(lambda: Shrinking(50), 2, seed=1)
+        assert other.restore(moment)[1] == []
+        assert (other.snapshot().arrays["open_actions"] == 1.5).all()
+
     @pytest.mark.parametrize("n_steps", [0, 1, 10, 11, 12, 29, 33])
     def test_any_moment_is_come_back_to(self, n_steps):
         envs = SerialEnvs(Noisy, 3, seed=4)

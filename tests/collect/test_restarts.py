@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import sys
 from itertools import count
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle  # noqa: TID251
 import numpy as np
 import pytest
 import torch
 
+from proximo.collect import workers
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Step, episode_seed
 from proximo.collect.rollout import Carry, rollout
 from proximo.collect.workers import WorkerEnvs
@@ -27,6 +29,7 @@ from tests.environments import FAULTS_IN_A_RESET, FAULTS_IN_A_STEP, FAULTS_OF_TH
 from tests.training.running import begin, config_with, differing, tensors_of, train
 
 cloudpickle.register_pickle_by_value(sys.modules["tests.environments"])
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def seeded(fault: str, *seeds: int) -> Faulty:
@@ -156,6 +159,113 @@ def test_a_worker_killed_from_outside_between_two_steps_is_replaced():
     os.kill(envs._workers[0].process.pid or 0, signal.SIGKILL)
     with pytest.raises(EnvironmentFault, match="max_restarts"):
         play(envs, 5)
+    envs.close()
+
+
+@pytest.mark.parametrize("fault", FAULTS_IN_A_RESET)
+def test_the_first_reset_and_those_of_a_restore_may_fail_too(fault):
+    bad = (episode_seed(3, 2, 0), episode_seed(3, 2, 1), episode_seed(3, 0, 1))
+    kinds = [
+        SerialEnvs(lambda: seeded(fault, *bad[:2]), 4, 3, max_restarts=9),
+        WorkerEnvs(lambda: seeded(fault, *bad[:2]), 4, 3, n_workers=2, max_restarts=9),
+    ]
+    expected, _ = Faulty("").reset(seed=episode_seed(3, 2, 2))
+    for envs in kinds:
+        assert np.array_equal(envs.reset()[2], expected)
+        play(envs, 10)  # environment 2 is in episode 3, the others in 1
+        assert envs.n_restarts == len(envs.faults) == 2
+    moment = kinds[0].snapshot()
+    assert moment.arrays["episodes"].tolist() == [1, 1, 3, 1]
+    kinds[1].close()
+    kinds = [
+        SerialEnvs(lambda: seeded(fault, *bad), 4, 3, max_restarts=9),
+        WorkerEnvs(lambda: seeded(fault, *bad), 4, 3, n_workers=2, max_restarts=9),
+    ]
+    for envs in kinds:
+        assert envs.restore(moment)[1] == [0]
+        assert envs.n_restarts == 3
+        assert (envs.faults[0].record["episode"], envs.faults[0].record["actions"]) == (1, [])
+    for one, other in zip(play(kinds[0], 20), play(kinds[1], 20), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    ours, theirs = (envs.snapshot() for envs in kinds)
+    assert ours.values == theirs.values
+    assert all(np.array_equal(ours.arrays[name], theirs.arrays[name]) for name in theirs.arrays)
+    kinds[1].close()
+
+
+def test_a_first_reset_that_always_fails_ends_the_run():
+    with pytest.raises(EnvironmentFault, match="restarted 3 times"):
+        SerialEnvs(lambda: Faulty("reset raises", episode=0), 2, 3, max_restarts=3).reset()
+    with pytest.raises(EnvironmentFault, match="the arm is stuck"):
+        SerialEnvs(lambda: Faulty("reset raises", episode=0), 2, 3).reset()
+
+
+def test_a_worker_may_hang_in_the_first_reset_and_in_a_restore():
+    bad = episode_seed(3, 2, 0)
+    envs = WorkerEnvs(lambda: seeded("hangs in reset", bad), 4, 3, n_workers=2, max_restarts=9, timeout=0.5)
+    sound = SerialEnvs(lambda: seeded(""), 4, 3)
+    sound.reset()
+    assert np.array_equal(envs.reset()[[0, 1, 3]], sound.snapshot().arrays["observations"][[0, 1, 3]])
+    assert envs.snapshot().arrays["episodes"].tolist() == [0, 0, 1, 0]
+    play(sound, 2)
+    moment = sound.snapshot()
+    observations, fresh = envs.restore(moment)
+    assert fresh == [2, 3]  # they share the worker that was lost
+    assert np.array_equal(observations[:2], moment.arrays["observations"][:2])
+    assert envs.snapshot().arrays["episodes"].tolist() == [0, 0, 1, 1]
+    assert len(play(envs, 10)) == 10
+    envs.close()
+
+
+@pytest.mark.parametrize("fault", ["panics", "is cancelled"])
+def test_what_is_no_ordinary_exception_is_named_and_covered_too(fault):
+    bad = episode_seed(3, 1, 0)
+    kinds = [SerialEnvs, WorkerEnvs]
+    for kind in kinds:
+        envs = kind(lambda: Panicking(fault, seeds=[bad]), 2, 3, max_restarts=1)
+        envs.reset()
+        assert [step.valid.tolist() for step in play(envs, 4)] == [[True, True]] * 2 + [[True, False], [True, True]]
+        assert f"step() raised {Panicking.FAULTS[fault].__name__}: stuck" in str(envs.faults[0])
+        envs.close()
+
+
+def test_ctrl_c_is_no_fault_of_an_environment():
+    envs = SerialEnvs(lambda: Panicking("is interrupted", episode=0), 1, 3, max_restarts=1)
+    envs.reset()
+    with pytest.raises(KeyboardInterrupt):
+        play(envs, 4)
+
+
+class Panic(BaseException):  # as pyo3's PanicException
+    pass
+
+
+class Panicking(Faulty):
+    """Raises something that is no `Exception`, at the third step; cannot be closed either."""
+
+    FAULTS: ClassVar = {"panics": Panic, "is cancelled": asyncio.CancelledError, "is interrupted": KeyboardInterrupt}
+
+    def misbehave(self, answer: list[Any]) -> Any:
+        raise self.FAULTS[self.fault]("stuck")
+
+    def close(self) -> None:
+        raise Panic("closing")
+
+
+def test_a_worker_lost_before_it_does_anything_is_not_laid_to_what_the_one_before_did(monkeypatch):
+    envs = WorkerEnvs(lambda: seeded("kills its process", episode_seed(3, 0, 0)), 2, 3, n_workers=1, max_restarts=3)
+    envs.reset()
+    begun = workers._Worker.begin
+
+    def stillborn(*place):
+        worker = begun(*place)
+        worker.process.kill()
+        return worker
+
+    monkeypatch.setattr(workers._Worker, "begin", staticmethod(stillborn))
+    with pytest.raises(UserError, match="SIGKILL while none of its environments was at work") as raised:
+        play(envs, 3)
+    assert not isinstance(raised.value, EnvironmentFault)
     envs.close()
 
 

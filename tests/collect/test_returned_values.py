@@ -149,3 +149,42 @@ def test_what_was_clipped_is_come_back_to():
     envs = returning(space, policy="warn", observation=np.array([300, 5]))
     envs.step(zeros(envs))
     assert returning(space, policy="warn", observation=np.array([300, 5])).restore(envs.snapshot())[1] == []
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(UnspeakableError(), "UnspeakableError: (its message"), (ValueError("x" * 3_000_000), "ValueError: xxx")],
+)
+def test_what_an_exception_says_is_cut_and_may_be_unspeakable(error, words):
+    envs = SerialEnvs(lambda: Raising(error), 1, seed=5)
+    envs.reset()
+    with pytest.raises(EnvironmentFault) as caught:
+        envs.step(zeros(envs))
+    assert f"step() raised {words}" in str(caught.value)
+    assert "in step" in str(caught.value)
+    assert len(str(caught.value)) < 6000
+
+
+class Raising(Returning):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def step(self, action):
+        raise self.error
+
+
+def test_a_value_that_cannot_be_shown_is_named_by_its_type():
+    envs = returning(reward=Unshowable())
+    with pytest.raises(EnvironmentFault, match="must be one number, not Unshowable that cannot be shown"):
+        envs.step(zeros(envs))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -478,3 +481,30 @@ class TestStart:
         other = start(config_with(seed=1), make_envs(config, Identity))
         streams |= {other.action_generator.initial_seed(), other.shuffle_generator.initial_seed()}
         assert len(streams) == 4
+
+
+FORKS = """
+import os, sys
+import numpy as np, proximo
+from tests.environments import Noisy
+
+class Forking(Noisy):
+    def step(self, action):
+        if not os.path.exists(sys.argv[1]):
+            open(sys.argv[1], "w").close()
+            os.fork()
+        return super().step(action)
+
+sizes = dict(n_envs=1, rollout_length=16, batch_size=16, n_epochs=1, total_steps=96, checkpoint_every=16)
+proximo.train(Forking, run_dir="run", quiet=True, **sizes)
+"""
+
+
+def test_a_fork_that_an_environment_lets_come_back_writes_nothing(tmp_path):
+    (tmp_path / "forks.py").write_text(FORKS)
+    words = [sys.executable, str(tmp_path / "forks.py"), str(tmp_path / "forked")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run(words, cwd=tmp_path, env=environment, check=True, timeout=120)
+    assert (tmp_path / "forked").exists()
+    assert [row["iteration"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert not list((tmp_path / "run/checkpoints").glob("*-2"))

@@ -22,7 +22,7 @@ from gymnasium import spaces
 from proximo.collect.advice import ADVICE, Severity
 from proximo.collect.envs import episode_seed
 from proximo.collect.returned_values import SpaceCheck, end_of, reward_of, shown
-from proximo.errors import UserError, in_range
+from proximo.errors import UserError, in_range, in_words
 from proximo.models.control import ActorCritic, NetworkConfig
 
 KEPT_CALLS = 300
@@ -130,7 +130,9 @@ def _made(make: Callable[[], gym.Env], findings: _Findings, kind: str) -> gym.En
     """Make an environment, or note why it cannot be made."""
     try:
         env = make()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         said = str(error) if isinstance(error, UserError) else _raised(error)
         findings.add(kind, f"the environment could not be made: {said}")
         return None
@@ -143,7 +145,7 @@ def _made(make: Callable[[], gym.Env], findings: _Findings, kind: str) -> gym.En
 def _raised(error: BaseException, where: str = "") -> str:
     """An exception with the last lines of the environment's part of its traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    return f"{type(error).__name__}: {error}{where}\n{''.join(traceback.format_list(frames[-3:])).rstrip()}"
+    return f"{in_words(error)}{where}\n{''.join(traceback.format_list(frames[-3:])).rstrip()}"
 
 
 def _check_spaces(findings: _Findings, env: gym.Env) -> bool:
@@ -247,8 +249,10 @@ class _Player:
             result = getattr(self.env, method)(*args, **kwargs)
             self.step_seconds = time.perf_counter() - began
             return result
-        except (Exception, SystemExit) as error:
-            is_signature = isinstance(error, TypeError) and "reset() got an unexpected keyword" in str(error)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            is_signature = isinstance(error, TypeError) and "reset() got an unexpected keyword" in in_words(error)
             kind = "reset-signature" if is_signature else "raised"
             where = f" ({self.where})" if method == "reset" else f" ({self.where}; the action was {shown(args[0])})"
             self.findings.add(kind, f"{method}() raised {_raised(error, where)}")

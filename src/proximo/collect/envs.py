@@ -21,7 +21,7 @@ from proximo.collect.returned_values import (
     reward_of,
     shown,
 )
-from proximo.errors import UserError
+from proximo.errors import UserError, in_words, with_traceback
 
 SpacePolicy = Literal["raise", "warn"]
 
@@ -146,8 +146,10 @@ def close_quietly(name: str, envs: Sequence[Any]) -> None:
     for env in envs:
         try:
             env.close()
-        except (Exception, SystemExit) as error:
-            failures.append(f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failures.append(in_words(error))
     if failures:
         others = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         print(f"proximo: closing {name} failed: {failures[0]}{others}", file=sys.stderr)
@@ -215,16 +217,19 @@ class SerialEnvs:
         self._reward_sums = np.zeros(n_envs)
 
     def reset(self) -> np.ndarray:
-        """Begin episode 0 of each environment; return observations `[N, *O]`."""
+        """Begin episode 0 of each environment, or the first one that can be begun; return observations `[N, *O]`."""
         return self.begin(np.zeros(self.n_envs, np.int64))
 
     def begin(self, episodes: np.ndarray) -> np.ndarray:
-        """Begin the given episode `[N]` of each environment; return observations `[N, *O]`."""
+        """Begin the given episode `[N]` of each environment, or the first one after it that can be begun.
+
+        Raises:
+            EnvironmentFault: if one raises or returns what it must not, and may not be restarted (any more).
+        """
         self._episodes[:] = episodes
-        self._history, self._starts = [], np.zeros(self.n_envs, np.int64)
-        self._reward_sums[:] = 0.0
+        self._history = []
         for index in range(self.n_envs):
-            self._begin_episode(index)
+            self._begin_due_episode(index)
         return self._observations
 
     def step(self, actions: np.ndarray) -> Step:
@@ -234,11 +239,12 @@ class SerialEnvs:
             EnvironmentFault: if one raises or returns what it must not, and may not be restarted (any more).
         """
         self._history.append(actions)
+        given = actions.copy()  # environments may change their own (action *= 0.1), not what is played again
         self._valid[:] = True
         first = 0
         while first < self.n_envs:
             try:
-                first = self._step_from(first, actions)
+                first = self._step_from(first, given)
             except EnvironmentFault as fault:
                 first = self._lose(fault)
         self._check_values()
@@ -254,7 +260,9 @@ class SerialEnvs:
         for index in range(first, self.n_envs):
             try:
                 result = self._envs[index].step(actions[index])
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 raise self._raised(index, "step", error) from error
             try:
                 observation, reward, terminated, truncated, _ = result
@@ -290,20 +298,27 @@ class SerialEnvs:
         close_quietly(self._name, [self._envs[index]])
         try:
             self._envs[index] = self._wrap(self._make(), self._first + index)
-        except (Exception, SystemExit) as error:
-            what = f"{fault}\nIt could not be made anew: {type(error).__name__}: {error}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            what = f"{fault}\nIt could not be made anew: {in_words(error)}"
             raise EnvironmentFault(what, fault.record) from error
 
     def _begin_next_episode(self, index: int) -> None:
         """Begin the next episode that can be begun."""
+        self._episodes[index] += 1
+        self._begin_due_episode(index)
+
+    def _begin_due_episode(self, index: int) -> None:
+        """Begin the episode that is due, or the first one after it that can be begun."""
         while True:
-            self._episodes[index] += 1
             self._starts[index] = len(self._history)
             self._reward_sums[index] = 0.0
             try:
                 self._begin_episode(index)
             except EnvironmentFault as fault:
                 self._restart(index, fault)
+                self._episodes[index] += 1
             else:
                 return
 
@@ -338,8 +353,11 @@ class SerialEnvs:
         """Play the open episodes again and compare where they lead, bit for bit.
 
         An environment that does not come back to the same observation and sum of rewards (it draws on
-        something that its seed does not fix), or whose actions were forgotten, begins its next episode
-        instead; those are listed.
+        something that its seed does not fix), whose actions were forgotten, or whose reset fails, begins its next
+        episode instead; those are listed.
+
+        Raises:
+            EnvironmentFault: if one cannot be reset, and may not be restarted (any more).
         """
         arrays = snapshot.arrays
         check_snapshot(snapshot, self.n_envs)
@@ -354,17 +372,22 @@ class SerialEnvs:
             self._history = [
                 np.zeros((self.n_envs, *open_actions.shape[1:]), open_actions.dtype) for _ in range(longest)
             ]
-        self._starts[:] = [longest - length for length in lengths]
+        self._starts[:] = longest
         fresh = []
         for index, length in enumerate(lengths):
-            self._begin_episode(index)
-            for offset, action in enumerate(
-                arrays["open_actions"][ends[index] - length : ends[index]] if length else []
-            ):
-                self._history[longest - length + offset][index] = action
-            self._reward_sums[index] = arrays["reward_sums"][index]
-            if arrays["lengths"][index] < 0 or not self._replay(index, arrays["observations"][index]):
-                self._begin_next_episode(index)
+            episode = int(self._episodes[index])
+            self._begin_due_episode(index)
+            came_back = self._episodes[index] == episode
+            if came_back:
+                self._starts[index] = longest - length
+                actions = arrays["open_actions"][ends[index] - length : ends[index]] if length else []
+                for offset, action in enumerate(actions):
+                    self._history[longest - length + offset][index] = action
+                self._reward_sums[index] = arrays["reward_sums"][index]
+                if arrays["lengths"][index] < 0 or not self._replay(index, arrays["observations"][index]):
+                    self._begin_next_episode(index)
+                    came_back = False
+            if not came_back:
                 fresh.append(self._first + index)
         return self._observations, fresh
 
@@ -377,12 +400,14 @@ class SerialEnvs:
         rewards = 0.0
         for action in self._actions_of(index):
             try:
-                observation, reward, terminated, truncated, _ = self._envs[index].step(action)
+                observation, reward, terminated, truncated, _ = self._envs[index].step(action.copy())
                 if self._end(index, "terminated", terminated) or self._end(index, "truncated", truncated):
                     return False
                 self._store(index, observation, self._observations, "the observation")
                 rewards += self._number(index, reward)
-            except (Exception, SystemExit):  # an environment that cannot be replayed is reported by the caller
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # an environment that cannot be replayed is reported by the caller
                 return False
         return self._observations[index].tobytes() == expected.tobytes() and rewards == self._reward_sums[index]
 
@@ -391,7 +416,9 @@ class SerialEnvs:
         seed = episode_seed(self._seed, self._first + index, int(self._episodes[index]))
         try:
             result = self._envs[index].reset(seed=seed)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self._raised(index, "reset", error) from error
         if not (isinstance(result, tuple) and len(result) == 2):
             raise self._fault(index, f"{RESET_RETURNS}, and returned {amount_of(result)}")
@@ -404,9 +431,11 @@ class SerialEnvs:
         """Write an observation into its row, if it is one."""
         try:
             array = np.asarray(observation)
-        except Exception as error:  # what a value of any class raises while it is converted
-            kind = type(observation).__name__
-            raise self._fault(index, f"{what} is a {kind} that cannot be made an array: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # what a value of any class raises while it is converted
+            problem = f"{what} is a {type(observation).__name__} that cannot be made an array: {in_words(error)}"
+            raise self._fault(index, problem) from error
         if array.dtype.kind not in "fiub":
             kind = f"{type(observation).__name__}{f' of {array.dtype}' if array.ndim else ''}"
             raise self._fault(index, f"{what} is a {kind}, not an array of numbers of shape {self._shape}")
@@ -493,10 +522,9 @@ class SerialEnvs:
     def _raised(self, index: int, method: str, error: BaseException) -> EnvironmentFault:
         frames = list(traceback.walk_tb(error.__traceback__))
         module = str(frames[-1][0].f_globals.get("__name__")) if frames else ""
-        if module.startswith("gymnasium.") and "unpack" in str(error):  # a wrapper has failed to
+        if module.startswith("gymnasium.") and "unpack" in in_words(error):  # a wrapper has failed to
             return self._fault(index, f"{STEP_RETURNS if method == 'step' else RESET_RETURNS} ({error})")
-        own = "".join(traceback.format_exception(error)[-4:]).rstrip()
-        return self._fault(index, f"{method}() raised {type(error).__name__}: {error}\n{own}")
+        return self._fault(index, f"{method}() raised {with_traceback(error)}")
 
     def _fault(self, index: int, problem: str) -> EnvironmentFault:
         """Say what went wrong where, with a record that replays it."""

@@ -12,7 +12,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.error import DependencyNotInstalled
 
-from proximo.errors import UserError, nearest
+from proximo.errors import UserError, in_words, nearest
 
 EnvFactory = Callable[..., gym.Env]
 """Makes one environment; takes `render_mode=` and whatever `env_kwargs` holds."""
@@ -74,10 +74,10 @@ def make_env(
         raise UserError(_missing_package(env_id, error)) from error
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{env_id} could not be made with {kwargs or 'no arguments'}: {type(error).__name__}: {error}"
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"{env_id} could not be made with {kwargs or 'no arguments'}: {in_words(error)}") from error
     if not isinstance(env, gym.Env):
         raise UserError(
             f"{env_id} made a {type(env).__name__}, which is not a gymnasium.Env. "
@@ -138,9 +138,9 @@ def _import_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if not isinstance(error, (Exception, SystemExit)):
+        if isinstance(error, KeyboardInterrupt):
             raise
-        raise UserError(f"{path} could not be imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} could not be imported: {in_words(error)}") from error
     return module
 
 
@@ -157,8 +157,10 @@ def _import_module(name: str) -> Any:
             f"The module {name!r} could not be imported: {error}. "
             "It must be installed, or lie in the folder where the command is run."
         ) from error
-    except (Exception, SystemExit) as error:
-        raise UserError(f"The module {name!r} could not be imported: {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"The module {name!r} could not be imported: {in_words(error)}") from error
     finally:
         if added:
             sys.path.remove(here)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +17,7 @@ from proximo.collect.envs import (
     episode_seed,
 )
 from proximo.collect.returned_values import SpaceCheck, shown
-from proximo.errors import UserError
+from proximo.errors import UserError, in_words, with_traceback
 
 
 def make_native(
@@ -35,8 +34,10 @@ def make_native(
     limit: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
     try:
         return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs, **limit)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"The vector version of {env_id} could not be made: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"The vector version of {env_id} could not be made: {in_words(error)}") from error
 
 
 class NativeEnvs:
@@ -87,7 +88,9 @@ class NativeEnvs:
         try:
             raw, rewards, terminated, truncated, info = self._envs.step(actions)
             observations, rewards = self._typed(raw), np.asarray(rewards, np.float64)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self._raised("step", actions, error) from error
         terminated, truncated = (
             self._ends("terminated", terminated, actions),
@@ -107,7 +110,9 @@ class NativeEnvs:
             try:
                 after, _ = self._envs.reset(options={"reset_mask": done})
                 observations = self._typed(after)
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:
                 raise self._raised("reset", actions, error) from error
         self._refuse_bad_values(final, rewards, valid, actions)
         self._refuse_bad_values(observations, rewards, valid, actions)
@@ -131,7 +136,9 @@ class NativeEnvs:
         try:
             raw, _ = self._envs.reset(seed=episode_seed(self._seed, 0, fresh_start))
             observations = self._typed(raw)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self._raised("reset", None, error) from error
         self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
         return observations
@@ -150,8 +157,7 @@ class NativeEnvs:
         return ends.astype(bool)
 
     def _raised(self, method: str, actions: np.ndarray | None, error: BaseException) -> EnvironmentFault:
-        own = "".join(traceback.format_exception(error)[-4:]).rstrip()
-        return self._fault(0, f"{method}() raised {type(error).__name__}: {error}\n{own}", actions)
+        return self._fault(0, f"{method}() raised {with_traceback(error)}", actions)
 
     def _refuse_bad_values(
         self, observations: np.ndarray, rewards: np.ndarray, valid: np.ndarray, actions: np.ndarray | None

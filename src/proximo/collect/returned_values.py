@@ -69,7 +69,10 @@ def element(place: np.ndarray) -> str:
 
 def shown(value: Any) -> str:
     """A value, short enough for a sentence."""
-    text = " ".join(repr(value).split())
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # the value is the user's own, and so are the mistakes in it
+        return f"{type(value).__name__} that cannot be shown"
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

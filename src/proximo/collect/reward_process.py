@@ -1,7 +1,7 @@
 """The child's side of a reward function: import it, call it, and send its scores back as lines of JSON.
 
-`python -m proximo.collect.reward_process PLACE` serves `FunctionReward` (in `rewards.py`) until its standard input
-ends. Nothing here imports torch, so the process is up in a moment and small.
+`python -m proximo.collect.reward_process PLACE PARENT` serves `FunctionReward` (in `rewards.py`) until its standard
+input ends. Nothing here imports torch, so the process is up in a moment and small.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from proximo.errors import UserError, nearest
+from proximo.collect.child_process import end_with, kill_group
+from proximo.errors import UserError, in_words, nearest
 
 WANTED = "def score(prompts, responses, **columns) -> list of one float (or None) per response"
 """What a reward function looks like, for messages."""
 
 _LONGEST_MESSAGE = 300
-_ORPHAN_SECONDS = 5.0
+_ORPHAN_SECONDS = 2.0
+"""How long the process may go on without the main one; less than `end_with` leaves it."""
 
 
 class Answer(NamedTuple):
@@ -169,11 +171,7 @@ def number(value: Any) -> tuple[float | None, str]:
 
 def describe(error: BaseException) -> str:
     """The type and message of an exception, and the last line of the user's own code that led to it."""
-    try:
-        said = str(error)
-    except BaseException:  # the exception is the user's own, and so are the mistakes in it
-        said = "(its message cannot be shown)"
-    text = " ".join(f"{type(error).__name__}: {said}".split())
+    text = " ".join(in_words(error).split())
     text = text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…"
     library = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "purelib", "platlib"))
     frames = traceback.extract_tb(error.__traceback__)
@@ -248,8 +246,9 @@ def _did_you_mean(names: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------- the process
 
 
-def main(place: str) -> None:
-    """Say what the function takes, then answer requests until there are no more."""
+def main(place: str, parent: int) -> None:
+    """Say what the function takes, then answer requests until there are no more; `parent` is as in `end_with`."""
+    end_with(parent)
     # As in an environment's worker: a scheduler's signals reach every process of a job, and a checkpoint is then
     # still to be made. What the function starts has the usual handlers again, or its pools could not be ended.
     usual = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
@@ -293,8 +292,7 @@ def _receive(incoming: BinaryIO, requests: queue.SimpleQueue[bytes | None]) -> N
         requests.put(line)
     requests.put(None)
     time.sleep(_ORPHAN_SECONDS)
-    if os.getpgrp() == os.getpid():  # with whatever the function has started
-        os.killpg(os.getpid(), signal.SIGKILL)
+    kill_group(os.getpid())  # with whatever the function has started
     os._exit(1)
 
 
@@ -305,4 +303,4 @@ def _send(outgoing: BinaryIO, value: Answer | Signature) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

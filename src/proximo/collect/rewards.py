@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from proximo.collect.child_process import as_parent
 from proximo.collect.reward_process import Answer, Function, Signature
 from proximo.errors import UserError, in_range
 
@@ -364,7 +365,7 @@ class _Process:
 
     def __init__(self, place: str, folder: Path) -> None:
         # -P: files in the user's folder must not take the place of the standard library's while we start.
-        command = [sys.executable, "-P", "-m", "proximo.collect.reward_process", place]
+        command = [sys.executable, "-P", "-m", "proximo.collect.reward_process", place, str(as_parent())]
         self._process = subprocess.Popen(
             command,
             bufsize=0,

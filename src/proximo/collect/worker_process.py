@@ -27,8 +27,9 @@ import cloudpickle  # noqa: TID251 (the factory, on its way to our own worker pr
 import gymnasium as gym
 import numpy as np
 
+from proximo.collect.child_process import begin_group, end_with, hear_signals, kill_group
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpacePolicy
-from proximo.errors import UserError
+from proximo.errors import UserError, in_words, with_traceback
 
 _ORPHAN_SECONDS = 2.0
 """How long a worker whose main process is gone may take before it ends in the middle of what it does."""
@@ -140,7 +141,7 @@ def pack(make: Callable[[], gym.Env], name: str) -> Parcel:
     except Exception as error:
         raise UserError(
             f"{name}: what makes the environment cannot be sent to a worker process: "
-            f"{type(error).__name__}: {error}\n"
+            f"{in_words(error)}\n"
             "Let it make what it needs (open files, threads, windows) itself instead of holding it, "
             "or use serial environments."
         ) from error
@@ -161,14 +162,17 @@ def pack(make: Callable[[], gym.Env], name: str) -> Parcel:
 # ----------------------------------------------------------------------------------------- the worker process
 
 
-def work(number: int, connection: Connection) -> None:
-    """Serve commands until "close", or until the main process is gone."""
-    # Ctrl-C and a scheduler's signals reach the whole process group; the main process still needs us for its
+def work(number: int, connection: Connection, parent: int) -> None:
+    """Serve commands until "close", or until the main process, `parent` (see `as_parent`), is gone."""
+    begin_group()
+    end_with(parent)
+    # A scheduler's signals reach every process of a job; the main process still needs us for its
     # checkpoint. SIGINT stays ignored in simulators that the environment starts; SIGTERM must not (an ignored
     # signal is inherited, a handler is not), because that is how an environment ends its simulator.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number_of_signal in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number_of_signal, lambda *_: None)
+    hear_signals()
     faulthandler.enable()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     service = _Service(number, connection)
@@ -177,9 +181,13 @@ def work(number: int, connection: Connection) -> None:
             command, payload = connection.recv()
             if command == "close":
                 break
-            connection.send(service.reply(command, payload))
-    except (EOFError, OSError):  # the main process is gone
-        pass
+            reply = service.reply(command, payload)
+            service.end_a_fork()
+            connection.send(reply)
+    except (EOFError, OSError):  # the main process is gone, and nobody else ends what the environments leave behind
+        service.close()
+        sys.stdout.flush()
+        kill_group(os.getpid())
     finally:
         service.close()
 
@@ -190,6 +198,7 @@ def _leave_with_parent() -> None:
     if parent is not None:
         parent.join()
         time.sleep(_ORPHAN_SECONDS)
+        kill_group(os.getpid())  # with whatever the environments have started
         os._exit(1)
 
 
@@ -202,6 +211,7 @@ class _Service:
         self._pulse = np.zeros(8, np.int64)
         self._warnings: list[str] = []
         self._closing = ExitStack()
+        self._process = os.getpid()
 
     def reply(self, command: str, payload: Any) -> Reply:
         """Do what is asked; what goes wrong goes back as a value."""
@@ -238,10 +248,10 @@ class _Service:
             )
         except UserError:
             raise
-        except (Exception, SystemExit) as error:
-            own = "".join(traceback.format_exception(error)[-4:]).rstrip()
-            what = f"{name} could not be made in a worker process: {type(error).__name__}: {error}"
-            raise UserError(f"{what}\n{own}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            raise UserError(f"{name} could not be made in a worker process: {with_traceback(error)}") from error
         self._closing.callback(envs.close)
         self._serial, self._warnings = envs, envs.warnings
         self._own = slice(first_index, first_index + n_envs)
@@ -256,13 +266,14 @@ class _Service:
         os.close(descriptor)
         self._memory, self._pulse = memory, memory.pulses[self._number]
 
-    def reset(self, _: None) -> None:
+    def reset(self, _: None) -> Restarted | None:
         """Begin the first episodes."""
-        self._memory.observations[self._own] = self._serial.reset()
+        return self.begin_at(np.zeros(self._serial.n_envs, np.int64))
 
-    def begin_at(self, episodes: np.ndarray) -> None:
+    def begin_at(self, episodes: np.ndarray) -> Restarted | None:
         """Begin the given episodes."""
         self._memory.observations[self._own] = self._serial.begin(episodes)
+        return self._restarted() if self._serial.faults else None
 
     def step(self, described: tuple[str, tuple[int, ...]]) -> Restarted | None:
         """Step each environment."""
@@ -290,6 +301,11 @@ class _Service:
         """Close the environments."""
         self._closing.close()
 
+    def end_a_fork(self) -> None:
+        """End this process if it is a fork that an environment let come back: only one of the two may answer."""
+        if os.getpid() != self._process:
+            os._exit(0)
+
     def begin(self, index: int, seed: int, step: int) -> None:
         """Note the call that is about to be made, for the main process to read if it does not end."""
         self._pulse[1], self._pulse[2], self._pulse[3] = index, seed, step
@@ -307,12 +323,18 @@ class _Watched:
     def reset(self, *, seed: int) -> Any:
         self._seed, self._steps = seed, 0
         self._service.begin(self._index, seed, 0)
-        return self._env.reset(seed=seed)
+        try:
+            return self._env.reset(seed=seed)
+        finally:
+            self._service.end_a_fork()
 
     def step(self, action: Any) -> Any:
         self._steps += 1
         self._service.begin(self._index, self._seed, self._steps)
-        return self._env.step(action)
+        try:
+            return self._env.step(action)
+        finally:
+            self._service.end_a_fork()
 
     def close(self) -> None:
         self._env.close()

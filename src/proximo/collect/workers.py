@@ -26,6 +26,7 @@ import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker pro
 import gymnasium as gym
 import numpy as np
 
+from proximo.collect.child_process import as_parent, kill_group, signals_held_back
 from proximo.collect.envs import (
     LONGEST_REPLAY,
     EnvironmentFault,
@@ -65,8 +66,9 @@ class WorkerEnvs:
     crash can be played again, and a snapshot needs no worker.
 
     The factory may be a lambda or a closure. Workers do not run the main module again, so a script needs no
-    `if __name__ == "__main__":`. They ignore SIGINT, SIGTERM and SIGUSR1, which are this process's to act on,
-    and leave when it ends or dies.
+    `if __name__ == "__main__":`. Each has a process group of its own, which is killed with it, so that nothing
+    is left of what environments start. They ignore SIGINT, SIGTERM and SIGUSR1, which are this process's to act
+    on, and leave when it ends or dies.
     """
 
     def __init__(
@@ -122,17 +124,19 @@ class WorkerEnvs:
             raise
 
     def reset(self) -> np.ndarray:
-        """Begin episode 0 of each environment; return observations `[N, *O]`.
+        """Begin episode 0 of each environment, or the first one that can be begun; return observations `[N, *O]`.
 
         Raises:
-            EnvironmentFault: if one raises, returns what it must not, hangs, or takes its process with it.
+            EnvironmentFault: if one raises, returns what it must not, hangs, or takes its process with it, and may not
+                be restarted (any more).
         """
         memory = self._opened()
         self._episodes[:] = 0
         self._reward_sums[:] = 0.0
         self._forgotten[:] = 0
         self._actions = [[] for _ in range(self.n_envs)]
-        self._ask("reset")
+        for number, answer in enumerate(self._ask("reset", may_lose=self._max_restarts > 0)):
+            self._go_on_after(number, answer)
         return memory.observations
 
     def step(self, actions: np.ndarray) -> Step:
@@ -191,7 +195,8 @@ class WorkerEnvs:
         """Play the open episodes again, as `SerialEnvs.restore` does, the workers side by side.
 
         Raises:
-            EnvironmentFault: if an environment cannot be reset, hangs, or takes its process with it.
+            EnvironmentFault: if an environment cannot be reset, hangs, or takes its process with it, and may not be
+                restarted (any more).
         """
         memory, arrays = self._opened(), snapshot.arrays
         check_snapshot(snapshot, self.n_envs)
@@ -210,8 +215,14 @@ class WorkerEnvs:
             part["open_actions"] = rows[bounds[worker.start] : bounds[worker.stop]]
             parts.append(Snapshot(part, snapshot.values))
         fresh = []
-        for worker, (indices, restarted) in zip(self._workers, self._ask("restore", parts), strict=True):
-            self._note(worker, restarted)
+        for number, answer in enumerate(self._ask("restore", parts, may_lose=self._max_restarts > 0)):
+            if isinstance(answer, EnvironmentFault):  # no episode of that worker can be come back to
+                indices = list(range(self._workers[number].start, self._workers[number].stop))
+                self._episodes[indices] += 1
+                self._go_on_after(number, answer)
+            else:
+                indices, restarted = answer
+                self._note(self._workers[number], restarted)
             fresh += indices
         for index in fresh:
             self._reward_sums[index] = 0.0
@@ -284,19 +295,22 @@ class WorkerEnvs:
         self.faults.append(fault)
 
     def _go_on_after(self, number: int, answer: Restarted | EnvironmentFault | None) -> None:
-        """Note what was restarted within a step; put a worker that was lost in it back to work."""
-        if isinstance(answer, Restarted):
-            self._note(self._workers[number], answer)
+        """Note which environments a worker restarted; put one that was lost back to work."""
+        memory = self._memory
+        assert memory is not None
         own = slice(self._workers[number].start, self._workers[number].stop)
         while isinstance(answer, EnvironmentFault):
             self._count(answer)
             index = answer.record["env_index"]  # the episode that failed may be one that was only being begun
             self._episodes[index] = max(int(self._episodes[index]), answer.record["episode"] + 1)
             self._workers[number].end(0.0)
+            memory.pulses[number, :2] = 0, -1  # what was done before is nothing that the fresh worker can be lost in
             self._workers[number] = fresh = _Worker.begin(number, own.start, own.stop)
             self._ask("make", [self._task(fresh)], workers=[fresh], timeout=max(self._timeout, START_SECONDS))
             self._ask("share", [self._layout], workers=[fresh], descriptor=self._descriptor)
             (answer,) = self._ask("begin_at", [self._episodes[own]], workers=[fresh], may_lose=True)
+        if isinstance(answer, Restarted):
+            self._note(self._workers[number], answer)
 
     def _opened(self) -> Memory:
         if self._memory is None:
@@ -359,14 +373,14 @@ class WorkerEnvs:
                     pending.remove(worker)
             if ready:
                 continue
-            # Ticks are counted, no clock is read: a process group that was stopped for an hour (Ctrl-Z) has
-            # not waited for an hour.
+            # Ticks are counted, no clock is read: a process that was stopped for an hour (Ctrl-Z) has not waited for
+            # an hour.
             for worker in pending.copy():
                 beat = self._beat(worker)
                 quiet[worker.number] = quiet[worker.number] + tick if beat == beats[worker.number] else 0.0
                 beats[worker.number] = beat
                 if quiet[worker.number] >= timeout:
-                    worker.process.kill()
+                    worker.kill()
                     what = f"was not back after {timeout:g} s"
                     replies[worker.number] = self._without(worker, what, may_lose=may_lose)
                     pending.remove(worker)
@@ -440,7 +454,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads' locks, held or not
         ours, theirs = context.Pipe()
         with theirs, _clean_start():
-            process = context.Process(target=work, args=(number, theirs), name=f"proximo-worker-{number}")
+            process = context.Process(target=work, args=(number, theirs, as_parent()), name=f"proximo-worker-{number}")
             process.start()
         return _Worker(number, start, stop, process, ours)
 
@@ -468,21 +482,26 @@ class _Worker:
 
     def death(self) -> str:
         """How the process ended, in words."""
-        self.process.join(CLOSE_SECONDS)
-        code = self.process.exitcode
-        if code is None:
-            self.process.kill()
+        ended = wait([self.process.sentinel], CLOSE_SECONDS)
+        self.kill()
+        if not ended:
             return "closed its pipe"
+        self.process.join()
+        code = self.process.exitcode or 0
         if code < 0:
             known = {s.value: s.name for s in signal.Signals}
             return f"was ended by {known.get(-code, f'signal {-code}')}"
         return f"ended with exit code {code}"
 
+    def kill(self) -> None:
+        """Kill the process, unless it has ended, and whatever its environments have started and left behind."""
+        kill_group(self.process.pid)
+        self.process.kill()  # one that is only being started has no group yet
+
     def end(self, deadline: float) -> None:
         """Wait for the process until `deadline`, then kill it (SIGTERM it ignores); leave nothing of it."""
-        self.process.join(max(0.0, deadline - time.monotonic()))
-        if self.process.is_alive():
-            self.process.kill()
+        wait([self.process.sentinel], max(0.0, deadline - time.monotonic()))
+        self.kill()
         self.process.join()
         self.process.close()
         self.connection.close()
@@ -509,18 +528,19 @@ _START_LOCK = threading.Lock()
 
 @contextmanager
 def _clean_start() -> Iterator[None]:
-    """Let processes start with one thread each, and without running the main module again.
+    """Let processes start with one thread each, deaf to signals, and without running the main module again.
 
     Python's spawn runs the main module a second time in each child, for pickles that refer to it; cloudpickle
     sends what is defined there by value. And threads must be limited before numpy loads its BLAS, so before
-    the child's first line that is ours.
+    the child's first line that is ours; before that line it would die of a signal to the group, too.
     """
     with _START_LOCK:
         main, before = sys.modules["__main__"], {key: os.environ.get(key) for key in _ONE_THREAD}
         sys.modules["__main__"] = types.ModuleType("__main__")
         os.environ.update(_ONE_THREAD)
         try:
-            yield
+            with signals_held_back():
+                yield
         finally:
             sys.modules["__main__"] = main
             for key, value in before.items():

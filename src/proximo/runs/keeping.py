@@ -15,7 +15,7 @@ WAITS = (5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0)
 
 
 REST, LONGEST_REST = 200.0, 600.0
-"""A checkpoint that may rest waits until so many times as long as the last took have passed, at most so many seconds."""
+"""A checkpoint that may rest waits for so many times as long as the last one took, at most for so many seconds."""
 
 
 class Keeper:
