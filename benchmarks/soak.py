@@ -5,8 +5,9 @@
     python benchmarks/soak.py --table                         # only write docs/reliability.md from the results
 
 A child process trains; this one looks at it every few seconds through /proc (Linux): its resident memory with that of
-its children, open files, processes. Each soak is one line of benchmarks/results/soak.jsonl. The slopes are least
-squares over the run without its first fifth, in which caches fill.
+its children, open files, processes, and the processor time that an iteration takes the training process itself, which
+does not depend on what else the machine does. Each soak is one line of benchmarks/results/soak.jsonl. The slopes are
+least squares over the run without its first fifth, in which caches fill.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,10 +73,13 @@ def soak(task: str, seconds: float, folder: Path) -> dict:
     """Let a run go on for so long, look at it, end it by SIGTERM, and count what is left."""
     process = subprocess.Popen(command(task, folder))
     looks: list[tuple[float, int, int, int]] = []
+    work: list[tuple[float, float, int]] = []  # when, processor seconds so far, iterations so far
+    metrics = folder / "run" / "metrics.jsonl"
     n_kills, began = 0, time.monotonic()
     while (now := time.monotonic() - began) < seconds and process.poll() is None:
         time.sleep(LOOK_EVERY)
         looks.append((now, *look(process.pid)))
+        work.append((now, processor_seconds(process.pid), metrics.read_bytes().count(b"\n") if metrics.exists() else 0))
         if task == "control" and now > (n_kills + 1) * KILL_EVERY:
             workers = [pid for pid in family(process.pid) if "multiprocessing.spawn" in words_of(pid)]
             if workers:
@@ -84,7 +89,8 @@ def soak(task: str, seconds: float, folder: Path) -> dict:
     process.send_signal(signal.SIGTERM)
     code = process.wait(120)
     time.sleep(2.0)
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    costs = [(late[1] - early[1]) / max(late[2] - early[2], 1) for early, late in pairwise(work)]
     speed = "steps_per_second" if task == "control" else "tokens_per_second"
     return {
         "task": task,
@@ -98,7 +104,8 @@ def soak(task: str, seconds: float, folder: Path) -> dict:
         "processes": [looks[len(looks) // 5][3], looks[-1][3]],
         "left_alive": sum(Path(f"/proc/{pid}").exists() for pid in before),
         "speed": float(np.median([row[speed] for row in rows])),
-        "speed_change_per_hour": relative_change(rows, speed),
+        "processor_ms_per_iteration": 1000 * float(np.median(costs)),
+        "processor_change_per_hour": slope([now for now, *_ in work[1:]], costs) * 3600 / float(np.median(costs)),
     }
 
 
@@ -131,6 +138,12 @@ def look(pid: int) -> tuple[int, int, int]:
     return memory, files, processes
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has used of the processor, its children not counted."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def median(looks: list[tuple[float, int, int, int]], column: int) -> float:
     return float(np.median([one[column] for one in looks]))
 
@@ -141,24 +154,18 @@ def slope(times: list[float], values: list[float]) -> float:
     return float(np.polyfit(times[first:], values[first:], 1)[0])
 
 
-def relative_change(rows: list[dict], speed: str) -> float:
-    """Change of speed per hour, as a share of its median."""
-    times, values = [row["seconds"] for row in rows], [row[speed] for row in rows]
-    return slope(times, values) * 3600 / float(np.median(values))
-
-
 def write_table() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     lines = [
-        "| run | minutes | iterations | memory, MiB | MiB per hour | speed per hour | open files | processes | "
+        "| run | minutes | iterations | memory, MiB | MiB per hour | processor ms per iteration | its change per hour | open files | processes | "
         "workers killed | left alive | exit code |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         files, processes = (" to ".join(map(str, row[name])) for name in ("files", "processes"))
         lines.append(
             f"| {row['task']} | {row['seconds'] / 60:.0f} | {row['iterations']:,} | {row['mebibytes']:.0f} | "
-            f"{row['mebibytes_per_hour']:+.1f} | {100 * row['speed_change_per_hour']:+.1f} % | {files} | {processes} | "
+            f"{row['mebibytes_per_hour']:+.1f} | {row['processor_ms_per_iteration']:.1f} | {100 * row['processor_change_per_hour']:+.1f} % | {files} | {processes} | "
             f"{row['workers_killed']} | {row['left_alive']} | {row['exit_code']} |"
         )
     write_between("soak", lines + (in_words(rows) if rows else []), "reliability.md")
