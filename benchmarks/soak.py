@@ -157,15 +157,16 @@ def slope(times: list[float], values: list[float]) -> float:
 def write_table() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     lines = [
-        "| run | minutes | iterations | memory, MiB | MiB per hour | processor ms per iteration | its change per hour | open files | processes | "
-        "workers killed | left alive | exit code |",
+        "| run | minutes | iterations | memory, MiB | MiB per hour | processor ms per iteration | "
+        "its change per hour | open files | processes | workers killed | left alive | exit code |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         files, processes = (" to ".join(map(str, row[name])) for name in ("files", "processes"))
         lines.append(
             f"| {row['task']} | {row['seconds'] / 60:.0f} | {row['iterations']:,} | {row['mebibytes']:.0f} | "
-            f"{row['mebibytes_per_hour']:+.1f} | {row['processor_ms_per_iteration']:.1f} | {100 * row['processor_change_per_hour']:+.1f} % | {files} | {processes} | "
+            f"{row['mebibytes_per_hour']:+.1f} | {row['processor_ms_per_iteration']:.1f} | "
+            f"{100 * row['processor_change_per_hour']:+.1f} % | {files} | {processes} | "
             f"{row['workers_killed']} | {row['left_alive']} | {row['exit_code']} |"
         )
     write_between("soak", lines + (in_words(rows) if rows else []), "reliability.md")
