@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,7 +115,8 @@ def family(pid: int) -> list[int]:
     found = [pid]
     for each in found:
         for path in Path(f"/proc/{each}/task").glob("*/children"):
-            found += [int(child) for child in path.read_text().split()]
+            with suppress(OSError):  # a thread that has ended meanwhile
+                found += [int(child) for child in path.read_text().split()]
     return found
 
 

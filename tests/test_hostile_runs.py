@@ -273,11 +273,17 @@ def test_a_judge_is_sent_no_key_and_no_file_without_the_users_word(language: Pat
     monkeypatch.setenv("MY_SECRET", "abc")
     with contextlib.closing(Endpoint()) as endpoint:
         settings = tomllib.loads((language / "config.toml").read_text())
-        settings |= {"reward": ["reward"], name: ["judge"], "judge_url": endpoint.url, "judge_rubric": str(secret)}
+        settings |= {
+            "reward": ["evil.py:score"],
+            name: ["judge"],
+            "judge_url": endpoint.url,
+            "judge_rubric": str(secret),
+        }
         settings |= {"judge_api_key_variable": "MY_SECRET"}
         (language / "config.toml").write_text(tomli_w.dumps(settings))
         code, _, error = said_by(capsys, "resume", str(language), "--quiet")
         assert code == 2
+        assert name == "reward" or "'evil.py:score': resuming it runs that code" in error  # each is named
         for part in (endpoint.url, "$MY_SECRET", str(secret), "--allow-import"):
             assert part in error
         assert not endpoint.requests

@@ -54,7 +54,8 @@ class ResumeArguments:
     env: str | None = None
     """The environment, where the run's own name for it is not a registered Gymnasium id."""
     allow_import: bool = False
-    """Import the file or module that the run names as its environment; only for runs of your own."""
+    """Import the files or modules that the run names (environment, reward), and use its judge; only for runs of your
+    own."""
     total_steps: int | None = None
     """Train up to this many steps instead of the number the run was begun with."""
     quiet: bool = False

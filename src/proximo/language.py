@@ -466,11 +466,9 @@ def _check_rewards(
             "code": f"runs programs that the model writes, by the command: {config.sandbox or '(none)'}",
             "judge": f"sends texts, the rubric {config.judge.judge_rubric or '(none)'} and the key in "
             f"${config.judge.judge_api_key_variable} (where there is one) to {config.judge.judge_url}",
-        }[kind_of_reward(places[0])]
-        raise UserError(
-            f"This run's reward is {places[0]!r}: resuming it {does}\nIf the run is your own, add "
-            "--allow-import (Python: allow_import=True)."
-        )
+        }
+        each = [f"This run's reward is {place!r}: resuming it {does[kind_of_reward(place)]}" for place in places]
+        raise UserError("\n".join(each) + "\nIf the run is your own, add --allow-import (Python: allow_import=True).")
 
 
 def refuse_control_settings(run: Path, **given: Any) -> None:

@@ -200,3 +200,20 @@ def test_what_an_environment_started_is_gone_with_a_main_process_that_was_killed
         process.kill()
     assert len(kept) == 1
     assert soon(lambda: gone(kept[0]))
+
+
+def test_what_a_reward_function_started_is_gone_with_a_main_process_that_was_killed(tmp_path, kept):
+    place = tmp_path / "serves.py"
+    place.write_text(
+        "import subprocess\nfrom pathlib import Path\nserver = subprocess.Popen(['sleep', '100'])\n"
+        f"Path({str(tmp_path / 'pid')!r}).write_text(str(server.pid))\n"
+        "def score(prompts, responses):\n    return [0.0]\n"
+    )
+    command = [sys.executable, "-c", MAIN_OF_A_REWARD + "sys.stdin.read()", f"{place}:score"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        kept.append(int(process.stdout.readline()))
+        process.stdout.readline()
+        kept.append(int((tmp_path / "pid").read_text()))
+        process.kill()
+    assert soon(lambda: all(gone(pid) for pid in kept))

@@ -770,3 +770,18 @@ def test_a_folder_that_cannot_be_made_is_a_readable_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=str(tmp_path / "file" / "checkpoints")):
         save(tmp_path / "file" / "checkpoints", 1)
+
+
+def test_a_disk_that_refuses_to_say_what_latest_is_ends_no_run(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {}, {})
+    real = Path.stat
+
+    def stat(path: Path, **named: Any) -> os.stat_result:
+        if path.name == "latest":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **named)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    path = save_checkpoint(tmp_path, 2, {}, {})
+    finish_save(tmp_path, newest_checkpoint(tmp_path), keep_last=1)
+    assert path.exists()

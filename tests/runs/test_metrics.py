@@ -131,6 +131,8 @@ def test_truncating_says_what_is_not_as_the_run_has_left_it(log, kept, said, cap
     log.unlink()
     truncate_metrics(log, 3)
     assert "3 of the 3 rows" in capfd.readouterr().err
+    truncate_metrics(log, 10**15)  # a stranger's number
+    assert "1000000000000000 of the" in capfd.readouterr().err
     truncate_metrics(log, 0)
     assert not capfd.readouterr().err
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 
@@ -13,7 +15,15 @@ from proximo.algorithms.ppo import PPO
 from proximo.errors import UserError
 from proximo.models.control import NetworkConfig
 from proximo.presets import PRESETS
-from proximo.training.config import ControlConfig, EnvironmentConfig, settings_of, with_settings
+from proximo.runs.directory import RunDirectory, read_config, write_config
+from proximo.training.config import (
+    ControlConfig,
+    EnvironmentConfig,
+    changed_settings,
+    recorded,
+    settings_of,
+    with_settings,
+)
 
 CHANGED: dict[str, Any] = dict(
     env_id="my_file.py:MyEnv",
@@ -261,3 +271,22 @@ class TestDerived:
         assert {name: known[name] for name in settings} == {
             name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()
         }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gamma": 1, "stop_at_return": 475},
+        {"learning_rate": np.float64(0.001), "env_kwargs": {"a": {"x": 1}, "b": 2, "c": [1.5, "d"]}},
+        {"hidden_sizes": (8, 8), "target_kl": None},
+    ],
+)
+def test_settings_that_went_through_a_file_are_the_same(settings, tmp_path):
+    config = with_settings(ControlConfig(), settings, where="test")
+    before = json.loads(json.dumps(recorded(config)))
+    run = RunDirectory(tmp_path)
+    write_config(run, settings_of(config))
+    again = with_settings(ControlConfig(), read_config(run), where="config.toml")
+    assert changed_settings(before, again) == ""
+    assert changed_settings(before, dataclasses.replace(again, checkpoint_every=7, keep_checkpoints=9)) == ""
+    assert "seed was 0 and is 5" in changed_settings(before, dataclasses.replace(again, seed=5))

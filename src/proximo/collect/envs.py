@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -156,7 +157,7 @@ def close_quietly(name: str, envs: Sequence[Any]) -> None:
 
 
 class SerialEnvs:
-    """N environments in this process, stepped one after the other; no copies, nothing allocated per step.
+    """N environments in this process, stepped one after the other; no copies but one of the actions.
 
     Episode e of environment i is seeded by `episode_seed(seed, i, e)`, and the actions since each reset are
     kept, so an open episode can be rebuilt by playing it again (unless it is longer than `LONGEST_REPLAY`).
@@ -181,6 +182,7 @@ class SerialEnvs:
         that raises or returns what it must not is made anew so many times in all, and its episode cut; the faults are
         left in `faults`. `wrap` puts something around each environment, which has that number.
         """
+        self._process = os.getpid()
         self._make = make
         self._wrap = wrap
         self._max_restarts = max_restarts
@@ -247,6 +249,7 @@ class SerialEnvs:
                 first = self._step_from(first, given)
             except EnvironmentFault as fault:
                 first = self._lose(fault)
+        self._end_a_fork()
         self._check_values()
         np.copyto(self._observations, self._final)
         self._reward_sums += self._rewards
@@ -263,10 +266,11 @@ class SerialEnvs:
             except KeyboardInterrupt:
                 raise
             except BaseException as error:
+                self._end_a_fork()
                 raise self._raised(index, "step", error) from error
             try:
                 observation, reward, terminated, truncated, _ = result
-            except (TypeError, ValueError) as error:
+            except Exception as error:
                 raise self._fault(index, f"{STEP_RETURNS}, and returned {amount_of(result)}") from error
             self._store(index, observation, self._final, "the observation")
             self._rewards[index] = reward if type(reward) is float else self._number(index, reward)
@@ -276,6 +280,11 @@ class SerialEnvs:
             self._truncated[index] = truncated if type(truncated) is bool else self._end(index, "truncated", truncated)
 
         return self.n_envs
+
+    def _end_a_fork(self) -> None:
+        """End this process if it is a fork that an environment let come back: only one of the two may go on."""
+        if os.getpid() != self._process:
+            os._exit(0)
 
     def _lose(self, fault: EnvironmentFault) -> int:
         """Cut the episode of an environment that failed in a step, and return the number of the one after it.
@@ -361,6 +370,7 @@ class SerialEnvs:
         """
         arrays = snapshot.arrays
         check_snapshot(snapshot, self.n_envs)
+        self.faults.clear()  # those of the moment that is left behind
         self.n_restarts = int(snapshot.values["n_restarts"])
         self._episodes[:] = arrays["episodes"]
         lengths = np.maximum(arrays["lengths"], 0).tolist()
@@ -419,7 +429,9 @@ class SerialEnvs:
         except KeyboardInterrupt:
             raise
         except BaseException as error:
+            self._end_a_fork()
             raise self._raised(index, "reset", error) from error
+        self._end_a_fork()
         if not (isinstance(result, tuple) and len(result) == 2):
             raise self._fault(index, f"{RESET_RETURNS}, and returned {amount_of(result)}")
         self._store(index, result[0], self._observations, "the observation that reset() returned")

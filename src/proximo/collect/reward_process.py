@@ -7,6 +7,7 @@ input ends. Nothing here imports torch, so the process is up in a moment and sma
 from __future__ import annotations
 
 import asyncio
+import atexit
 import faulthandler
 import importlib
 import importlib.util
@@ -256,6 +257,15 @@ def main(place: str, parent: int) -> None:
     faulthandler.enable()
     incoming, outgoing = _take_pipes()
     own = os.getpid()
+
+    def end_group() -> None:
+        """End whatever the function has started, also where nobody is left to do that."""
+        if os.getpid() == own:
+            with suppress(OSError, ValueError):
+                sys.stdout.flush()
+            kill_group(own)
+
+    atexit.register(end_group)  # the first to be registered is the last to be called
 
     def say(value: Answer | Signature) -> None:
         if os.getpid() != own:  # a fork that the function let come back here: only one of the two may answer

@@ -186,7 +186,8 @@ def work(number: int, connection: Connection, parent: int) -> None:
             connection.send(reply)
     except (EOFError, OSError):  # the main process is gone, and nobody else ends what the environments leave behind
         service.close()
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         kill_group(os.getpid())
     finally:
         service.close()

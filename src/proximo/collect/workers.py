@@ -200,6 +200,7 @@ class WorkerEnvs:
         """
         memory, arrays = self._opened(), snapshot.arrays
         check_snapshot(snapshot, self.n_envs)
+        self.faults.clear()  # those of the moment that is left behind
         self.n_restarts = int(snapshot.values["n_restarts"])
         lengths = np.maximum(arrays["lengths"], 0)
         bounds = [0, *np.cumsum(lengths).tolist()]
@@ -438,7 +439,7 @@ def _close_open() -> None:
         envs.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Worker:
     """A worker process and the slice of environments in it, `start` to `stop - 1`."""
 
@@ -447,6 +448,7 @@ class _Worker:
     stop: int
     process: SpawnProcess
     connection: Connection
+    was_waited_for: bool = False
 
     @staticmethod
     def begin(number: int, start: int, stop: int) -> _Worker:
@@ -487,6 +489,7 @@ class _Worker:
         if not ended:
             return "closed its pipe"
         self.process.join()
+        self.was_waited_for = True
         code = self.process.exitcode or 0
         if code < 0:
             known = {s.value: s.name for s in signal.Signals}
@@ -495,11 +498,14 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process, unless it has ended, and whatever its environments have started and left behind."""
-        kill_group(self.process.pid)
+        if not self.was_waited_for:  # its number may be another process's by now
+            kill_group(self.process.pid)
         self.process.kill()  # one that is only being started has no group yet
 
     def end(self, deadline: float) -> None:
         """Wait for the process until `deadline`, then kill it (SIGTERM it ignores); leave nothing of it."""
+        if self.connection.closed:  # it has ended, and another was to be begun in its place
+            return
         wait([self.process.sentinel], max(0.0, deadline - time.monotonic()))
         self.kill()
         self.process.join()

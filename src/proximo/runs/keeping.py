@@ -28,8 +28,8 @@ class Keeper:
     def __init__(self, metrics_path: Path, *, may_rest: bool = False) -> None:
         """Nothing is kept back yet.
 
-        `may_rest` is for runs that nobody has told how often to save, and whose numbers do not depend on it: saving
-        then takes less than a hundredth of their time, however short they are.
+        `may_rest` is for runs that nobody has told how often to save, and whose numbers do not depend on it: saves that
+        take less than 3 seconds then take less than a hundredth of their time, however short the runs are.
         """
         self._metrics_path = metrics_path
         self._owner = os.getpid()

@@ -83,8 +83,8 @@ def truncate_metrics(path: Path, iteration: int) -> None:
         if value <= iteration:
             kept.append(line + b"\n")
             iterations.append(value)
-    if iterations != list(range(1, iteration + 1)):
-        missing = len(set(range(1, iteration + 1)) - set(iterations))
+    if len(iterations) != iteration or any(one != number for number, one in enumerate(iterations, start=1)):
+        missing = max(iteration - len(set(iterations)), 0)
         what = (
             f"{missing} of the {iteration} rows are not there"
             if missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
 
 from proximo.errors import UserError
@@ -74,5 +75,9 @@ def pointed(folder: Path, pointer: str) -> str | None:
 
 def check_pointer(path: Path) -> None:
     """Raise UserError if `latest` or `best` is a folder, or a pipe, which would be waited for for ever."""
-    if path.exists() and not path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # it is not there; or the disk refuses, which whoever opens it then hears
+        return
+    if not stat.S_ISREG(mode):
         raise UserError(f"{path} is damaged: it is no plain file. Delete it; no checkpoint is touched by that.")

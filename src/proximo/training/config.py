@@ -7,6 +7,7 @@ and the keyword of `proximo.train`.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import types
 import typing
@@ -186,16 +187,24 @@ def settings_of(config: object) -> dict[str, Any]:
     return settings
 
 
-def recorded(config: object) -> dict[str, str]:
-    """Every setting as a text, for a checkpoint to remember."""
-    return {name: repr(value) for name, value in settings_of(config).items()}
+_NO_NUMBER_HANGS_ON = (
+    *("checkpoint_every", "keep_checkpoints", "keep_every", "max_restarts", "max_skipped_updates", "step_timeout"),
+    *("n_workers", "on_environment_fault", "reward_timeout", "judge_timeout", "judge_parallel", "debug"),
+    "total_steps",  # a schedule does, but whoever resumes with another number has just asked for that
+)
+
+
+def recorded(config: object) -> dict[str, Any]:
+    """The settings that numbers hang on, as JSON has them, for a checkpoint to remember."""
+    settings = {name: value for name, value in settings_of(config).items() if name not in _NO_NUMBER_HANGS_ON}
+    return json.loads(json.dumps(settings, default=repr))
 
 
 def changed_settings(before: object, config: object) -> str:
     """What a checkpoint's `recorded` settings have become since, in words; empty if they are the same."""
     now = recorded(config)
     was = before if isinstance(before, dict) else now
-    changed = [
+    changed = [  # 1 and 1.0 are the same
         f"{name} was {was.get(name, 'none')} and is {value}" for name, value in now.items() if was.get(name) != value
     ]
     return f"its state is back, but with other settings it goes another way: {', '.join(changed)}" if changed else ""

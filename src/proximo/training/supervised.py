@@ -323,14 +323,8 @@ def steps(
             "tokens_per_second": sum(map(len, step.token_ids)) / max(stepped - began, 1e-9),
         }
         stopped, ended = bool(stopping()), state.iteration >= total
-        keeper.keep(
-            row,
-            save,
-            is_due=stopped or ended or due(config, state.iteration, state.saved_at, total),
-            is_sound=not state.skipped_in_a_row,
-            is_last=ended,
-            is_urgent=stopped,
-        )
+        is_due, is_sound = stopped or due(config, state.iteration, state.saved_at, total), not state.skipped_in_a_row
+        keeper.keep(row, save, is_due=is_due, is_sound=is_sound, is_last=ended, is_urgent=stopped)
         yield row
 
 
