@@ -29,5 +29,5 @@ def test_a_display_that_nobody_reads_goes_quiet(kind: str, monkeypatch: pytest.M
 
 def test_a_quiet_display_shows_skipped_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = Checkpoint(tmp_path, 512, {}, {}, {}, ("step_000000001024: state.json is damaged",))
-    Display.choose(quiet=True).resumed(RunDirectory(tmp_path), checkpoint, [], 2)
+    Display.choose(quiet=True).resumed(RunDirectory(tmp_path), checkpoint, [], 2, "")
     assert "step_000000001024: state.json is damaged" in capsys.readouterr().err

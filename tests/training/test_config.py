@@ -289,4 +289,5 @@ def test_settings_that_went_through_a_file_are_the_same(settings, tmp_path):
     again = with_settings(ControlConfig(), read_config(run), where="config.toml")
     assert changed_settings(before, again) == ""
     assert changed_settings(before, dataclasses.replace(again, checkpoint_every=7, keep_checkpoints=9)) == ""
+    assert changed_settings(before, with_settings(again, {"vectorization": "workers"}, where="test")) == ""
     assert "seed was 0 and is 5" in changed_settings(before, dataclasses.replace(again, seed=5))

@@ -94,6 +94,7 @@ class WorkerEnvs:
         """
         self._workers: list[_Worker] = []
         self._memory: Memory | None = None
+        self._descriptor: int | None = None
         self._owner = os.getpid()
         if sys.platform == "win32":
             raise UserError("Worker processes need Linux or macOS. Use serial environments here.")
@@ -105,7 +106,6 @@ class WorkerEnvs:
         self._name = name
         self._timeout = timeout
         self._max_restarts = max_restarts
-        self._descriptor: int | None = None
         self._layout: Layout | None = None
         self.n_restarts = 0
         self.faults: list[EnvironmentFault] = []
