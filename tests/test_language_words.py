@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,6 +221,12 @@ class TestChat:
         assert code == 0, error
         assert len(out.splitlines()) == 1
         assert "the system message is left out" in error
+
+    def test_hears_every_line_of_a_pipe_and_characters_that_are_none(self, model):
+        words = [sys.executable, "-m", "proximo", "chat", model, "--max-new-tokens", "2"]
+        process = subprocess.run(words, input=b"the cat\nthe \xff dog\nthe bird\n\n", capture_output=True, check=False)
+        assert process.returncode == 0, process.stderr.decode()
+        assert len(process.stdout.splitlines()) == 3
 
     def test_writes_a_replacement_character(self):
         assert cli_models._whole("a\ud800b\U0001f600\udfff") == "a\ufffdb\U0001f600\ufffd"

@@ -140,6 +140,8 @@ def chat_command(words: list[str]) -> Outcome:
     if not talks:
         unheard = ", and the system message is left out" if given.system else ""
         print(f"This model has no chat template: it goes on with each line by itself{unheard}.", file=sys.stderr)
+    if hasattr(sys.stdin, "reconfigure"):  # once: it cannot be done after the first line
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while line := _asked():
         messages.append({"role": "user", "content": line})
         ids = encode_prompt(tokenizer, messages if talks else line)
@@ -156,8 +158,6 @@ def chat_command(words: list[str]) -> Outcome:
 
 
 def _asked() -> str:
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         return _whole(input("> " if sys.stdin.isatty() else "").strip())
     except (EOFError, KeyboardInterrupt):
