@@ -81,7 +81,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
             f"The checkpoint of step {step} could not be saved in {folder}: {files.reason(error)}. "
             "Earlier checkpoints are untouched. Free some space there, or let this user write there."
         ) from error
-    _name_latest(folder, path)
+    _point(folder / names.LATEST, path.name, f"{path} is whole.")
     return path
 
 
@@ -93,13 +93,7 @@ def mark_best(folder: Path, checkpoint_path: Path) -> None:
     name = checkpoint_path.name
     if name not in names.all_in(folder) or checkpoint_path.parent.resolve() != folder.resolve():
         raise ValueError(f"{checkpoint_path} is no checkpoint of {folder}")
-    try:
-        files.replace_file(folder / names.BEST, f"{name}\n".encode())
-    except OSError as error:
-        raise DiskError(
-            f"{folder / names.BEST} could not be written: {files.reason(error)}. "
-            "The best checkpoint is still the one it named. Free some space, or let this user write there."
-        ) from error
+    _point(folder / names.BEST, name, "The best checkpoint is still the one it named.")
 
 
 def finish_save(
@@ -115,7 +109,7 @@ def finish_save(
     if checkpoint.skipped:
         return
     if names.pointed(folder, names.LATEST) != checkpoint.path.name:
-        _name_latest(folder, checkpoint.path)
+        _point(folder / names.LATEST, checkpoint.path.name, f"{checkpoint.path} is whole.")
     if best and names.pointed(folder, names.BEST) != checkpoint.path.name:
         mark_best(folder, checkpoint.path)
     prune_checkpoints(folder, keep_last, keep_every)
@@ -230,12 +224,13 @@ def prune_checkpoints(folder: Path, keep_last: int, keep_every: int | None = Non
     return tuple(doomed)
 
 
-def _name_latest(folder: Path, path: Path) -> None:
+def _point(pointer: Path, name: str, consolation: str) -> None:
+    """Let `latest` or `best` name a checkpoint; the message says too what is as it should be."""
     try:
-        files.replace_file(folder / names.LATEST, f"{path.name}\n".encode())
+        files.replace_file(pointer, f"{name}\n".encode())
     except OSError as error:
         raise DiskError(
-            f"{path} is whole, but {folder / names.LATEST} could not be written: {files.reason(error)}. "
+            f"{pointer} could not be written: {files.reason(error)}. {consolation} "
             "Free some space there, or let this user write there."
         ) from error
 
