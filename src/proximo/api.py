@@ -147,7 +147,7 @@ def resume_with(
                 best=checkpoint.state.get("is_best") is True,
             )
             truncate_metrics(directory.metrics_path, state.iteration)
-            display.resumed(directory, checkpoint, fresh, envs.n_envs, changed)
+            display.resumed(directory, checkpoint, fresh, config, changed)
             if control.finished(config, state):
                 display.say(_already_finished(config, state, directory))
             return _train_to_the_end(config, directory, state, envs, display)

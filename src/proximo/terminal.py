@@ -78,18 +78,22 @@ class Display:
         }
         self._facts(rows)
 
-    def resumed(self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], n_envs: int, changed: str) -> None:
+    def resumed(
+        self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], config: ControlConfig, changed: str
+    ) -> None:
         """Say where a run goes on, and how exactly; `changed` says what settings have become since."""
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         level = "exact: every open episode was played again and came back to the same observation"
         if fresh:
             level = (
-                f"statistical: {len(fresh)} of {n_envs} environments could not be brought back to where they were "
-                "and begin fresh episodes"
+                f"statistical: {len(fresh)} of {config.environment.n_envs} environments could not be brought back to "
+                "where they were and begin fresh episodes"
             )
         elif changed:
             level = ""
+        elif config.device != "cpu":
+            level = "statistical: a GPU adds numbers up in no fixed order"
         level = "\n".join(filter(None, [level, changed, differences(checkpoint.versions)]))
         self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
 
