@@ -187,6 +187,10 @@ class TestRefusals:
             assert code == 2
             assert said in error
             assert "1 of 4" not in error
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, "transformers", None)
+            code, _, error = said_by(capsys, "demo", "align")
+        assert (code, "extra 'language'" in error, "1 of 4" in error) == (2, True, False)
         assert [each.name for each in tmp_path.iterdir()] == ["there"]
 
     def test_of_a_model_of_nan(self, model, capsys, tmp_path):

@@ -182,6 +182,7 @@ def demo_command(words: list[str]) -> Outcome:
     if words[0] != "align":
         raise UserError(f"There is no demo {words[0]!r}. There is one: proximo demo align")
     from proximo.demo.align import LONG, DemoConfig, run_demo
+    from proximo.models.folders import transformers_module
     from proximo.runs.directory import new_run
 
     given = tyro.cli(DemoArguments, args=words[1:], prog="proximo demo align")
@@ -192,6 +193,7 @@ def demo_command(words: list[str]) -> Outcome:
             f"{given.run_dir} exists and is not empty. The demo begins from nothing each time and writes over nothing: "
             "choose a new folder with --run-dir, or delete this one."
         )
+    transformers_module()  # where it is missing, that is said before anything is written
     size = LONG if given.long else DemoConfig()
     config = replace(size, seed=given.seed, threads=given.threads)
     display = StageDisplay.choose(quiet=given.quiet)
