@@ -24,7 +24,7 @@ import cloudpickle  # noqa: TID251
 import gymnasium as gym
 import numpy as np
 import torch
-from records import circumstances, in_words, write_between
+from records import add_row, in_words, read_rows, write_between
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -61,13 +61,11 @@ def main() -> None:
 
 
 def rows(kind: str) -> list[dict]:
-    found = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    return [row for row in found if row["test"] == kind]
+    return read_rows(RESULTS, test=kind)
 
 
 def keep(row: dict) -> None:
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row | circumstances("numpy", "gymnasium")) + "\n")
+    add_row(RESULTS, row, "numpy", "gymnasium")
     print(json.dumps(row), flush=True)
 
 

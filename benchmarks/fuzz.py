@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from records import circumstances, in_words, write_between
+from records import add_row, in_words, read_rows, write_between
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fuzz.jsonl"
@@ -37,15 +37,11 @@ def main() -> None:
     given = parser.parse_args()
     if not given.table:
         for file in KINDS:
-            done = {row["property"] for row in rows() if row["examples"] == given.examples}
+            done = {row["property"] for row in read_rows(RESULTS) if row["examples"] == given.examples}
             for name in properties(file):
                 if name not in done:
                     keep(file, name, given.examples)
     write_table()
-
-
-def rows() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def properties(file: str) -> list[str]:
@@ -75,13 +71,12 @@ def keep(file: str, name: str, count: int) -> None:
     }
     if row["broken"]:
         print(ran.stdout, file=sys.stderr)
-    with RESULTS.open("a") as out:
-        out.write(json.dumps(row | circumstances("hypothesis", "numpy", "transformers", "datasets")) + "\n")
+    add_row(RESULTS, row, "hypothesis", "numpy", "transformers", "datasets")
     print(json.dumps(row), flush=True)
 
 
 def write_table() -> None:
-    found = rows()
+    found = read_rows(RESULTS)
     lines = ["| what | properties | examples tried | broke one |", "|---|---|---|---|"]
     for file, what in KINDS.items():
         own = [row for row in found if row["file"] == file]

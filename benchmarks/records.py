@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -35,6 +36,18 @@ def circumstances(*packages: str) -> dict:
         except PackageNotFoundError:
             versions[package] = "unknown"
     return {"commit": commit(), "machine": f"{os.cpu_count()} x {processor()}", "versions": versions}
+
+
+def read_rows(results: Path, **wanted: object) -> list[dict]:
+    """The lines of a file of results that have these values; none where there is no file yet."""
+    found = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return [row for row in found if all(row[name] == value for name, value in wanted.items())]
+
+
+def add_row(results: Path, row: dict, *packages: str) -> None:
+    """Write a result down, with machine, versions of these packages, and commit."""
+    with results.open("a") as file:
+        file.write(json.dumps(row | circumstances(*packages)) + "\n")
 
 
 def in_words(rows: list[dict]) -> list[str]:

@@ -13,7 +13,6 @@ back to the checkpoint before.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -22,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from records import circumstances, in_words, write_between
+from records import add_row, in_words, read_rows, write_between
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -50,13 +49,11 @@ def main() -> None:
 
 
 def rows(test: str) -> list[dict]:
-    found = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    return [row for row in found if row["test"] == test]
+    return read_rows(RESULTS, test=test)
 
 
 def keep(row: dict) -> None:
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row | circumstances("transformers", "numpy", "gymnasium", "safetensors")) + "\n")
+    add_row(RESULTS, row, "transformers", "numpy", "gymnasium", "safetensors")
 
 
 # --- kills ----------------------------------------------------------------------------------------------------------

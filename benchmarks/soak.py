@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from records import circumstances, in_words, write_between
+from records import add_row, in_words, read_rows, write_between
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "soak.jsonl"
@@ -44,8 +44,7 @@ def main() -> None:
     if not given.table:
         with tempfile.TemporaryDirectory() as folder:
             row = soak(given.task, 60.0 * given.minutes, Path(folder))
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(row | circumstances("transformers", "numpy", "gymnasium")) + "\n")
+        add_row(RESULTS, row, "transformers", "numpy", "gymnasium")
         print(json.dumps(row))
     write_table()
 
@@ -157,7 +156,7 @@ def slope(times: list[float], values: list[float]) -> float:
 
 
 def write_table() -> None:
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     lines = [
         "| run | minutes | iterations | memory, MiB | MiB per hour | processor ms per iteration | "
         "its change per hour | open files | processes | workers killed | left alive | exit code |",
