@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,13 +23,25 @@ def updated(policy, batch: Batch, **settings) -> tuple[dict[str, float], FlatAda
     return algorithm.update(policy, optimizer, batch, torch.Generator().manual_seed(3)), optimizer
 
 
-def both_ways(make_policy, make_batch, *, shape: tuple[int, int] = (4, 13), **settings):
-    """The policy and metrics after one update on the eager path, and on the fused one."""
+@pytest.fixture(params=["fused", "compiled", "compiled on two threads"])
+def path(request) -> Iterator[str]:
+    """The paths with the gradient written out."""
+    path, _, on_two = request.param.partition(" ")
+    if path == "compiled":
+        pytest.importorskip("numba", reason="numba is not installed")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if on_two else 1)
+    yield path
+    torch.set_num_threads(before)
+
+
+def both_ways(make_policy, make_batch, path: str, *, shape: tuple[int, int] = (4, 13), **settings):
+    """The policy and metrics after one update on the eager path, and on another one."""
     results = []
-    for path in ("eager", "fused"):
+    for path in ("eager", path):
         policy = make_policy()
         metrics, _ = updated(policy, make_batch(policy, *shape), update_path=path, **settings)
-        assert (policy.n_evaluations == 0) == (path == "fused")
+        assert (policy.n_evaluations == 0) == (path != "eager")
         results.append((policy, metrics))
     return results
 
@@ -48,9 +61,9 @@ CASES = [
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: ",".join(settings) or "plain")
-def test_a_whole_update_agrees_with_the_eager_one(plain_policy, make_batch, kind, activation, settings):
+def test_a_whole_update_agrees_with_the_eager_one(plain_policy, make_batch, path, kind, activation, settings):
     (eager, expected), (fused, metrics) = both_ways(
-        lambda: plain_policy(kind, activation=activation), make_batch, **settings
+        lambda: plain_policy(kind, activation=activation), make_batch, path, **settings
     )
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
     assert metrics.keys() == expected.keys()
@@ -61,17 +74,17 @@ def test_a_whole_update_agrees_with_the_eager_one(plain_policy, make_batch, kind
 
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
-def test_single_precision_agrees_to_its_rounding(plain_policy, make_batch, kind):
+def test_single_precision_agrees_to_its_rounding(plain_policy, make_batch, path, kind):
     (eager, expected), (fused, metrics) = both_ways(
-        lambda: plain_policy(kind, dtype=torch.float32), make_batch, entropy_coef=0.01, value_clip_epsilon=0.2
+        lambda: plain_policy(kind, dtype=torch.float32), make_batch, path, entropy_coef=0.01, value_clip_epsilon=0.2
     )
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=2e-3)
     assert metrics == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("target_kl", [1e-6, 0.005, 0.01, 0.02])
-def test_the_kl_stop_is_the_same(plain_policy, make_batch, target_kl):
-    (eager, expected), (fused, metrics) = both_ways(plain_policy, make_batch, target_kl=target_kl)
+def test_the_kl_stop_is_the_same(plain_policy, make_batch, path, target_kl):
+    (eager, expected), (fused, metrics) = both_ways(plain_policy, make_batch, path, target_kl=target_kl)
     assert metrics["n_updates"] == expected["n_updates"] < 12
     assert metrics["kl_stopped"] == expected["kl_stopped"] == 1.0
     assert metrics["approx_kl_max"] > 1.5 * target_kl
@@ -79,17 +92,17 @@ def test_the_kl_stop_is_the_same(plain_policy, make_batch, target_kl):
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
 
 
-def test_at_the_first_minibatch_every_ratio_is_one(plain_policy, make_batch):
+def test_at_the_first_minibatch_every_ratio_is_one(plain_policy, make_batch, path):
     for kind in ("discrete", "continuous"):
         policy = plain_policy(kind)
-        metrics, _ = updated(policy, make_batch(policy), update_path="fused", n_epochs=1, batch_size=1000)
+        metrics, _ = updated(policy, make_batch(policy), update_path=path, n_epochs=1, batch_size=1000)
         assert abs(metrics["approx_kl"]) < 1e-12
         assert metrics["clip_fraction"] == 0.0
 
 
-def test_gradients_of_another_update_are_not_left_in(plain_policy, make_batch):
+def test_gradients_of_another_update_are_not_left_in(plain_policy, make_batch, path):
     results = []
-    for path in ("eager", "fused"):
+    for path in ("eager", path):
         policy = plain_policy("continuous")
         optimizer = FlatAdam(policy, learning_rate=0.0)
         for seed, way in ((0, "eager"), (1, path), (2, "eager")):
@@ -107,7 +120,7 @@ NOT_FINITE += [("rewards", math.inf), ("values", -math.inf)]
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 @pytest.mark.parametrize(("field", "bad"), NOT_FINITE)
 def test_what_is_not_finite_is_refused_and_the_weights_stay_bit_identical(
-    plain_policy, make_batch, field, bad, kind, settings
+    plain_policy, make_batch, path, field, bad, kind, settings
 ):
     # A NaN is neither above nor below anything: every comparison in the written-out gradient must let it through.
     policy = plain_policy(kind)
@@ -116,26 +129,26 @@ def test_what_is_not_finite_is_refused_and_the_weights_stay_bit_identical(
     spoilt[0, 0] = bad
     before = policy.flat()
     with pytest.raises(NonFiniteUpdateError):
-        updated(policy, dataclasses.replace(batch, **{field: spoilt}), update_path="fused", batch_size=1000, **settings)
+        updated(policy, dataclasses.replace(batch, **{field: spoilt}), update_path=path, batch_size=1000, **settings)
     assert torch.equal(policy.flat(), before)
 
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
-def test_minibatches_of_one_step_agree_and_make_no_nan(plain_policy, make_batch, kind):
-    (eager, _), (fused, metrics) = both_ways(lambda: plain_policy(kind), make_batch, shape=(1, 6), batch_size=1)
+def test_minibatches_of_one_step_agree_and_make_no_nan(plain_policy, make_batch, path, kind):
+    (eager, _), (fused, metrics) = both_ways(lambda: plain_policy(kind), make_batch, path, shape=(1, 6), batch_size=1)
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
     assert all(math.isfinite(value) for value in metrics.values())
 
 
 @pytest.mark.parametrize("constant", [0.1, 10.1])
-def test_equal_advantages_are_no_signal_on_either_path(plain_policy, make_batch, constant):
+def test_equal_advantages_are_no_signal_on_either_path(plain_policy, make_batch, path, constant):
     # Whitening leaves 0; the rounding of their mean, blown up to -1 or 1 everywhere, would move the actor.
     def flat_rewards(policy, *shape: int) -> Batch:
         batch = make_batch(policy, *shape, masked=0.0)
         zero, ended = torch.zeros_like(batch.rewards), torch.ones_like(batch.done)
         return dataclasses.replace(batch, rewards=zero + constant, values=zero, terminated=ended, done=ended)
 
-    for path in ("eager", "fused"):
+    for path in ("eager", path):
         policy = plain_policy(dtype=torch.float32)
         batch = flat_rewards(policy, 4, 16)
         metrics, _ = updated(policy, batch, update_path=path, n_epochs=1, batch_size=64)
@@ -143,7 +156,7 @@ def test_equal_advantages_are_no_signal_on_either_path(plain_policy, make_batch,
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_masked_steps_change_nothing_whatever_stands_there(plain_policy, make_batch, poison):
+def test_masked_steps_change_nothing_whatever_stands_there(plain_policy, make_batch, path, poison):
     results = []
     for fill in (None, poison):
         policy = plain_policy()
@@ -153,7 +166,7 @@ def test_masked_steps_change_nothing_whatever_stands_there(plain_policy, make_ba
             changed = {name: getattr(batch, name).masked_fill(~batch.mask, fill) for name in floats}
             observations = batch.observations.masked_fill(~batch.mask[..., None], fill)
             batch = dataclasses.replace(batch, **changed, observations=observations)
-        updated(policy, batch, update_path="fused")
+        updated(policy, batch, update_path=path)
         results.append(policy.flat())
     assert torch.equal(*results)
 
@@ -171,6 +184,7 @@ def test_the_path_is_chosen_by_what_is_possible(plain_policy, tiny_policy, make_
 
 
 @pytest.mark.parametrize("settings", [{"objective": "kl_penalty"}, {"microbatch_size": 8}])
-def test_a_path_that_cannot_be_is_refused(settings):
-    with pytest.raises(UserError, match="update_path is 'fused'"):
-        PPO(update_path="fused", **settings)
+@pytest.mark.parametrize("path", ["fused", "compiled"])
+def test_a_path_that_cannot_be_is_refused(settings, path):
+    with pytest.raises(UserError, match=f"update_path is '{path}'"):
+        PPO(update_path=path, **settings)

@@ -1,24 +1,32 @@
-"""PPO-Clip's epochs for plain perceptrons, with the gradient written out: no autograd, no graph, few operations.
+"""PPO-Clip's epochs for plain perceptrons on the CPU, with the gradient written out in NumPy: no autograd, no graph.
 
 Small networks spend nearly all their time on dispatching operations. This does the same arithmetic as
 `update.run_epochs` with `PPO._loss`, which stays the reference: the same minibatches in the same order, and
-parameters that agree with it to rounding (tests/algorithms/test_fused.py).
+parameters that agree with it to rounding (tests/algorithms/test_fused.py). `compiled.py` does it in machine code.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
+from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.update import Minibatch
 from proximo.core.batch import minibatch_indices
-from proximo.core.masked import rounding
 from proximo.core.policy import PlainActorCritic
+
+if TYPE_CHECKING:
+    from proximo.algorithms import compiled
+
+ROUNDING = 16
+"""Times the float's precision: advantages that spread by less of their size differ by rounding alone (`masked.rounding`)."""
 
 
 class ClipSettings(NamedTuple):
@@ -38,188 +46,390 @@ class ClipSettings(NamedTuple):
 class _Steps(NamedTuple):
     """What one minibatch needs; all `[n]` but `inputs` `[n, F]` and `actions` `[n]` or `[n, A]`."""
 
-    inputs: Tensor
-    actions: Tensor
-    old_log_probs: Tensor
-    advantages: Tensor
-    returns: Tensor
-    old_values: Tensor
+    inputs: np.ndarray
+    actions: np.ndarray
+    old_log_probs: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray
+    old_values: np.ndarray
 
 
-class _PolicyStep(NamedTuple):
-    """Gradient of the loss to the actor's outputs, and what the metrics are made of."""
-
-    output_gradient: Tensor
-    log_ratio: Tensor
-    ratio: Tensor
-    surrogate: Tensor
-    entropy: Tensor
+_NAMES = ("approx_kl", "policy_loss", "value_loss", "entropy", "clip_fraction")
+Metrics = tuple[float, float, float, float, float]
 
 
-@torch.no_grad()
+def can_fuse(plain: PlainActorCritic, optimizer: object) -> bool:
+    """Whether the networks are all that a `FlatAdam` on the CPU optimizes, the critic's weights after the actor's."""
+    if not isinstance(optimizer, FlatAdam) or optimizer.weights.device.type != "cpu":
+        return False
+    actor, critic = _parameters(plain.actor), _parameters(plain.critic)
+    actor += [] if plain.log_std is None else [plain.log_std]
+    n_weights = sum(parameter.numel() for parameter in actor + critic)
+    in_order = max(map(Tensor.data_ptr, actor)) < min(map(Tensor.data_ptr, critic))
+    return n_weights == optimizer.weights.numel() and in_order
+
+
 def run_fused_epochs(
     plain: PlainActorCritic,
-    optimizer: Optimizer,
+    optimizer: FlatAdam,
     everything: Minibatch,
     settings: ClipSettings,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Do what `update.run_epochs` does with the loss of PPO-Clip; see there for metrics, KL stop and errors."""
-    batch = everything.batch
-    assert everything.returns is not None
-    assert batch.values is not None
-    columns = _Steps(
-        plain.inputs,
-        batch.actions.flatten(0, 1),
-        batch.log_probs.flatten(),
-        everything.advantages.flatten(),
-        everything.returns.flatten(),
-        batch.values.flatten(),
-    )
-    kl_seen: list[Tensor] = []
+    columns = _columns(plain, everything, optimizer)
+    networks = _Networks.of(plain, optimizer)
+    seen: list[Metrics] = []
     grad_norms: list[float] = []
-    epoch: list[Tensor] = []
-    stopped = False
-    for _ in range(settings.n_epochs):
-        epoch = []
-        rows = minibatch_indices(len(columns.inputs), settings.batch_size, generator)
-        order = torch.cat(rows).to(columns.inputs.device)
-        shuffled = [column.index_select(0, order) for column in columns]
-        offset = 0
-        for part in rows:
-            steps = _Steps(*(column.narrow(0, offset, len(part)) for column in shuffled))
-            offset += len(part)
-            metrics = _write_gradient(plain, steps, settings)
-            if not math.isfinite(value_loss := float(metrics[2])):  # an overflown square has a finite gradient
-                raise NonFiniteUpdateError(f"the value loss is {value_loss}")
-            epoch.append(metrics)
-            kl_seen.append(metrics[0])
-            stopped = settings.target_kl is not None and float(metrics[0]) > 1.5 * settings.target_kl
+    first_of_epoch, stopped = 0, False
+    with np.errstate(all="ignore"):  # what is not finite is refused below
+        for _ in range(settings.n_epochs):
+            first_of_epoch = len(seen)
+            for rows in minibatch_indices(len(columns.inputs), settings.batch_size, generator):
+                steps = _Steps(*(column.take(rows.numpy(), 0) for column in columns))
+                seen.append(networks.write_gradient(steps, settings))
+                if not math.isfinite(seen[-1][2]):  # an overflown square has a finite gradient
+                    raise NonFiniteUpdateError(f"the value loss is {seen[-1][2]}")
+                stopped = settings.target_kl is not None and seen[-1][0] > 1.5 * settings.target_kl
+                if stopped:
+                    break
+                grad_norms.append(_clipped_step(optimizer, settings.max_grad_norm))
             if stopped:
                 break
-            grad_norms.append(optimizer.clipped_step(settings.max_grad_norm))
-        if stopped:
-            break
-    means = torch.stack(epoch).mean(0).tolist()
-    names = ("approx_kl", "policy_loss", "value_loss", "entropy", "clip_fraction")
-    return dict(zip(names, means, strict=True)) | {
-        "approx_kl_max": float(torch.stack(kl_seen).max()),
+    return _summary(np.array(seen), first_of_epoch, grad_norms, stopped)
+
+
+def run_compiled_epochs(
+    plain: PlainActorCritic,
+    optimizer: FlatAdam,
+    everything: Minibatch,
+    settings: ClipSettings,
+    generator: torch.Generator,
+    *,
+    n_threads: int,
+) -> dict[str, float]:
+    """The same in machine code, the actor and the critic on a thread each where there are two."""
+    from proximo.algorithms import compiled
+
+    columns = _columns(plain, everything, optimizer)
+    n, dtype = len(columns.inputs), columns.inputs.dtype
+    rows, states = [], []
+    for _ in range(settings.n_epochs):
+        states.append(generator.get_state() if settings.target_kl is not None else None)
+        rows.append(minibatch_indices(n, settings.batch_size, generator))
+    per_epoch = len(rows[0])
+    ends = np.cumsum([len(part) for epoch in rows for part in epoch])
+    order = torch.cat([part for epoch in rows for part in epoch]).numpy()
+    metrics = np.zeros((len(ends), compiled.N_METRICS))
+    is_discrete = plain.log_std is None
+    nothing = np.zeros((1, 1), dtype)
+    steps = compiled.Steps(
+        columns.inputs,
+        columns.actions.astype(np.int64) if is_discrete else np.zeros(1, np.int64),
+        nothing if is_discrete else columns.actions,
+        *columns[2:],
+    )
+    most = max(len(part) for part in rows[0])
+    networks = compiled_networks(plain, optimizer)
+    arguments = (
+        networks,
+        compiled.Adam(
+            *(getattr(optimizer, name).numpy() for name in ("weights", "gradient", "first_moment", "second_moment")),
+            optimizer.n_steps,
+        ),
+        steps,
+        order,
+        ends,
+        _numbers(settings, optimizer, dtype),
+        _room(networks.actor_widths, most, dtype),
+        _room(networks.critic_widths, most, dtype),
+        metrics,
+        np.zeros(128, np.int64),
+    )
+    if n_threads > 1:
+        critic = _second_thread().submit(compiled.run, compiled.CRITIC, *arguments)
+        verdict, n_seen = compiled.run(compiled.ACTOR, *arguments)
+        critic.result()
+    else:
+        verdict, n_seen = compiled.run(compiled.BOTH, *arguments)
+    seen = metrics[:n_seen]
+    n_steps = n_seen if verdict == compiled.DONE else n_seen - 1
+    optimizer.n_steps += n_steps
+    norms = np.sqrt(seen[:, compiled.ACTOR_SQUARES] + seen[:, compiled.CRITIC_SQUARES])
+    if verdict == compiled.BAD_VALUE_LOSS:
+        raise NonFiniteUpdateError(f"the value loss is {seen[-1, compiled.VALUE_LOSS]}")
+    if verdict == compiled.BAD_GRADIENT:
+        raise NonFiniteUpdateError(f"the gradient's norm is {norms[-1]}")
+    last_epoch = (n_seen - 1) // per_epoch
+    stopped = verdict == compiled.KL_STOP
+    if stopped and last_epoch + 1 < settings.n_epochs:  # the reference draws no order that it does not use
+        generator.set_state(states[last_epoch + 1])
+    return _summary(seen[:, : len(_NAMES)], last_epoch * per_epoch, norms[:n_steps].tolist(), stopped)
+
+
+@cache
+def _second_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "proximo-critic")
+
+
+def _columns(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAdam) -> _Steps:
+    batch, dtype = everything.batch, optimizer.weights.dtype
+    assert everything.returns is not None
+    assert batch.values is not None
+    actions = batch.actions.flatten(0, 1)
+    if plain.log_std is not None:
+        actions = actions.flatten(1).to(dtype)
+    numbers = (batch.log_probs, everything.advantages, everything.returns, batch.values)
+    columns = (plain.inputs.to(dtype), actions, *(column.flatten().to(dtype) for column in numbers))
+    return _Steps(*(column.detach().contiguous().numpy() for column in columns))
+
+
+def _summary(seen: np.ndarray, first_of_epoch: int, grad_norms: list[float], stopped: bool) -> dict[str, float]:
+    return dict(zip(_NAMES, seen[first_of_epoch:].mean(0).tolist(), strict=True)) | {
+        "approx_kl_max": float(seen[:, 0].max()),
         "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
         "n_updates": len(grad_norms),
         "kl_stopped": float(stopped),
     }
 
 
-def _write_gradient(plain: PlainActorCritic, steps: _Steps, settings: ClipSettings) -> Tensor:
-    """Write the gradient of eq. 9 (Schulman et al. 2017) into each parameter's `.grad`; return the metrics."""
-    n = len(steps.inputs)
-    advantages = steps.advantages
-    if settings.normalize_advantages and n > 1:
-        spread, mean = torch.std_mean(advantages)
-        spread = torch.where(spread > rounding(advantages), spread + 1e-8, torch.inf)  # as in masked.whiten
-        advantages = (advantages - mean).div_(spread)
-    actor_hidden, outputs = _forward(plain.actor, steps.inputs, plain.activation)
-    critic_hidden, values = _forward(plain.critic, steps.inputs, plain.activation)
-    if plain.log_std is None:
-        policy = _categorical(outputs, steps, advantages, settings)
-    else:
-        policy = _gaussian(outputs, plain.log_std, steps, advantages, settings)
-    value_gradient, value_loss = _value(values.squeeze(1), steps, settings)
-    _backward(plain.actor, actor_hidden, policy.output_gradient, plain.activation)
-    _backward(plain.critic, critic_hidden, value_gradient.unsqueeze(1), plain.activation)
-    return torch.stack(
-        (
-            (policy.log_ratio.expm1() - policy.log_ratio).mean(),
-            -policy.surrogate.mean(),
-            value_loss,
-            policy.entropy.mean(),
-            (policy.ratio.sub(1.0).abs_() > settings.clip_epsilon).to(values.dtype).mean(),
-        )
+# --- for the compiled one ---------------------------------------------------------------------------------
+
+
+def compiled_networks(plain: PlainActorCritic, optimizer: FlatAdam) -> compiled.Networks:
+    """Where the networks are in the optimizer's vectors."""
+    from proximo.algorithms import compiled
+
+    def place(parameter: Tensor) -> int:
+        return (parameter.data_ptr() - optimizer.weights.data_ptr()) // optimizer.weights.element_size()
+
+    def places(layers: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+        return np.array([[place(weight), place(bias)] for weight, bias in layers])
+
+    def widths(layers: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+        return np.array([layers[0][0].shape[1], *(len(bias) for _, bias in layers)])
+
+    return compiled.Networks(
+        places(plain.actor),
+        widths(plain.actor),
+        places(plain.critic),
+        widths(plain.critic),
+        -1 if plain.log_std is None else place(plain.log_std),
+        min(map(place, _parameters(plain.critic))),
+        plain.activation == "tanh",
     )
 
 
-def _forward(layers: Sequence[tuple[Tensor, Tensor]], inputs: Tensor, activation: str) -> tuple[list[Tensor], Tensor]:
-    """The input of every layer, and the output of the last."""
-    hidden = [inputs]
-    for weight, bias in layers[:-1]:
-        before = torch.addmm(bias, hidden[-1], weight.t())
-        hidden.append(before.tanh_() if activation == "tanh" else before.relu_())
-    weight, bias = layers[-1]
-    return hidden, torch.addmm(bias, hidden[-1], weight.t())
+def _numbers(settings: ClipSettings, optimizer: FlatAdam, dtype: np.dtype) -> compiled.Numbers:
+    from proximo.algorithms import compiled
+
+    spread = ROUNDING * np.finfo(dtype).eps if settings.normalize_advantages else -1.0
+    numbers = (
+        optimizer.learning_rate,
+        *optimizer.betas,
+        optimizer.eps,
+        settings.clip_epsilon,
+        settings.value_coef,
+        math.inf if settings.value_clip_epsilon is None else settings.value_clip_epsilon,
+        settings.entropy_coef,
+        settings.max_grad_norm,
+        math.inf if settings.target_kl is None else 1.5 * settings.target_kl,
+        spread,
+    )
+    return compiled.Numbers(*(dtype.type(number) for number in numbers))
 
 
-def _backward(layers: Sequence[tuple[Tensor, Tensor]], hidden: list[Tensor], gradient: Tensor, activation: str) -> None:
-    """Write each layer's gradient, from the gradient to the last layer's output."""
-    for index in range(len(layers) - 1, -1, -1):
-        weight, bias = layers[index]
-        torch.mm(gradient.t(), hidden[index], out=weight.grad)
-        torch.sum(gradient, 0, out=bias.grad)
-        if index == 0:
-            return
-        gradient = torch.mm(gradient, weight)
-        if activation == "tanh":
-            gradient = torch.ops.aten.tanh_backward(gradient, hidden[index])
-        else:
-            gradient = torch.ops.aten.threshold_backward(gradient, hidden[index], 0)
+def _room(widths: np.ndarray, n: int, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """Arrays for one network to work in: inputs, hidden layers, gradients between them, outputs, theirs, advantages."""
+    widest, n_hidden = int(widths[1:-1].max(initial=1)), max(len(widths) - 2, 1)
+    shapes = ((n, widths[0]), (n_hidden, n * widest), (2, n * widest), (n * widths[-1],), (n * widths[-1],), (n,))
+    return tuple(np.empty(shape, dtype) for shape in shapes)
 
 
-def _clipped(
-    log_probs: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-ratio, ratio, clipped surrogate, and the gradient of its negative mean to the log-probabilities."""
-    log_ratio = log_probs - steps.old_log_probs
-    ratio = log_ratio.exp()
-    unclipped = ratio * advantages
-    clipped = ratio.clamp(1.0 - settings.clip_epsilon, 1.0 + settings.clip_epsilon).mul_(advantages)
-    surrogate = torch.minimum(unclipped, clipped)
-    # Where the clipped term is the smaller one, the ratio is outside the band and the gradient is zero. A NaN is
-    # never greater: it passes on, and is refused before the step.
-    gradient = torch.where(unclipped > clipped, 0.0, unclipped).mul_(-1.0 / len(advantages))
-    return log_ratio, ratio, surrogate, gradient
+# --- in NumPy ---------------------------------------------------------------------------------------------
 
 
-def _categorical(logits: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings) -> _PolicyStep:
-    """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
-    log_p = logits.log_softmax(1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(1)
-    actions = steps.actions.unsqueeze(1)
-    log_ratio, ratio, surrogate, gradient = _clipped(log_p.gather(1, actions).squeeze(1), steps, advantages, settings)
-    weight = -gradient.unsqueeze(1)
-    if settings.entropy_coef:
-        weight = weight + (log_p + entropy.unsqueeze(1)).mul_(settings.entropy_coef / len(logits))
-    to_logits = p.mul_(weight).scatter_add_(1, actions, gradient.unsqueeze(1))
-    return _PolicyStep(to_logits, log_ratio, ratio, surrogate, entropy)
+class _Layer(NamedTuple):
+    """Views of the optimizer's vectors."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    weight_gradient: np.ndarray
+    bias_gradient: np.ndarray
 
 
-def _gaussian(means: Tensor, log_std: Tensor, steps: _Steps, advantages: Tensor, settings: ClipSettings) -> _PolicyStep:
-    """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
-    inverse_std = torch.exp(-log_std)
-    z = (steps.actions - means).mul_(inverse_std)
-    z_squared = z.square()
-    constant = log_std.sum() + 0.5 * _LOG_2_PI * log_std.numel()
-    log_probs = z_squared.sum(1).mul_(-0.5).sub_(constant)
-    log_ratio, ratio, surrogate, gradient = _clipped(log_probs, steps, advantages, settings)
-    torch.mv(z_squared.sub_(1.0).t(), gradient, out=log_std.grad)
-    if settings.entropy_coef:
-        log_std.grad.sub_(settings.entropy_coef)  # type: ignore[union-attr]
-    entropy = constant + 0.5 * log_std.numel()
-    return _PolicyStep(z.mul_(inverse_std).mul_(gradient.unsqueeze(1)), log_ratio, ratio, surrogate, entropy)
+class _Networks(NamedTuple):
+    actor: list[_Layer]
+    critic: list[_Layer]
+    log_std: np.ndarray | None
+    log_std_gradient: np.ndarray | None
+    is_tanh: bool
 
+    @staticmethod
+    def of(plain: PlainActorCritic, optimizer: FlatAdam) -> _Networks:
+        """Views of the live weights and their gradients."""
+        del optimizer
+        actor, critic = (
+            [_Layer(*_views(weight, bias), *_views(weight.grad, bias.grad)) for weight, bias in layers]
+            for layers in (plain.actor, plain.critic)
+        )
+        log_std = None if plain.log_std is None else _views(plain.log_std)[0]
+        gradient = None if plain.log_std is None else _views(plain.log_std.grad)[0]
+        return _Networks(actor, critic, log_std, gradient, plain.activation == "tanh")
+
+    def write_gradient(self, steps: _Steps, settings: ClipSettings) -> Metrics:
+        """Write the gradient of eq. 9 (Schulman et al. 2017) into the optimizer's; return the metrics."""
+        advantages = _normalized(steps.advantages) if settings.normalize_advantages else steps.advantages
+        hidden, outputs = _forward(self.actor, steps.inputs, self.is_tanh)
+        policy = _categorical if self.log_std is None else self._gaussian
+        to_outputs, log_ratio, surrogate, entropy = policy(outputs, steps, advantages, settings)
+        _backward(self.actor, hidden, to_outputs, self.is_tanh)
+        hidden, values = _forward(self.critic, steps.inputs, self.is_tanh)
+        to_values, value_loss = _value(values[:, 0], steps, settings)
+        _backward(self.critic, hidden, to_values[:, None], self.is_tanh)
+        change = np.expm1(log_ratio)
+        clip_fraction = np.count_nonzero(np.abs(change) > settings.clip_epsilon) / len(change)
+        kl = float((change - log_ratio).mean())
+        return kl, -float(surrogate.mean()), value_loss, entropy, clip_fraction
+
+    def _gaussian(
+        self, means: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings
+    ) -> _PolicyStep:
+        """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
+        assert self.log_std is not None
+        assert self.log_std_gradient is not None
+        inverse_std = np.exp(-self.log_std)
+        z = (steps.actions - means) * inverse_std
+        squares = z * z
+        constant = self.log_std.sum() + 0.5 * _LOG_2_PI * len(self.log_std)
+        log_ratio = -0.5 * squares.sum(1) - constant - steps.old_log_probs
+        surrogate, gradient = _clipped(log_ratio, advantages, settings.clip_epsilon)
+        np.subtract(gradient @ (squares - 1), settings.entropy_coef, out=self.log_std_gradient)
+        to_means = z * inverse_std * gradient[:, None]
+        return to_means, log_ratio, surrogate, float(constant + 0.5 * len(self.log_std))
+
+
+_PolicyStep = tuple[np.ndarray, np.ndarray, np.ndarray, float]
+"""Gradient to the actor's outputs, log-ratio, clipped surrogate, mean entropy."""
 
 _LOG_2_PI = 1.8378770664093453
 
 
-def _value(values: Tensor, steps: _Steps, settings: ClipSettings) -> tuple[Tensor, Tensor]:
+def _parameters(layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [parameter for layer in layers for parameter in layer]
+
+
+def _views(*tensors: Tensor | None) -> list[np.ndarray]:
+    return [tensor.detach().numpy() for tensor in tensors if tensor is not None]
+
+
+def _normalized(advantages: np.ndarray) -> np.ndarray:
+    """As `masked.whiten`."""
+    if len(advantages) < 2:
+        return advantages
+    centered = advantages - advantages.mean()
+    spread = math.sqrt(float(np.dot(centered, centered)) / (len(advantages) - 1))
+    smallest = ROUNDING * np.finfo(advantages.dtype).eps * float(np.abs(advantages).max())
+    return centered / advantages.dtype.type(math.inf if spread <= smallest else spread + 1e-8)
+
+
+def _forward(layers: Sequence[_Layer], inputs: np.ndarray, is_tanh: bool) -> tuple[list[np.ndarray], np.ndarray]:
+    """The input of every layer, and the output of the last."""
+    hidden = [inputs]
+    for layer in layers[:-1]:
+        after = hidden[-1] @ layer.weight.T
+        after += layer.bias
+        hidden.append(np.tanh(after, out=after) if is_tanh else np.maximum(after, 0, out=after))
+    outputs = hidden[-1] @ layers[-1].weight.T
+    outputs += layers[-1].bias
+    return hidden, outputs
+
+
+def _backward(layers: Sequence[_Layer], hidden: list[np.ndarray], gradient: np.ndarray, is_tanh: bool) -> None:
+    """Write each layer's gradient, from the gradient to the last layer's output."""
+    ones = np.ones(len(gradient), gradient.dtype)
+    for index in range(len(layers) - 1, -1, -1):
+        layer, before = layers[index], hidden[index]
+        np.matmul(gradient.T, before, out=layer.weight_gradient)
+        np.matmul(ones, gradient, out=layer.bias_gradient)  # a third of the time of sum(0)
+        if index == 0:
+            return
+        gradient = gradient @ layer.weight
+        if is_tanh:
+            slope = before * before
+            gradient *= np.subtract(1, slope, out=slope)
+        else:
+            gradient *= before > 0
+
+
+def _clipped(log_ratio: np.ndarray, advantages: np.ndarray, clip_epsilon: float) -> tuple[np.ndarray, np.ndarray]:
+    """Clipped surrogate, and the gradient of its negative mean to the log-probabilities."""
+    ratio = np.exp(log_ratio)
+    unclipped = ratio * advantages
+    clipped = np.clip(ratio, 1.0 - clip_epsilon, 1.0 + clip_epsilon) * advantages
+    # Where the clipped term is the smaller one, the ratio is outside the band and the gradient is zero. A NaN is
+    # never greater: it passes on, and is refused before the step.
+    gradient = np.where(unclipped > clipped, 0, unclipped) * (-1.0 / len(advantages))
+    return np.minimum(unclipped, clipped), gradient.astype(advantages.dtype, copy=False)
+
+
+def _categorical(
+    logits: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings
+) -> _PolicyStep:
+    """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
+    log_p = logits - logits.max(1, keepdims=True)
+    p = np.exp(log_p)
+    log_p -= np.log(p.sum(1, keepdims=True))
+    np.exp(log_p, out=p)
+    entropy = -(p * log_p).sum(1)
+    rows = np.arange(len(logits))
+    log_ratio = log_p[rows, steps.actions] - steps.old_log_probs
+    surrogate, gradient = _clipped(log_ratio, advantages, settings.clip_epsilon)
+    weight = -gradient[:, None]
+    if settings.entropy_coef:
+        weight = weight + (log_p + entropy[:, None]) * (settings.entropy_coef / len(logits))
+    p *= weight
+    p[rows, steps.actions] += gradient
+    return p, log_ratio, surrogate, float(entropy.mean())
+
+
+def _value(values: np.ndarray, steps: _Steps, settings: ClipSettings) -> tuple[np.ndarray, float]:
     """Gradient of value_coef times the value loss to the values, and the loss itself."""
     error = values - steps.returns
-    squared = error.square()
+    squared = error * error
     if settings.value_clip_epsilon is not None:
         limit = settings.value_clip_epsilon
         change = values - steps.old_values
-        clipped_error = steps.old_values + change.clamp(-limit, limit) - steps.returns
-        clipped_squared = clipped_error.square()
-        inside = change.abs_() <= limit
-        error = torch.where(squared < clipped_squared, torch.where(inside, clipped_error, 0.0), error)
-        squared = torch.maximum(squared, clipped_squared)
-    return error.mul(2.0 * settings.value_coef / len(values)), squared.mean()
+        clipped_error = steps.old_values + np.clip(change, -limit, limit) - steps.returns
+        clipped_squared = clipped_error * clipped_error
+        inside = np.where(np.abs(change) <= limit, clipped_error, 0)
+        error = np.where(squared < clipped_squared, inside, error)
+        squared = np.maximum(squared, clipped_squared)
+    return error * (2.0 * settings.value_coef / len(values)), float(squared.mean())
+
+
+def _clipped_step(optimizer: FlatAdam, max_grad_norm: float) -> float:
+    """`FlatAdam.clipped_step` in NumPy, which takes a third of torch's time on so few numbers."""
+    weights, gradient, first, second = _views(
+        optimizer.weights, optimizer.gradient, optimizer.first_moment, optimizer.second_moment
+    )
+    norm = math.sqrt(float(np.dot(gradient, gradient)))
+    if not math.isfinite(norm):
+        raise NonFiniteUpdateError(f"the gradient's norm is {norm}")
+    gradient *= min(1.0, max_grad_norm / (norm + 1e-6))
+    beta1, beta2 = optimizer.betas
+    optimizer.n_steps += 1
+    change = gradient - first
+    change *= 1.0 - beta1
+    first += change
+    np.multiply(gradient, gradient, out=change)
+    change *= 1.0 - beta2
+    second *= beta2
+    second += change
+    np.sqrt(second, out=change)
+    change *= 1.0 / math.sqrt(1.0 - beta2**optimizer.n_steps)
+    change += optimizer.eps
+    np.divide(first, change, out=change)
+    change *= optimizer.learning_rate / (1.0 - beta1**optimizer.n_steps)
+    weights -= change
+    return norm

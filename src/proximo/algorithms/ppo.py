@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -9,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from proximo.algorithms.adam import Optimizer
-from proximo.algorithms.fused import ClipSettings, run_fused_epochs
+from proximo.algorithms.adam import FlatAdam, Optimizer
+from proximo.algorithms.fused import ClipSettings, can_fuse, run_compiled_epochs, run_fused_epochs
 from proximo.algorithms.update import Epochs, Loss, Minibatch, run_epochs
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch
@@ -29,6 +30,7 @@ from proximo.core.policy import Evaluation, Policy
 from proximo.errors import UserError, in_range, one_of
 
 Schedule = Literal["constant", "linear"]
+UpdatePath = Literal["auto", "eager", "fused", "compiled"]
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class PPO:
     """PPO-Penalty: the coefficient beta to begin with."""
     kl_target: float = 0.01
     """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5."""
-    update_path: Literal["auto", "eager", "fused"] = "auto"
-    """`eager` lets torch derive the gradient, the reference; `fused` has it written out, for plain perceptrons and
-    PPO-Clip; `auto` is fused where that is possible."""
+    update_path: UpdatePath = "auto"
+    """`eager` lets torch derive the gradient, the reference; `fused` has it written out in NumPy, for plain perceptrons
+    and PPO-Clip on the CPU; `compiled` is that in machine code, which takes some seconds to make the first time; `auto`
+    chooses before the run starts: compiled for long runs where numba is installed, fused where that is possible."""
     microbatch_size: int | None = None
     """Cut minibatches into pieces of this size to save memory; the gradient stays the same."""
     microbatch_tokens: int | None = None
@@ -113,16 +116,17 @@ class PPO:
         in_range("microbatch_size", self.microbatch_size, optional=True, at_least=1, whole=True, usual="none at all")
         for name in ("learning_rate_schedule", "clip_schedule"):
             one_of(name, getattr(self, name), ("constant", "linear"))
-        one_of("update_path", self.update_path, ("auto", "eager", "fused"))
-        if self.update_path == "fused" and not self._can_fuse:
+        one_of("update_path", self.update_path, typing.get_args(UpdatePath))
+        if self.update_path in ("fused", "compiled") and not self.can_fuse:
             raise UserError(
-                "update_path is 'fused', which knows neither objective 'kl_penalty' nor clip_epsilon_high, dual_clip "
-                "or microbatches; use 'auto' or 'eager'."
+                f"update_path is '{self.update_path}', which knows neither objective 'kl_penalty' nor "
+                "clip_epsilon_high, dual_clip or microbatches; use 'auto' or 'eager'."
             )
         one_of("objective", self.objective, ("clip", "kl_penalty"))
 
     @property
-    def _can_fuse(self) -> bool:
+    def can_fuse(self) -> bool:
+        """Whether the written-out gradient knows these settings."""
         plain = (self.clip_epsilon_high, self.dual_clip, self.microbatch_size, self.microbatch_tokens)
         return self.objective == "clip" and plain == (None, None, None, None)
 
@@ -196,14 +200,20 @@ class PPO:
         quality: float,
     ) -> dict[str, float]:
         """Go through the epochs by the path that fits."""
-        if self.update_path != "eager" and self._can_fuse and reference_kl is None:
+        if self.update_path != "eager" and self.can_fuse and reference_kl is None:
             plain = policy.plain(everything.batch)
-            if plain is not None:
-                metrics = run_fused_epochs(plain, optimizer, everything, self._clip_settings, generator)
+            if plain is not None and can_fuse(plain, optimizer):
+                assert isinstance(optimizer, FlatAdam)
+                arguments = (plain, optimizer, everything, self._clip_settings, generator)
+                if self.update_path == "compiled":
+                    metrics = run_compiled_epochs(*arguments, n_threads=torch.get_num_threads())
+                else:
+                    metrics = run_fused_epochs(*arguments)
                 return metrics | {"explained_variance": quality}
-            if self.update_path == "fused":
+            if self.update_path != "auto":
                 raise UserError(
-                    "update_path is 'fused', but this policy is no plain perceptron; use 'auto' or 'eager'."
+                    f"update_path is '{self.update_path}', but this policy is no plain perceptron on the CPU; use "
+                    "'auto' or 'eager'."
                 )
         if self.objective == "kl_penalty":
             everything = replace(everything, old_distribution=_old_distribution(policy, everything.batch))
