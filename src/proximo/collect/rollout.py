@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from proximo.collect.envs import VectorEnvs
+from proximo.collect.acting import Acting, acting
+from proximo.collect.envs import Step, VectorEnvs
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
 
@@ -41,6 +43,15 @@ class Episodes(NamedTuple):
     n_terminated: int
 
 
+class Clock:
+    """Seconds spent choosing actions, and in the environments."""
+
+    def __init__(self) -> None:
+        """Begin at 0."""
+        self.acting = 0.0
+        self.environment = 0.0
+
+
 def rollout(
     policy: ActorCritic,
     envs: VectorEnvs,
@@ -49,11 +60,13 @@ def rollout(
     generator: torch.Generator,
     *,
     gamma: float,
+    clock: Clock | None = None,
 ) -> tuple[Batch, Episodes]:
     """Take `length` steps in each environment with the policy as it is; advance `carry`.
 
     The normalizers of the policy do not change while this collects. Afterwards the reward scale, which no
-    action depends on, takes in the rollout's discounted returns, and then scales the rewards of the batch.
+    action depends on, takes in the rollout's discounted returns, and then scales the rewards of the batch. `clock`
+    adds up where the time goes.
 
     Returns:
         The batch, `[N, length]`, and the episodes that ended in it.
@@ -61,107 +74,134 @@ def rollout(
     Raises:
         EnvironmentFault: if an environment raises or returns what it must not.
     """
-    device = next(policy.parameters()).device
+    clock = clock or Clock()
     recorder = _Recorder.empty(envs.n_envs, length, carry.observations)
-    acted, finals, final_places = [], [], []
-    episodes = Episodes([], [], 0)
-    n_terminated = 0
+    actor = acting(policy, envs.n_envs, length, generator)
     for t in range(length):
-        recorder.observations[:, t] = carry.observations
-        step_result = policy.act(torch.from_numpy(recorder.observations[:, t]).to(device), generator)
-        acted.append(step_result)
-        step = envs.step(policy.to_environment(step_result.actions))
-        done = (step.terminated | step.truncated) & step.valid
-        lost = step.truncated & ~step.valid
-        if t and lost.any():  # the episode ends at the step before, at the observation that was acted on now
-            recorder.done[lost, t - 1] = True
-        recorder.write(t, step.rewards, step.terminated & step.valid, done, step.valid)
-        _advance(carry, step.rewards, step.valid)
-        for i in np.flatnonzero(done):
-            finals.append(step.final_observations[i].copy())
-            final_places.append((i, t))
-            episodes.returns.append(float(carry.episode_return[i]))
-            episodes.lengths.append(int(carry.episode_length[i]))
-            n_terminated += int(step.terminated[i])
-        recorder.discounted[:, t] = _advance_discounted(carry, step.rewards, step.valid, gamma)
-        _forget(carry, done | lost)
+        observations = recorder.observations[t]
+        np.copyto(observations, carry.observations)
+        began = perf_counter()
+        actions = actor.act(t, observations)
+        chosen = perf_counter()
+        step = envs.step(actions)
+        clock.acting += chosen - began
+        clock.environment += perf_counter() - chosen
+        recorder.write(t, step)
         np.copyto(carry.observations, step.observations)
-    batch = _assemble(policy, recorder, acted, carry.observations, finals, final_places, device)
-    return batch, episodes._replace(n_terminated=n_terminated)
+    episodes = _count_episodes(recorder, carry)
+    return _assemble(policy, recorder, actor, carry, gamma, next(policy.parameters()).device), episodes
 
 
 @dataclass(frozen=True)
 class _Recorder:
-    """Arrays `[N, T]` that the loop writes into."""
+    """Arrays `[T, N]` that the loop writes into, and the true last observations of episodes with their places."""
 
     observations: np.ndarray
     rewards: np.ndarray
-    discounted: np.ndarray
     terminated: np.ndarray
-    done: np.ndarray
+    truncated: np.ndarray
     valid: np.ndarray
+    finals: list[np.ndarray]
+    ends: list[tuple[int, int]]
 
     @staticmethod
     def empty(n: int, length: int, observations: np.ndarray) -> _Recorder:
-        flags = [np.zeros((n, length), bool) for _ in range(3)]
-        numbers = [np.zeros((n, length)) for _ in range(2)]
-        return _Recorder(np.zeros((n, length, *observations.shape[1:]), observations.dtype), *numbers, *flags)
+        flags = [np.zeros((length, n), bool) for _ in range(3)]
+        seen = np.empty((length, *observations.shape), observations.dtype)
+        return _Recorder(seen, np.empty((length, n)), *flags, [], [])
 
-    def write(self, t: int, rewards: np.ndarray, terminated: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
-        self.rewards[:, t] = rewards
-        self.terminated[:, t] = terminated
-        self.done[:, t] = done
-        self.valid[:, t] = valid
-
-
-def _advance(carry: Carry, rewards: np.ndarray, valid: np.ndarray) -> None:
-    carry.episode_return += np.where(valid, rewards, 0.0)
-    carry.episode_length += valid
-
-
-def _advance_discounted(carry: Carry, rewards: np.ndarray, valid: np.ndarray, gamma: float) -> np.ndarray:
-    carry.discounted_return[:] = np.where(valid, gamma * carry.discounted_return + rewards, carry.discounted_return)
-    return carry.discounted_return
+    def write(self, t: int, step: Step) -> None:
+        self.rewards[t] = step.rewards
+        self.terminated[t] = step.terminated
+        self.truncated[t] = step.truncated
+        self.valid[t] = step.valid
+        if True in step.terminated or True in step.truncated:
+            for i in np.flatnonzero((step.terminated | step.truncated) & step.valid):
+                self.finals.append(step.final_observations[i].copy())
+                self.ends.append((t, int(i)))
 
 
-def _forget(carry: Carry, done: np.ndarray) -> None:
-    carry.episode_return[done] = 0.0
-    carry.episode_length[done] = 0
-    carry.discounted_return[done] = 0.0
+def _count_episodes(recorder: _Recorder, carry: Carry) -> Episodes:
+    """The episodes that ended, in order of time; `carry` keeps what the open ones have so far."""
+    rewards = np.where(recorder.valid, recorder.rewards, 0.0)
+    lost = recorder.truncated & ~recorder.valid
+    cuts = [*((t, i, True) for t, i in recorder.ends), *((int(t), int(i), False) for t, i in np.argwhere(lost))]
+    episodes = Episodes([], [], int(recorder.terminated[recorder.valid].sum()))
+    first = np.zeros(len(carry.episode_return), np.int64)
+
+    def add_up(i: int, last: int) -> None:
+        """Add what environment `i` got since its last cut, in order of time."""
+        some = rewards[first[i] : last, i]
+        if len(some):
+            carry.episode_return[i] = np.add.accumulate(np.concatenate((carry.episode_return[i : i + 1], some)))[-1]
+            carry.episode_length[i] += recorder.valid[first[i] : last, i].sum()
+        first[i] = last
+
+    for t, i, is_end in sorted(cuts):
+        add_up(i, t + 1)
+        if is_end:
+            episodes.returns.append(float(carry.episode_return[i]))
+            episodes.lengths.append(int(carry.episode_length[i]))
+        carry.episode_return[i] = carry.episode_length[i] = 0
+    for i in range(len(first)):
+        add_up(i, len(rewards))
+    return episodes
+
+
+def _discounted(recorder: _Recorder, cut: np.ndarray, carry: Carry, gamma: float) -> np.ndarray:
+    """Running discounted returns `[T, N]`, from 0 again after every `cut` `[T, N]`; advances `carry`."""
+    discounted = np.empty_like(recorder.rewards)
+    running = carry.discounted_return
+    is_plain, has_cut = recorder.valid.all(), cut.any(1)
+    for t, (rewards, row) in enumerate(zip(recorder.rewards, discounted, strict=True)):
+        np.multiply(running, gamma, out=row)
+        row += rewards
+        if not is_plain:
+            np.copyto(row, running, where=~recorder.valid[t])
+        np.copyto(running, row)
+        if has_cut[t]:
+            running[cut[t]] = 0.0
+    return discounted
 
 
 def _assemble(
-    policy: ActorCritic,
-    recorder: _Recorder,
-    acted: list,
-    last_observations: np.ndarray,
-    finals: list[np.ndarray],
-    final_places: list[tuple[int, int]],
-    device: torch.device,
+    policy: ActorCritic, recorder: _Recorder, actor: Acting, carry: Carry, gamma: float, device: torch.device
 ) -> Batch:
     """Put the pieces together; the critic sees the true final observations of the episodes that ended."""
-    values = torch.stack([a.values for a in acted], 1)
-    next_values = torch.cat([values[:, 1:], policy.scaled_values(_tensor(last_observations, device))[:, None]], 1)
-    if finals:
-        places = torch.as_tensor(np.array(final_places), device=device)
-        next_values[places[:, 0], places[:, 1]] = policy.scaled_values(_tensor(np.stack(finals), device))
-    mask = torch.from_numpy(recorder.valid).to(device)
+    observations = _rows(recorder.observations, device)
+    acted = actor.acted(observations)
+    values = acted.values
+    next_values = torch.cat([values[:, 1:], policy.scaled_values(_tensor(carry.observations, device))[:, None]], 1)
+    if recorder.ends:
+        places = torch.as_tensor(np.array(recorder.ends), device=device)
+        finals = torch.from_numpy(np.stack(recorder.finals)).to(device)
+        next_values[places[:, 1], places[:, 0]] = policy.scaled_values(finals)
+    valid = recorder.valid
+    done = (recorder.terminated | recorder.truncated) & valid
+    lost = recorder.truncated & ~valid
+    discounted = _discounted(recorder, done | lost, carry, gamma)
+    done[:-1] |= lost[1:]  # that episode ends at the step before, at the observation that was acted on then
     rewards = torch.from_numpy(recorder.rewards)
     if policy.config.normalize_rewards:
-        policy.update_return_moments(torch.from_numpy(recorder.discounted[recorder.valid]).to(device))
+        policy.update_return_moments(torch.from_numpy(discounted.T[valid.T]).to(device))
         limit = policy.config.clip_reward
         rewards = (rewards / policy.reward_scale).clamp(-limit, limit)
     return Batch(
-        observations=torch.from_numpy(recorder.observations).to(device),
-        actions=torch.stack([a.actions for a in acted], 1),
-        mask=mask,
-        rewards=rewards.to(device, torch.float32),
-        log_probs=torch.stack([a.log_probs for a in acted], 1),
+        observations=observations,
+        actions=acted.actions,
+        mask=_rows(valid, device),
+        rewards=rewards.T.to(device, torch.float32).contiguous(),
+        log_probs=acted.log_probs,
         values=values,
         next_values=next_values,
-        terminated=torch.from_numpy(recorder.terminated).to(device),
-        done=torch.from_numpy(recorder.done).to(device),
+        terminated=_rows(recorder.terminated & valid, device),
+        done=_rows(done, device),
     )
+
+
+def _rows(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """`[T, N, ...]` to `[N, T, ...]`."""
+    return torch.from_numpy(array).transpose(0, 1).to(device).contiguous()
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -73,10 +73,14 @@ class Categorical:
 
     def sample(self, generator: torch.Generator | None = None) -> Int[Tensor, "*S"]:
         """Draw by the Gumbel-max trick: argmax of logits plus Gumbel noise."""
-        noise = torch.empty_like(self.logits).exponential_(generator=generator)
-        # The noise can round to 0, whose logarithm would make any action win: keep it in the normal floats.
-        gumbel = -noise.clamp(min=torch.finfo(noise.dtype).tiny).log()
-        return (self.logits + gumbel).argmax(-1)
+        return (self.logits + self.gumbel(torch.empty_like(self.logits), generator)).argmax(-1)
+
+    @staticmethod
+    def gumbel(noise: Float[Tensor, "*S K"], generator: torch.Generator | None) -> Float[Tensor, "*S K"]:
+        """Overwrite `noise` by Gumbel noise and return it."""
+        noise.exponential_(generator=generator)
+        # It can round to 0, whose logarithm would make any action win: keep it in the normal floats.
+        return noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().neg_()
 
     def mode(self) -> Int[Tensor, "*S"]:
         """The most likely action; of equals, the first."""

@@ -144,11 +144,22 @@ class ActorCritic(nn.Module):
         assert isinstance(batch.observations, Tensor)
         with torch.no_grad():
             inputs = self._normalized(batch.observations.reshape(batch.mask.numel(), -1)).contiguous()
-        actor, critic = (
-            [(layer.weight, layer.bias) for layer in network if isinstance(layer, nn.Linear)]
-            for network in (self.actor, self.critic)
-        )
+        actor, critic = self.layers(self.actor), self.layers(self.critic)
         return PlainActorCritic(inputs, actor, critic, self.log_std, self.config.activation)
+
+    def layers(self, network: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
+        """Weight `[out, in]` and bias `[out]` of each layer of the actor or the critic."""
+        return [(layer.weight, layer.bias) for layer in network if isinstance(layer, nn.Linear)]
+
+    def normalization(self) -> tuple[Tensor, Tensor]:
+        """What to subtract from flat observations and to multiply them by, `[F]` each, in single precision."""
+        scale = (self.observation_variance + 1e-8).rsqrt()
+        return self.observation_mean.to(torch.float32), scale.to(torch.float32)
+
+    @property
+    def action_map(self) -> tuple[np.ndarray, np.ndarray]:
+        """Offset and scale, shaped as the action space, from the policy's units to the environment's."""
+        return self._action_offset, self._action_scale
 
     def scaled_values(self, observations: Tensor) -> Tensor:
         """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
@@ -254,8 +265,7 @@ class ActorCritic(nn.Module):
         flat = flat.to(torch.float32)
         if not self.config.normalize_observations:
             return flat
-        mean = self.observation_mean.to(torch.float32)
-        scale = (self.observation_variance + 1e-8).rsqrt().to(torch.float32)
+        mean, scale = self.normalization()
         limit = self.config.clip_observation
         return ((flat - mean) * scale).clamp(-limit, limit)
 

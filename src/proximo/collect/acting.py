@@ -1,0 +1,165 @@
+"""Acting during a rollout: in NumPy for small perceptrons on the CPU, in torch for everything else.
+
+Torch takes 100 us to dispatch what one observation asks of a small network, NumPy 15. The weights are the same
+memory, so nothing is copied when they change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from proximo.core.distributions import Categorical, DiagonalGaussian
+from proximo.models.control import Acted, ActorCritic
+
+MOST_WEIGHTS = 300_000
+"""Weights of an actor up to which NumPy acts; beyond, arithmetic outweighs dispatch."""
+
+
+class Acting(Protocol):
+    """Chooses the actions of one rollout, and remembers how."""
+
+    def act(self, t: int, observations: np.ndarray) -> np.ndarray:
+        """Sample at raw `observations` `[N, *O]`; return a fresh array of actions that the environment accepts."""
+        ...
+
+    def acted(self, observations: Tensor) -> Acted:
+        """Everything sampled, `[N, T, ...]`; `observations` `[N, T, *O]` are those that were acted on."""
+        ...
+
+
+def acting(policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator) -> Acting:
+    """The way of acting that fits the policy; its weights must not change before `acted` is called."""
+    if can_act_in_numpy(policy):
+        return _NumpyActing(policy, n_envs, length, generator)
+    return _TorchActing(policy, generator)
+
+
+def can_act_in_numpy(policy: ActorCritic) -> bool:
+    """Whether the actor is a small perceptron in single precision on the CPU."""
+    layers = policy.layers(policy.actor)
+    n_weights = sum(weight.numel() for weight, _ in layers)
+    first = layers[0][0]
+    return first.device.type == "cpu" and first.dtype == torch.float32 and n_weights <= MOST_WEIGHTS
+
+
+class NumpyActor:
+    """The actor of a policy on views of its weights: raw observations in, the distribution's parameters out.
+
+    The normalizer is read once, here: make a new one after it has changed.
+    """
+
+    def __init__(self, policy: ActorCritic) -> None:
+        """Look at the weights."""
+        self._layers = [
+            (weight.detach().numpy().T, bias.detach().numpy()) for weight, bias in policy.layers(policy.actor)
+        ]
+        self._is_tanh = policy.config.activation == "tanh"
+        self._shift_scale = None
+        if policy.config.normalize_observations:
+            self._shift_scale = tuple(tensor.numpy() for tensor in policy.normalization())
+            self._limit = np.float32(policy.config.clip_observation)
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        """Logits or means `[N, K]` at raw `observations` `[N, *O]`."""
+        x = observations.reshape(len(observations), -1)
+        if x.dtype != np.float32:
+            x = x.astype(np.float32)
+        if self._shift_scale is not None:
+            shift, scale = self._shift_scale
+            x = x - shift
+            x *= scale
+            np.minimum(np.maximum(x, -self._limit, out=x), self._limit, out=x)
+        for weight, bias in self._layers[:-1]:
+            x = x @ weight
+            x += bias
+            if self._is_tanh:
+                np.tanh(x, out=x)
+            else:
+                np.maximum(x, 0, out=x)
+        weight, bias = self._layers[-1]
+        x = x @ weight
+        x += bias
+        return x
+
+
+def for_environment(policy: ActorCritic) -> Callable[[np.ndarray], np.ndarray]:
+    """`ActorCritic.to_environment` for arrays, with nothing looked up twice."""
+    space = policy.action_space
+    if isinstance(space, spaces.Discrete):
+        start = int(space.start)
+        return (lambda actions: actions + start) if start else np.copy
+    shape, dtype, low, high = space.shape, space.dtype, space.low, space.high
+    offset, scale = policy.action_map
+    is_identity = bool((offset == 0).all() and (scale == 1).all())
+
+    def convert(actions: np.ndarray) -> np.ndarray:
+        actions = actions.reshape(-1, *shape)
+        if not is_identity:
+            actions = actions * scale + offset
+        return np.minimum(np.maximum(actions, low), high).astype(dtype, copy=False)
+
+    return convert
+
+
+class _NumpyActing:
+    """Draws the rollout's noise at once; what the environments do not wait for is left to the end."""
+
+    def __init__(self, policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator) -> None:
+        self._policy = policy
+        self._actor = NumpyActor(policy)
+        self._convert = for_environment(policy)
+        n_outputs = policy.layers(policy.actor)[-1][0].shape[0]
+        self._parameters = np.empty((length, n_envs, n_outputs), np.float32)
+        noise = torch.empty(length, n_envs, n_outputs)
+        self._is_discrete = policy.log_std is None
+        if policy.log_std is None:
+            self._actions = np.empty((length, n_envs), np.int64)
+            self._noise = Categorical.gumbel(noise, generator).numpy()
+        else:
+            self._actions = np.empty((length, n_envs, n_outputs), np.float32)
+            self._noise = (noise.normal_(generator=generator) * policy.log_std.detach().exp()).numpy()
+
+    def act(self, t: int, observations: np.ndarray) -> np.ndarray:
+        parameters = self._parameters[t]
+        parameters[...] = self._actor(observations)
+        if self._is_discrete:
+            actions = (parameters + self._noise[t]).argmax(1, out=self._actions[t])
+        else:
+            actions = np.add(parameters, self._noise[t], out=self._actions[t])
+        return self._convert(actions)
+
+    def acted(self, observations: Tensor) -> Acted:
+        policy = self._policy
+        parameters = torch.from_numpy(self._parameters).transpose(0, 1)
+        actions = torch.from_numpy(self._actions).transpose(0, 1).contiguous()
+        with torch.no_grad():
+            log_std = policy.log_std
+            distribution = Categorical(parameters) if log_std is None else DiagonalGaussian(parameters, log_std)
+            log_probs = distribution.log_prob(actions)
+        values = policy.scaled_values(observations.flatten(0, 1)).view(log_probs.shape)
+        return Acted(actions, log_probs.contiguous(), values)
+
+
+class _TorchActing:
+    def __init__(self, policy: ActorCritic, generator: torch.Generator) -> None:
+        self._policy = policy
+        self._generator = generator
+        self._device = generator.device
+        self._acted: list[Acted] = []
+
+    def act(self, t: int, observations: np.ndarray) -> np.ndarray:
+        del t
+        self._acted.append(self._policy.act(torch.from_numpy(observations).to(self._device), self._generator))
+        return self._policy.to_environment(self._acted[-1].actions)
+
+    def acted(self, observations: Tensor) -> Acted:
+        del observations
+        columns: Sequence[Sequence[Tensor]] = list(zip(*self._acted, strict=True))
+        return Acted(*(torch.stack(list(column), 1) for column in columns))
+
