@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
 from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.models.control import Acted, ActorCritic
@@ -28,8 +28,8 @@ class Acting(Protocol):
         """Sample at raw `observations` `[N, *O]`; return a fresh array of actions that the environment accepts."""
         ...
 
-    def acted(self, observations: Tensor) -> Acted:
-        """Everything sampled, `[N, T, ...]`; `observations` `[N, T, *O]` are those that were acted on."""
+    def acted(self, observations: np.ndarray, others: np.ndarray) -> tuple[Acted, Tensor]:
+        """Everything sampled, `[N, T, ...]`, at the `observations` `[T, N, *O]`; and the values `[M]` of `others`."""
         ...
 
 
@@ -48,17 +48,15 @@ def can_act_in_numpy(policy: ActorCritic) -> bool:
     return first.device.type == "cpu" and first.dtype == torch.float32 and n_weights <= MOST_WEIGHTS
 
 
-class NumpyActor:
-    """The actor of a policy on views of its weights: raw observations in, the distribution's parameters out.
+class NumpyNetwork:
+    """The actor or the critic of a policy on views of its weights: raw observations in, its outputs out.
 
     The normalizer is read once, here: make a new one after it has changed.
     """
 
-    def __init__(self, policy: ActorCritic) -> None:
+    def __init__(self, policy: ActorCritic, network: nn.Sequential) -> None:
         """Look at the weights."""
-        self._layers = [
-            (weight.detach().numpy().T, bias.detach().numpy()) for weight, bias in policy.layers(policy.actor)
-        ]
+        self._layers = [(weight.detach().numpy().T, bias.detach().numpy()) for weight, bias in policy.layers(network)]
         self._is_tanh = policy.config.activation == "tanh"
         self._shift_scale = None
         if policy.config.normalize_observations:
@@ -66,7 +64,7 @@ class NumpyActor:
             self._limit = np.float32(policy.config.clip_observation)
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
-        """Logits or means `[N, K]` at raw `observations` `[N, *O]`."""
+        """Logits, means or values `[N, K]` at raw `observations` `[N, *O]`."""
         x = observations.reshape(len(observations), -1)
         if x.dtype != np.float32:
             x = x.astype(np.float32)
@@ -112,7 +110,7 @@ class _NumpyActing:
 
     def __init__(self, policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator) -> None:
         self._policy = policy
-        self._actor = NumpyActor(policy)
+        self._actor = NumpyNetwork(policy, policy.actor)
         self._convert = for_environment(policy)
         n_outputs = policy.layers(policy.actor)[-1][0].shape[0]
         self._parameters = np.empty((length, n_envs, n_outputs), np.float32)
@@ -134,16 +132,19 @@ class _NumpyActing:
             actions = np.add(parameters, self._noise[t], out=self._actions[t])
         return self._convert(actions)
 
-    def acted(self, observations: Tensor) -> Acted:
-        policy = self._policy
-        parameters = torch.from_numpy(self._parameters).transpose(0, 1)
-        actions = torch.from_numpy(self._actions).transpose(0, 1).contiguous()
+    def acted(self, observations: np.ndarray, others: np.ndarray) -> tuple[Acted, Tensor]:
+        parameters = torch.from_numpy(self._parameters)
+        actions = torch.from_numpy(self._actions)
         with torch.no_grad():
-            log_std = policy.log_std
+            log_std = self._policy.log_std
             distribution = Categorical(parameters) if log_std is None else DiagonalGaussian(parameters, log_std)
             log_probs = distribution.log_prob(actions)
-        values = policy.scaled_values(observations.flatten(0, 1)).view(log_probs.shape)
-        return Acted(actions, log_probs.contiguous(), values)
+        flat = observations.reshape(-1, *observations.shape[2:])
+        critic = NumpyNetwork(self._policy, self._policy.critic)
+        values = torch.from_numpy(critic(np.concatenate((flat, others)))).squeeze(1)
+        seen, rest = values.split((len(flat), len(others)))
+        columns = (actions, log_probs, seen.view(log_probs.shape))
+        return Acted(*(column.transpose(0, 1).contiguous() for column in columns)), rest
 
 
 class _TorchActing:
@@ -158,8 +159,8 @@ class _TorchActing:
         self._acted.append(self._policy.act(torch.from_numpy(observations).to(self._device), self._generator))
         return self._policy.to_environment(self._acted[-1].actions)
 
-    def acted(self, observations: Tensor) -> Acted:
+    def acted(self, observations: np.ndarray, others: np.ndarray) -> tuple[Acted, Tensor]:
         del observations
         columns: Sequence[Sequence[Tensor]] = list(zip(*self._acted, strict=True))
-        return Acted(*(torch.stack(list(column), 1) for column in columns))
-
+        rest = self._policy.scaled_values(torch.from_numpy(others).to(self._device))
+        return Acted(*(torch.stack(list(column), 1) for column in columns)), rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
@@ -211,6 +212,8 @@ class SerialEnvs:
         self._terminated = np.zeros(n_envs, bool)
         self._truncated = np.zeros(n_envs, bool)
         self._valid = np.ones(n_envs, bool)
+        self._has_lost = False
+        self._usual_dtypes = (dtype, np.dtype(np.float64)) if dtype == np.float32 else (dtype,)
         self._episodes = np.zeros(n_envs, np.int64)
         self._history: list[np.ndarray] = []
         self._starts = np.zeros(n_envs, np.int64)
@@ -242,7 +245,9 @@ class SerialEnvs:
         """
         self._history.append(actions)
         given = actions.copy()  # environments may change their own (action *= 0.1), not what is played again
-        self._valid[:] = True
+        if self._has_lost:
+            self._valid[:] = True
+            self._has_lost = False
         first = 0
         while first < self.n_envs:
             try:
@@ -253,13 +258,16 @@ class SerialEnvs:
         self._check_values()
         np.copyto(self._observations, self._final)
         self._reward_sums += self._rewards
-        for index in np.flatnonzero(self._terminated | self._truncated):
-            self._begin_next_episode(int(index))
+        ends = self._terminated | self._truncated
+        if ends.any():
+            for index in ends.nonzero()[0]:
+                self._begin_next_episode(int(index))
         self._forget_closed_episodes()
         return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
 
     def _step_from(self, first: int, actions: np.ndarray) -> int:
         """Step the environments from the given one on; return their number."""
+        final, shape, dtypes = self._final, self._shape, self._usual_dtypes
         for index in range(first, self.n_envs):
             try:
                 result = self._envs[index].step(actions[index])
@@ -272,8 +280,14 @@ class SerialEnvs:
                 observation, reward, terminated, truncated, _ = result
             except Exception as error:
                 raise self._fault(index, f"{STEP_RETURNS}, and returned {amount_of(result)}") from error
-            self._store(index, observation, self._final, "the observation")
-            self._rewards[index] = reward if type(reward) is float else self._number(index, reward)
+            if type(observation) is np.ndarray and observation.dtype in dtypes and observation.shape == shape:
+                self._given[index] = observation
+                final[index] = observation
+            else:
+                self._store(index, observation, final, "the observation")
+            self._rewards[index] = (
+                reward if type(reward) in (float, np.float64) else self._number(index, reward)
+            )
             self._terminated[index] = (
                 terminated if type(terminated) is bool else self._end(index, "terminated", terminated)
             )
@@ -297,6 +311,7 @@ class SerialEnvs:
         self._final[index] = self._observations[index]
         self._rewards[index] = 0.0
         self._terminated[index], self._truncated[index], self._valid[index] = False, True, False
+        self._has_lost = True
         return index + 1
 
     def _restart(self, index: int, fault: EnvironmentFault) -> None:
@@ -476,8 +491,9 @@ class SerialEnvs:
         return array
 
     def _check_values(self) -> None:
-        for index in np.flatnonzero(~np.isfinite(self._rewards)):
-            self._lose(self._fault(int(index), f"the reward is {self._rewards[index]}"))
+        if not math.isfinite(self._rewards.sum()):  # or too large for their sum, which only costs time
+            for index in np.flatnonzero(~np.isfinite(self._rewards)):
+                self._lose(self._fault(int(index), f"the reward is {self._rewards[index]}"))
         if not self._check.fits(self._final):
             for index in np.flatnonzero(self._valid):
                 problem = self._check.first_problem(self._final[index], np.asarray(self._given[index]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import gymnasium as gym
@@ -115,7 +116,8 @@ class NativeEnvs:
             except BaseException as error:
                 raise self._raised("reset", actions, error) from error
         self._refuse_bad_values(final, rewards, valid, actions)
-        self._refuse_bad_values(observations, rewards, valid, actions)
+        if observations is not final:
+            self._refuse_bad_values(observations, rewards, valid, actions)
         return Step(observations, rewards, terminated, truncated, final, valid)
 
     def snapshot(self) -> Snapshot:
@@ -150,6 +152,8 @@ class NativeEnvs:
 
     def _ends(self, word: str, given: Any, actions: np.ndarray) -> np.ndarray:
         """A copy of `terminated` or `truncated`, which must be `[N]` bools, or integers 0 and 1."""
+        if type(given) is np.ndarray and given.dtype == bool and given.shape == (self.n_envs,):
+            return given.copy()
         ends = np.array(given)
         is_bool = ends.dtype == bool or (ends.dtype.kind in "iu" and bool(np.isin(ends, (0, 1)).all()))
         if ends.shape != (self.n_envs,) or not is_bool:
@@ -162,9 +166,9 @@ class NativeEnvs:
     def _refuse_bad_values(
         self, observations: np.ndarray, rewards: np.ndarray, valid: np.ndarray, actions: np.ndarray | None
     ) -> None:
-        bad_rewards = ~np.isfinite(rewards) & valid
-        for index in np.flatnonzero(bad_rewards):
-            raise self._fault(int(index), f"the reward is {rewards[index]}", actions)
+        if not math.isfinite(rewards.sum()):
+            for index in np.flatnonzero(~np.isfinite(rewards) & valid):
+                raise self._fault(int(index), f"the reward is {rewards[index]}", actions)
         if self._check.fits(observations):
             return
         for index in range(self.n_envs):

@@ -115,8 +115,9 @@ class _Recorder:
         self.terminated[t] = step.terminated
         self.truncated[t] = step.truncated
         self.valid[t] = step.valid
-        if True in step.terminated or True in step.truncated:
-            for i in np.flatnonzero((step.terminated | step.truncated) & step.valid):
+        ends = step.terminated | step.truncated
+        if ends.any():
+            for i in (ends & step.valid).nonzero()[0]:
                 self.finals.append(step.final_observations[i].copy())
                 self.ends.append((t, int(i)))
 
@@ -168,14 +169,13 @@ def _assemble(
     policy: ActorCritic, recorder: _Recorder, actor: Acting, carry: Carry, gamma: float, device: torch.device
 ) -> Batch:
     """Put the pieces together; the critic sees the true final observations of the episodes that ended."""
-    observations = _rows(recorder.observations, device)
-    acted = actor.acted(observations)
-    values = acted.values
-    next_values = torch.cat([values[:, 1:], policy.scaled_values(_tensor(carry.observations, device))[:, None]], 1)
+    finals = np.array(recorder.finals, carry.observations.dtype).reshape(-1, *carry.observations.shape[1:])
+    acted, others = actor.acted(recorder.observations, np.concatenate((carry.observations, finals)))
+    last_values, final_values = others.split((len(carry.observations), len(finals)))
+    next_values = torch.cat([acted.values[:, 1:], last_values[:, None]], 1)
     if recorder.ends:
         places = torch.as_tensor(np.array(recorder.ends), device=device)
-        finals = torch.from_numpy(np.stack(recorder.finals)).to(device)
-        next_values[places[:, 1], places[:, 0]] = policy.scaled_values(finals)
+        next_values[places[:, 1], places[:, 0]] = final_values
     valid = recorder.valid
     done = (recorder.terminated | recorder.truncated) & valid
     lost = recorder.truncated & ~valid
@@ -187,12 +187,12 @@ def _assemble(
         limit = policy.config.clip_reward
         rewards = (rewards / policy.reward_scale).clamp(-limit, limit)
     return Batch(
-        observations=observations,
+        observations=_rows(recorder.observations, device),
         actions=acted.actions,
         mask=_rows(valid, device),
         rewards=rewards.T.to(device, torch.float32).contiguous(),
         log_probs=acted.log_probs,
-        values=values,
+        values=acted.values,
         next_values=next_values,
         terminated=_rows(recorder.terminated & valid, device),
         done=_rows(done, device),
@@ -203,6 +203,3 @@ def _rows(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`[T, N, ...]` to `[N, T, ...]`."""
     return torch.from_numpy(array).transpose(0, 1).to(device).contiguous()
 
-
-def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array.copy()).to(device)
