@@ -7,7 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from proximo.collect.make import EnvFactory, find_factory, make_env, names_code
 from proximo.errors import UserError, tell
 from proximo.models.control import ActorCritic
 from proximo.presets import resolve_settings
-from proximo.process import enough_memory, noted_signals, training_threads
+from proximo.process import enough_memory, noted_signals, training_device, training_threads
 from proximo.runs import names
 from proximo.runs.checkpoint import Checkpoint, finish_save, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
@@ -28,6 +28,7 @@ from proximo.runs.lock import locked
 from proximo.runs.metrics import truncate_metrics
 from proximo.terminal import Display
 from proximo.training import control
+from proximo.training.choices import with_environments_chosen, with_update_chosen
 from proximo.training.config import ControlConfig, EnvironmentConfig, changed_settings, settings_of, with_settings
 from proximo.training.estimate import estimated_seconds
 from proximo.training.evaluate import evaluate_policy
@@ -54,6 +55,9 @@ class Run:
     """The signal that ended it early; None if it came to its end."""
     return_episodes: int = 0
     """How many episodes `return_mean` is over."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase since the run was begun or last resumed: `seconds_acting` and `seconds_environment`, which are
+    in `seconds_collecting`, and `seconds_updating`."""
 
     @property
     def policy(self) -> ActorCritic:
@@ -135,8 +139,10 @@ def resume_with(
         changed = changed_settings(checkpoint.state.get("settings"), config)
         if total_steps is not None:
             config = _with_total_steps(config, total_steps, checkpoint.step, directory)
-        with enough_memory(config), training_threads(config), _open_envs(config, factory) as envs:
+        config = with_environments_chosen(config)
+        with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
             state, fresh = control.restore(config, checkpoint, envs)
+            config = with_update_chosen(config, state.policy, display.say)
             if total_steps is not None:
                 write_config(directory, settings_of(config))
             finish_save(
@@ -394,8 +400,10 @@ def train_with(
     The environments are made first, so that what is wrong with them leaves no run directory behind.
     """
     _check_environment(config.environment)
-    with enough_memory(config), training_threads(config), _open_envs(config, factory) as envs:
+    config = with_environments_chosen(config)
+    with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
         state = control.start(config, envs)
+        config = with_update_chosen(config, state.policy, display.say)
         seen = state.carry.observations
         np.zeros((seen.shape[0], config.rollout_length, *seen.shape[1:]), seen.dtype)  # if not, let it fail here
         directory = new_run(config.environment.env_id, config.seed, run_dir)
@@ -404,7 +412,8 @@ def train_with(
                 raise UserError(f"{directory.path} holds the run of another process. Choose another --run-dir.")
             write_config(directory, settings_of(config))
             control.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
-            seconds = _estimate(config, factory, state, display)
+            with training_threads(config):
+                seconds = _estimate(config, factory, state, display)
             display.plan(config, directory, _spaces_in_words(envs), source, seconds)
             return _train_to_the_end(config, directory, state, envs, display)
 
@@ -441,7 +450,7 @@ def _train_to_the_end(
     """Run the loop, showing each iteration; a signal saves a checkpoint at the next safe point and ends it."""
     interrupted_by = None
     try:
-        with noted_signals() as received, display.live(config, state.env_steps) as show:
+        with training_threads(config), noted_signals() as received, display.live(config, state.env_steps) as show:
             for row in control.iterate(config, directory, state, envs, lambda: received):
                 show(row, envs)
             if received and not control.finished(config, state):
@@ -449,7 +458,7 @@ def _train_to_the_end(
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, directory)) from None
     mean, count = (float(np.mean(state.recent_returns)) if state.recent_returns else None), len(state.recent_returns)
-    return Run(directory.path, config, state.env_steps, mean, state.seconds, interrupted_by, count)
+    return Run(directory.path, config, state.env_steps, mean, state.seconds, interrupted_by, count, state.phases)
 
 
 def _how_to_go_on(config: ControlConfig, directory: RunDirectory) -> str:

@@ -338,7 +338,7 @@ def _result_facts(run: Any) -> dict[str, str]:
     speed = f"{run.env_steps:,} steps in {run.seconds:.1f} s ({run.env_steps / max(run.seconds, 1e-9):,.0f} steps/s)"
     ended = {} if run.interrupted_by is None else {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
     if run.return_mean is None:
-        return ended | {"result": "no episode has ended yet", "took": speed}
+        return ended | {"result": "no episode has ended yet", "took": speed} | _where_time_went(run)
     count = run.return_episodes
     result = f"mean return {run.return_mean:.4g} over the last {count} training episode{'s' * (count != 1)}"
     spec = gymnasium.registry.get(run.config.environment.env_id)
@@ -347,7 +347,23 @@ def _result_facts(run: Any) -> dict[str, str]:
         reached = run.return_mean >= threshold
         verdict = "not solved yet" if not reached else "solved" if count >= 100 else "too few to call it solved"
         result += f": {verdict} ({run.config.environment.env_id} counts as solved at {threshold:g})"
-    return ended | {"result": result, "took": speed}
+    return ended | {"result": result, "took": speed} | _where_time_went(run)
+
+
+def _where_time_went(run: Any) -> dict[str, str]:
+    """The share of time per phase, of this session."""
+    phases = run.phases
+    total = phases.get("seconds_collecting", 0.0) + phases.get("seconds_updating", 0.0)
+    if not total:
+        return {}
+    stepping, acting = phases["seconds_environment"], phases["seconds_acting"]
+    parts = {
+        "environments": stepping,
+        "acting": acting,
+        "update": phases["seconds_updating"],
+        "the rest": phases["seconds_collecting"] - stepping - acting,
+    }
+    return {"of that": ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())}
 
 
 # --- the other commands -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
+from threadpoolctl import threadpool_limits
 
 from proximo.errors import UserError
 from proximo.training.config import ControlConfig
@@ -44,11 +45,31 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def training_threads(config: ControlConfig) -> Iterator[None]:
-    """Give torch the run's number of threads, and back what it had."""
+def training_device(config: ControlConfig) -> Iterator[None]:
+    """One thread for torch while networks are made; then what it had before.
+
+    Raises:
+        UserError: if there is no such device.
+    """
     check_device(config.device)
+    with _torch_threads(1):
+        yield
+
+
+@contextmanager
+def training_threads(config: ControlConfig) -> Iterator[None]:
+    """Give torch the run's number of threads, and the BLAS of NumPy and SciPy one; then back what they had.
+
+    Those are for small networks, which their second thread slows down.
+    """
+    with _torch_threads(max(1, config.threads)), threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

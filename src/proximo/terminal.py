@@ -73,6 +73,7 @@ class Display:
             "algorithm": f"{algorithm}, {config.total_steps:,} steps, seed {config.seed}",
             "settings": source,
             "": chosen + (f"\n{extra}" if extra else ""),
+            "how": _how(config),
             "expected time": expected,
             "run directory": str(run.path),
         }
@@ -85,6 +86,8 @@ class Display:
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         level = "exact: every open episode was played again and came back to the same observation"
+        if config.environment.vectorization == "native":
+            level = "exact: the environments are back where they were"
         if fresh:
             level = (
                 f"statistical: {len(fresh)} of {config.environment.n_envs} environments could not be brought back to "
@@ -208,6 +211,15 @@ class _Clock:
     @property
     def seconds_left(self) -> float:
         return max(self.total_steps - self.steps, 0) / max(self.speed, 1e-9)
+
+
+def _how(config: ControlConfig) -> str:
+    """What was chosen for speed."""
+    kinds = {"eager": "gradients derived by torch", "fused": "gradients written out", "compiled": "compiled"}
+    path = config.algorithm.update_path
+    threads = f"{config.threads} thread{'s' * (config.threads != 1)}"
+    task = config.environment
+    return f"update {path} ({kinds.get(path, path)}), {threads}; {task.n_envs} environments, {task.vectorization}"
 
 
 def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig, clock: _Clock) -> Group:

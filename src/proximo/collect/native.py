@@ -41,13 +41,23 @@ def make_native(
         raise UserError(f"The vector version of {env_id} could not be made: {in_words(error)}") from error
 
 
+_STATE = {"CartPoleVectorEnv": ("state", "steps", "prev_done")}
+"""Vector environments whose moment is known to be in these arrays and their random generator, and nowhere else."""
+
+
+def comes_back_exactly(env_id: str) -> bool:
+    """Whether an id has a vector version that can be brought back to a moment within an episode."""
+    spec = gym.registry.get(env_id)
+    return spec is not None and str(spec.vector_entry_point).rpartition(":")[2] in _STATE
+
+
 class NativeEnvs:
     """One `gymnasium.vector.VectorEnv`; its autoreset mode (NEXT_STEP, SAME_STEP, DISABLED) makes no difference.
 
     NEXT_STEP: the step after an episode's end only resets; it is marked as not valid. SAME_STEP: the true
     final observation comes from `info["final_obs"]`. DISABLED: the ended environments are reset here.
-    Such an environment cannot be brought back to a moment within an episode: a resumed run begins
-    fresh episodes in all of them, seeded by the run's seed and the step at which it went on.
+    One whose state is known (`comes_back_exactly`) is brought back to a moment within an episode. Any other cannot be:
+    a resumed run begins fresh episodes in all of them, seeded by the run's seed and the step at which it went on.
     """
 
     def __init__(
@@ -72,6 +82,7 @@ class NativeEnvs:
         self.action_space = envs.single_action_space
         self._check = SpaceCheck.of(self.observation_space)
         self._reset_due = np.zeros(self.n_envs, bool)
+        self._observations = np.zeros(0)
         self._n_steps = 0
 
     def reset(self) -> np.ndarray:
@@ -118,16 +129,37 @@ class NativeEnvs:
         self._refuse_bad_values(final, rewards, valid, actions)
         if observations is not final:
             self._refuse_bad_values(observations, rewards, valid, actions)
+        self._observations = observations
         return Step(observations, rewards, terminated, truncated, final, valid)
 
     def snapshot(self) -> Snapshot:
-        """Only how far it got: what is inside cannot be reached."""
-        return Snapshot({}, {"n_steps": self._n_steps})
+        """How far it got, and what is inside where that is known."""
+        values: dict[str, Any] = {"n_steps": self._n_steps}
+        inner = self._envs.unwrapped
+        if type(inner).__name__ not in _STATE:
+            return Snapshot({}, values)
+        arrays = {name: np.array(getattr(inner, name)) for name in _STATE[type(inner).__name__]}
+        arrays["reset_due"] = self._reset_due.copy()
+        arrays["observations"] = self._observations.copy()
+        values["random"] = inner.np_random.bit_generator.state
+        return Snapshot(arrays, values)
 
     def restore(self, snapshot: Snapshot) -> tuple[np.ndarray, list[int]]:
-        """Begin fresh episodes everywhere, other ones than at the start."""
+        """Come back to the moment, or begin fresh episodes everywhere, other ones than at the start."""
         self._n_steps = int(snapshot.values["n_steps"])
-        return self._reset_all(fresh_start=self._n_steps), list(range(self.n_envs))
+        observations = self._reset_all(fresh_start=self._n_steps)
+        if "random" not in snapshot.values:
+            return observations, list(range(self.n_envs))
+        inner = self._envs.unwrapped
+        for name in _STATE[type(inner).__name__]:
+            array = snapshot.arrays[name]
+            if array.shape != getattr(inner, name).shape:
+                raise ValueError(f"its {name} are of shape {array.shape}, not {getattr(inner, name).shape}")
+            setattr(inner, name, array.copy())
+        inner.np_random.bit_generator.state = snapshot.values["random"]
+        self._reset_due = snapshot.arrays["reset_due"].copy()
+        self._observations = snapshot.arrays["observations"].copy()
+        return self._observations, []
 
     def close(self) -> None:
         """Close the vector environment; if it fails to, that is told on standard error."""
@@ -143,6 +175,7 @@ class NativeEnvs:
         except BaseException as error:
             raise self._raised("reset", None, error) from error
         self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
+        self._observations = observations
         return observations
 
     def _typed(self, observations: Any) -> np.ndarray:

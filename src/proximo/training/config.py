@@ -22,6 +22,8 @@ from proximo.collect.envs import SpacePolicy
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
 
+Vectorization = Literal["auto", "serial", "workers", "native"]
+
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 250_000
 
 
@@ -35,9 +37,10 @@ class EnvironmentConfig:
     """Arguments for making the environment (in a config file: a table [env_kwargs])."""
     n_envs: int = 8
     """Environments that run side by side."""
-    vectorization: Literal["serial", "workers", "native"] = "serial"
+    vectorization: Vectorization = "auto"
     """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
-    about 1 ms a step; `native`: the environment's own vector version."""
+    about 1 ms a step; `native`: the environment's own vector version; `auto`: native from 16 environments on where
+    that is the same task and a run can go on from it exactly, else serial."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""
     max_episode_steps: int | None = None
@@ -64,7 +67,7 @@ class EnvironmentConfig:
         in_range(
             "max_episode_steps", self.max_episode_steps, optional=True, at_least=1, whole=True, usual="none at all"
         )
-        one_of("vectorization", self.vectorization, ("serial", "workers", "native"))
+        one_of("vectorization", self.vectorization, typing.get_args(Vectorization))
         one_of("on_space_violation", self.on_space_violation, ("raise", "warn"))
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
@@ -106,8 +109,9 @@ class ControlConfig:
     """End early once the mean return of the last 100 episodes reaches this."""
     device: str = "cpu"
     """Where the networks are: cpu, cuda, cuda:1, ... Small networks are fastest on the CPU."""
-    threads: int = 1
-    """CPU threads for torch; small networks are fastest with one."""
+    threads: int = 0
+    """CPU threads for torch and for the compiled update; 0: one for small networks, and for the compiled update what a
+    measurement before the run finds faster, one or two, which changes no number."""
     debug: bool = False
     """Check at each iteration that every probability ratio is 1 before the first update."""
 
@@ -128,7 +132,7 @@ class ControlConfig:
         in_range("keep_every", self.keep_every, optional=True, at_least=1, whole=True, usual="left out")
         in_range("max_skipped_updates", self.max_skipped_updates, at_least=0, whole=True, usual="3")
         in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
-        in_range("threads", self.threads, at_least=1, at_most=1024, whole=True, usual="1")
+        in_range("threads", self.threads, at_least=0, at_most=1024, whole=True, usual="0")
         if self.algorithm.gae_lambda_per_step is not None:
             raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
         if self.algorithm.batch_size > self.steps_per_iteration:

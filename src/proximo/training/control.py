@@ -18,7 +18,7 @@ from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
 from proximo.collect.make import EnvFactory, make_env
 from proximo.collect.native import NativeEnvs, make_native
-from proximo.collect.rollout import Carry, Episodes, rollout
+from proximo.collect.rollout import Carry, Clock, Episodes, rollout
 from proximo.collect.workers import WorkerEnvs
 from proximo.core.batch import Batch
 from proximo.errors import DiskError, UserError, tell
@@ -34,7 +34,9 @@ from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
 
-CLOCK_METRICS = frozenset({"seconds", "steps_per_second", "seconds_collecting", "seconds_updating"})
+PHASES = ("seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating")
+
+CLOCK_METRICS = frozenset({"seconds", "steps_per_second", *PHASES})
 """Metrics that a clock decides; all others are the same in a resumed run."""
 
 
@@ -57,6 +59,8 @@ class ControlState:
     saved_at_step: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds since the run was begun or resumed, by the names of `PHASES`."""
 
 
 def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
@@ -128,7 +132,8 @@ def iterate(
         began = time.perf_counter()
         algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
         moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
-        batch, episodes = _collect(config, run, state, envs)
+        clock = Clock()
+        batch, episodes = _collect(config, run, state, envs, clock)
         collected = time.perf_counter()
         first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
         try:
@@ -149,7 +154,11 @@ def iterate(
         metrics |= {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
         if config.environment.restarts_allowed:
             metrics["env_restarts"] = envs.n_restarts
-        row = _progress(state) | metrics | _clocks(state, batch, began, collected, updated)
+        clocks = dict(zip(PHASES, (clock.acting, clock.environment, collected - began, updated - collected), strict=True))
+        for name, seconds in clocks.items():
+            state.phases[name] = state.phases.get(name, 0.0) + seconds
+        speed = batch.n_valid / max(updated - began, 1e-9)
+        row = _progress(state) | metrics | {"seconds": state.seconds, "steps_per_second": speed} | clocks
         stopped, ended = bool(stopping()), finished(config, state)
         due = state.env_steps - state.saved_at_step >= config.checkpoint_interval
         keeper.keep(
@@ -293,7 +302,9 @@ _COUNTERS = (
 )
 
 
-def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> tuple[Batch, Episodes]:
+def _collect(
+    config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs, clock: Clock
+) -> tuple[Batch, Episodes]:
     """One rollout; what an environment did wrong is written down so that it can be played again."""
     try:
         collected = rollout(
@@ -303,6 +314,7 @@ def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs
             config.rollout_length,
             state.action_generator,
             gamma=config.algorithm.gamma,
+            clock=clock,
         )
     except EnvironmentFault as fault:
         hint = "" if config.environment.restarts_allowed else _RESTART_HINT
@@ -367,15 +379,6 @@ def _progress(state: ControlState) -> Metrics:
         "n_episodes": state.n_episodes,
         "return_mean": float(np.mean(returns)) if returns else None,
         "length_mean": float(np.mean(lengths)) if lengths else None,
-    }
-
-
-def _clocks(state: ControlState, batch: Batch, began: float, collected: float, updated: float) -> Metrics:
-    return {
-        "seconds": state.seconds,
-        "steps_per_second": batch.n_valid / max(updated - began, 1e-9),
-        "seconds_collecting": collected - began,
-        "seconds_updating": updated - collected,
     }
 
 

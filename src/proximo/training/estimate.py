@@ -10,10 +10,13 @@ import numpy as np
 import torch
 
 from proximo.algorithms.adam import FlatAdam
+from proximo.collect.acting import acting
 from proximo.collect.envs import VectorEnvs, episode_seed
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
 from proximo.training.config import ControlConfig
+
+_MOST_STEPS = 50
 
 
 def estimated_seconds(config: ControlConfig, policy: ActorCritic, make_scratch_envs: Callable[[], VectorEnvs]) -> float:
@@ -27,7 +30,7 @@ def estimated_seconds(config: ControlConfig, policy: ActorCritic, make_scratch_e
         per_vector_step, observations = _time_collecting(policy, envs, config)
     finally:
         envs.close()
-    per_minibatch = _time_minibatch(policy, observations, config)
+    per_minibatch = minibatch_seconds(policy, observations, config)
     iterations = config.total_steps // config.steps_per_iteration
     minibatches = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
     return iterations * (
@@ -39,18 +42,18 @@ def _time_collecting(policy: ActorCritic, envs: VectorEnvs, config: ControlConfi
     """Seconds per vector step, the median of some, within about a quarter of a second."""
     generator = torch.Generator(config.device).manual_seed(episode_seed(config.seed, 0, 0))
     observations = envs.reset()
+    actor = acting(policy, envs.n_envs, _MOST_STEPS, generator)
     times: list[float] = []
     began = time.perf_counter()
-    while not times or (len(times) < 50 and time.perf_counter() - began < 0.25):
+    while not times or (len(times) < _MOST_STEPS and time.perf_counter() - began < 0.25):
         start = time.perf_counter()
-        acted = policy.act(torch.from_numpy(observations.copy()).to(config.device), generator)
-        observations = envs.step(policy.to_environment(acted.actions)).observations
+        observations = envs.step(actor.act(len(times), observations.copy())).observations
         times.append(time.perf_counter() - start)
     return float(np.median(times)), torch.from_numpy(observations.copy()).to(config.device)
 
 
-def _time_minibatch(policy: ActorCritic, observations: torch.Tensor, config: ControlConfig) -> float:
-    """Seconds per minibatch of one update, the smallest of a few; the first ones warm up."""
+def minibatch_seconds(policy: ActorCritic, observations: torch.Tensor, config: ControlConfig) -> float:
+    """Seconds per minibatch of an update of `policy`, the smallest of a few; the first ones warm up."""
     size = config.algorithm.batch_size
     rows = observations[torch.arange(size, device=observations.device) % len(observations)].unsqueeze(1)
     acted = policy.act(rows[:, 0], torch.Generator(config.device).manual_seed(0))

@@ -1,0 +1,112 @@
+"""What `auto` stands for: chosen before the run starts, shown in its plan, and written into its config.toml.
+
+So a resumed run takes the same. What numbers hang on is chosen by rules alone; only what changes no number (how many
+threads the compiled update takes) is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from proximo.algorithms.ppo import UpdatePath
+from proximo.collect.native import comes_back_exactly
+from proximo.errors import UserError
+from proximo.models.control import ActorCritic
+from proximo.training.config import ControlConfig
+from proximo.training.estimate import minibatch_seconds
+
+MINIBATCHES_THAT_PAY = 20_000
+"""Compiling takes 6 to 8 s the first time, and saves about 0.3 ms a minibatch (docs/performance.md)."""
+
+NATIVE_FROM = 16
+"""Environments from which a vector version pays: below, its own overhead is as large as that of so many steps."""
+
+
+def with_environments_chosen(config: ControlConfig) -> ControlConfig:
+    """Replace vectorization `auto`: native where that is the same task and resumes as exactly, else serial."""
+    task = config.environment
+    if task.vectorization != "auto":
+        return config
+    can_restart = not task.restarts_allowed
+    native = task.n_envs >= NATIVE_FROM and can_restart and comes_back_exactly(task.env_id)
+    return replace(config, environment=replace(task, vectorization="native" if native else "serial"))
+
+
+def with_update_chosen(
+    config: ControlConfig, policy: ActorCritic, say: Callable[[str], object] = lambda text: None
+) -> ControlConfig:
+    """Replace update_path `auto` and threads 0; `say` is told where that takes long.
+
+    Raises:
+        UserError: if `compiled` is asked for and numba is not installed.
+    """
+    path = config.algorithm.update_path
+    if path == "auto":
+        path = _path(config, policy)
+    if path == "compiled" and not can_compile():
+        raise UserError(
+            "update_path is 'compiled', which needs numba and scipy, and one is not installed. "
+            'Install them with: pip install -c constraints.txt -e ".[fast]", or use update_path fused.'
+        )
+    config = replace(config, algorithm=replace(config.algorithm, update_path=path))
+    if config.threads:
+        return config
+    threads = 1
+    if path == "compiled":
+        with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
+            threads = _faster(config, policy, [1, 2])
+    return replace(config, threads=threads)
+
+
+def can_compile() -> bool:
+    """Whether numba, and scipy, whose BLAS it calls, are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("numba", "scipy"))
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
+    if not config.algorithm.can_fuse or config.device != "cpu":
+        return "eager"
+    iterations = config.total_steps // config.steps_per_iteration
+    per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
+    n_minibatches = iterations * config.algorithm.n_epochs * per_epoch
+    return "compiled" if n_minibatches >= MINIBATCHES_THAT_PAY and can_compile() else "fused"
+
+
+def _faster(config: ControlConfig, policy: ActorCritic, counts: list[int]) -> int:
+    """The number of threads, of these and within the cores, that an update takes least time with."""
+    seen = np.zeros((1, *policy.observation_space.shape), policy.observation_space.dtype)
+    before = torch.get_num_threads()
+    times = {}
+    for count in counts:
+        if count <= n_cores():
+            torch.set_num_threads(count)
+            times[count] = minibatch_seconds(copy.deepcopy(policy), torch.from_numpy(seen), config)
+    torch.set_num_threads(before)
+    return min(times, key=lambda count: times[count] * (1.0 if count == 1 else 1.05))
+
+
+@contextmanager
+def _told_after(seconds: float, tell: Callable[[], object]) -> Iterator[None]:
+    """Tell what is going on if it takes longer than so many seconds."""
+    timer = threading.Timer(seconds, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
