@@ -38,10 +38,10 @@ def path(request) -> Iterator[str]:
 def both_ways(make_policy, make_batch, path: str, *, shape: tuple[int, int] = (4, 13), **settings):
     """The policy and metrics after one update on the eager path, and on another one."""
     results = []
-    for path in ("eager", path):
+    for way in ("eager", path):
         policy = make_policy()
-        metrics, _ = updated(policy, make_batch(policy, *shape), update_path=path, **settings)
-        assert (policy.n_evaluations == 0) == (path != "eager")
+        metrics, _ = updated(policy, make_batch(policy, *shape), update_path=way, **settings)
+        assert (policy.n_evaluations == 0) == (way != "eager")
         results.append((policy, metrics))
     return results
 
@@ -102,7 +102,7 @@ def test_at_the_first_minibatch_every_ratio_is_one(plain_policy, make_batch, pat
 
 def test_gradients_of_another_update_are_not_left_in(plain_policy, make_batch, path):
     results = []
-    for path in ("eager", path):
+    for way in ("eager", path):
         policy = plain_policy("continuous")
         optimizer = FlatAdam(policy, learning_rate=0.0)
         for seed, way in ((0, "eager"), (1, path), (2, "eager")):
@@ -148,10 +148,10 @@ def test_equal_advantages_are_no_signal_on_either_path(plain_policy, make_batch,
         zero, ended = torch.zeros_like(batch.rewards), torch.ones_like(batch.done)
         return dataclasses.replace(batch, rewards=zero + constant, values=zero, terminated=ended, done=ended)
 
-    for path in ("eager", path):
+    for way in ("eager", path):
         policy = plain_policy(dtype=torch.float32)
         batch = flat_rewards(policy, 4, 16)
-        metrics, _ = updated(policy, batch, update_path=path, n_epochs=1, batch_size=64)
+        metrics, _ = updated(policy, batch, update_path=way, n_epochs=1, batch_size=64)
         assert abs(metrics["policy_loss"]) < 1e-3
 
 

@@ -185,7 +185,10 @@ class TestTypes:
             (dict(hidden_sizes=["64"]), "hidden_sizes is ('64',)"),
             (dict(env_kwargs="size=3"), "env_kwargs is 'size=3'; it must be"),
             (dict(env_id=7), "env_id is 7; it must be str"),
-            (dict(vectorization="seriel"), "vectorization is 'seriel'; it must be 'serial', 'workers', 'native'"),
+            (
+                dict(vectorization="seriel"),
+                "vectorization is 'seriel'; it must be 'auto', 'serial', 'workers', 'native'",
+            ),
             (dict(objective=["clip"]), "objective is ['clip']; it must be 'clip', 'kl_penalty'"),
         ],
     )
@@ -226,7 +229,7 @@ class TestImpossibleValues:
             (dict(seed=2**63), "seed is 9223372036854775808"),
             (dict(checkpoint_every=0), "checkpoint_every is 0"),
             (dict(keep_checkpoints=0), "keep_checkpoints is 0"),
-            (dict(threads=0), "threads is 0"),
+            (dict(threads=-1), "threads is -1"),
             (dict(target_kl=0.0), "target_kl is 0.0"),
             (dict(kl_target=0.0), "kl_target is 0.0"),
             (dict(max_grad_norm=0.0), "max_grad_norm is 0.0"),

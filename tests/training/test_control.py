@@ -340,7 +340,17 @@ class TestResume:
         rows = list(iterate(config, directory, state, envs))
         assert [row["iteration"] for row in rows] == [3, 4, 5, 6]
 
-    def test_native_environments_are_listed_and_go_on(self, tmp_path):
+    def test_native_environments_whose_state_is_known_come_back_exactly(self, tmp_path):
+        config = config_with(env_id="CartPole-v1", vectorization="native", total_steps=192, checkpoint_every=50)
+        make = find_factory("CartPole-v1")
+        undisturbed = train(config, make, tmp_path / "undisturbed")
+        directory = interrupted(config, make, tmp_path / "killed", after=3, saving=False)
+        run, fresh = resumed(config, make, directory)
+        assert fresh == []
+        assert_same_end(undisturbed, run)
+
+    def test_other_native_environments_are_listed_and_go_on(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("proximo.collect.native._STATE", {})
         config = config_with(env_id="CartPole-v1", vectorization="native", total_steps=192, checkpoint_every=50)
         make = find_factory("CartPole-v1")
         directory = interrupted(config, make, tmp_path, after=3, saving=False)

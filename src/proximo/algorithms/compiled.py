@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +18,16 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-# No `nnan` or `ninf`: a NaN must get through to where it is refused. Division by zero is infinity, as in NumPy:
-# with Python's exception for it no loop that divides would be vectorized.
-_FAST: dict[str, Any] = dict(
-    fastmath={"contract", "reassoc", "nsz", "arcp"}, error_model="numpy", nogil=True, cache=True
-)
+
+def _jit(function: Callable[..., Any], fastmath: set[str] | bool | None = None) -> Any:
+    """Machine code that needs no lock of Python's, kept on disk.
+
+    No `nnan` or `ninf`: a NaN must get through to where it is refused. Division by zero is infinity, as in NumPy: with
+    Python's exception for it no loop that divides would be vectorized.
+    """
+    loose = {"contract", "reassoc", "nsz", "arcp"} if fastmath is None else fastmath
+    return njit(fastmath=loose, error_model="numpy", nogil=True, cache=True)(function)
+
 
 KL, POLICY_LOSS, VALUE_LOSS, ENTROPY, CLIPPED, ACTOR_SQUARES, CRITIC_SQUARES, N_METRICS = range(8)
 """Columns of the table of metrics, a row per minibatch."""
@@ -86,10 +93,10 @@ class Numbers(NamedTuple):
 
 
 @intrinsic
-def _publish(typing_context, array, place, value):  # noqa: ANN001, ANN202 (numba's own protocol)
+def _publish(typing_context: Any, array: Any, place: Any, value: Any) -> Any:
     """Store into an int64 array what another thread waits for, after everything that was written before."""
 
-    def write(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+    def write(context, builder, signature, arguments):
         kind = signature.args[0]
         view = context.make_array(kind)(context, builder, arguments[0])
         pointer = cgutils.get_item_pointer(context, builder, kind, view, [arguments[1]])
@@ -100,10 +107,10 @@ def _publish(typing_context, array, place, value):  # noqa: ANN001, ANN202 (numb
 
 
 @intrinsic
-def _published(typing_context, array, place):  # noqa: ANN001, ANN202
+def _published(typing_context: Any, array: Any, place: Any) -> Any:
     """Read what another thread has published, before anything that is read afterwards."""
 
-    def read(context, builder, signature, arguments):  # noqa: ANN001, ANN202
+    def read(context, builder, signature, arguments):
         kind = signature.args[0]
         view = context.make_array(kind)(context, builder, arguments[0])
         pointer = cgutils.get_item_pointer(context, builder, kind, view, [arguments[1]])
@@ -115,22 +122,22 @@ def _published(typing_context, array, place):  # noqa: ANN001, ANN202
 _give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else njit(lambda: 0)
 
 
-@njit(**_FAST)
+@_jit
 def _wait(arrived, place, count):
     """Wait for another thread; after about 20 us let others have this core meanwhile."""
     n_looks = 0
-    while _published(arrived, place) < count:
+    while _published(arrived, place) < count:  # pyright: ignore[reportCallIssue]
         n_looks += 1
         if n_looks > 4096:
             _give_way()
 
 
-def _tanh(x):  # noqa: ANN001, ANN202
+def _tanh(x):
     return math.tanh(x)
 
 
 @overload(_tanh, inline="always")
-def _tanh_by_kind(x):  # noqa: ANN001, ANN202
+def _tanh_by_kind(x):
     """In single precision a ratio of polynomials, which is vectorized; its error is below 4e-7."""
     if x is not types.float32:
         return lambda x: math.tanh(x)
@@ -141,7 +148,7 @@ def _tanh_by_kind(x):  # noqa: ANN001, ANN202
     p7, p5, p3, p1 = f(5.12229709037114e-08), f(1.48572235717979e-05), f(6.37261928875436e-04), f(4.89352455891786e-03)
     q6, q4, q2, q0 = f(1.19825839466702e-06), f(1.18534705686654e-04), f(2.26843463243900e-03), f(4.89352518554385e-03)
 
-    def rational(x):  # noqa: ANN001, ANN202
+    def rational(x):
         x = limit if x > limit else x  # a NaN stays one
         x = -limit if x < -limit else x
         s = x * x
@@ -151,7 +158,7 @@ def _tanh_by_kind(x):  # noqa: ANN001, ANN202
     return rational
 
 
-@njit(**_FAST)
+@_jit
 def _activate(rows, bias, is_tanh):
     zero = rows.dtype.type(0)
     for i in range(rows.shape[0]):
@@ -165,7 +172,7 @@ def _activate(rows, bias, is_tanh):
                 row[j] = zero if x < zero else x
 
 
-@njit(**_FAST)
+@_jit
 def _through_activation(gradient, activated, is_tanh):
     zero, one = gradient.dtype.type(0), gradient.dtype.type(1)
     for i in range(gradient.shape[0]):
@@ -178,7 +185,7 @@ def _through_activation(gradient, activated, is_tanh):
                 g[j] = g[j] if h[j] > zero else zero
 
 
-@njit(**_FAST)
+@_jit
 def _sum_rows(rows, sums):
     sums[:] = 0
     for i in range(rows.shape[0]):
@@ -187,7 +194,7 @@ def _sum_rows(rows, sums):
             sums[j] += row[j]
 
 
-@njit(**_FAST)
+@_jit
 def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
     """Fill `hidden[layer]` and `outputs`."""
     last = widths.size - 2
@@ -209,7 +216,7 @@ def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
                     outputs[i, j] += bias[j]
 
 
-@njit(**_FAST)
+@_jit
 def _backward(weights, gradient, places, widths, inputs, hidden, to_outputs, spare, is_tanh):
     """Write the gradient of every layer, from the one to the outputs; `spare` is `[2, ...]` for what is between."""
     n = inputs.shape[0]
@@ -228,7 +235,7 @@ def _backward(weights, gradient, places, widths, inputs, hidden, to_outputs, spa
         flowing = earlier
 
 
-@njit(**_FAST)
+@_jit
 def _normalized(advantages, rows, smallest_spread, result):
     """As `masked.whiten`: over the minibatch, with denominator n - 1; what differs by rounding alone becomes 0."""
     n = rows.size
@@ -249,7 +256,7 @@ def _normalized(advantages, rows, smallest_spread, result):
         result[i] = (result[i] - mean) / (spread + 1e-8)
 
 
-@njit(**_FAST)
+@_jit
 def _clipped(log_ratio, advantage, clip_epsilon, sums):
     """Add to the metrics; the gradient of the clipped surrogate's negative to the log-probability."""
     ratio = math.exp(log_ratio)
@@ -263,7 +270,7 @@ def _clipped(log_ratio, advantage, clip_epsilon, sums):
     return 0.0 if unclipped > clipped else -unclipped
 
 
-@njit(**_FAST)
+@_jit
 def _categorical(logits, steps, rows, advantages, numbers, sums, to_logits):
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
     n, k = logits.shape
@@ -289,7 +296,7 @@ def _categorical(logits, steps, rows, advantages, numbers, sums, to_logits):
         to_logits[i, action] += weight
 
 
-@njit(**_FAST)
+@_jit
 def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, to_log_std):
     """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
     n, k = means.shape
@@ -312,7 +319,7 @@ def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, 
             to_log_std[j] += weight * (z * z - 1)
 
 
-@njit(**_FAST)
+@_jit
 def _value(values, steps, rows, numbers, to_values):
     """Write the gradient of value_coef times the value loss; return the value loss."""
     n = rows.size
@@ -333,7 +340,7 @@ def _value(values, steps, rows, numbers, to_values):
     return total / n
 
 
-@njit(**_FAST)
+@_jit
 def _sum_of_squares(vector):
     total = vector.dtype.type(0)
     for i in range(vector.size):
@@ -341,7 +348,7 @@ def _sum_of_squares(vector):
     return total
 
 
-@njit(**_FAST)
+@_jit
 def _step(adam, first, last, n_steps, scale, numbers):
     """One step of Adam on a part of the vectors, the gradient scaled first."""
     kind = adam.weights.dtype.type
@@ -362,7 +369,7 @@ def _step(adam, first, last, n_steps, scale, numbers):
         weights[i] -= size * m / (math.sqrt(v) * correction + eps)
 
 
-@njit(**_FAST)
+@_jit
 def _actor_gradient(networks, adam, steps, rows, numbers, room, row):
     """The actor's gradient, sum of its squares, and metrics of one minibatch."""
     inputs, hidden, spare, outputs, to_outputs, advantages = room
@@ -390,7 +397,7 @@ def _actor_gradient(networks, adam, steps, rows, numbers, room, row):
     row[ACTOR_SQUARES] = _sum_of_squares(adam.gradient[: networks.critic_start])
 
 
-@njit(**_FAST)
+@_jit
 def _critic_gradient(networks, adam, steps, rows, numbers, room, row):
     """The critic's gradient, sum of its squares, and the value loss of one minibatch."""
     inputs, hidden, spare, outputs, to_outputs, _ = room
@@ -406,7 +413,7 @@ def _critic_gradient(networks, adam, steps, rows, numbers, room, row):
     row[CRITIC_SQUARES] = _sum_of_squares(adam.gradient[networks.critic_start :])
 
 
-@njit(**(_FAST | {"fastmath": False}))  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
+@partial(_jit, fastmath=False)  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
 def _verdict(row, most_kl):
     if not row[VALUE_LOSS] < math.inf:
         return BAD_VALUE_LOSS
@@ -415,7 +422,7 @@ def _verdict(row, most_kl):
     return DONE if row[ACTOR_SQUARES] + row[CRITIC_SQUARES] < math.inf else BAD_GRADIENT
 
 
-@njit(**_FAST)
+@_jit
 def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_room, metrics, arrived):
     """Go through minibatches `order[ends[k - 1]:ends[k]]`; return how it ended, and how many were looked at.
 
@@ -429,7 +436,7 @@ def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_roo
         if who != ACTOR:
             _critic_gradient(networks, adam, steps, rows, numbers, critic_room, row)
         if who != BOTH:
-            _publish(arrived, who * 64, k + 1)
+            _publish(arrived, who * 64, k + 1)  # pyright: ignore[reportCallIssue]
             _wait(arrived, (1 - who) * 64, k + 1)
         verdict = _verdict(row, numbers.most_kl)
         if verdict != DONE:

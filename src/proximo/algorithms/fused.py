@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from proximo.algorithms import compiled
 
 ROUNDING = 16
-"""Times the float's precision: advantages that spread by less of their size differ by rounding alone (`masked.rounding`)."""
+"""Times the float's precision: advantages that spread by less of their size differ by rounding alone (as
+`masked.rounding` has it)."""
 
 
 class ClipSettings(NamedTuple):
@@ -78,22 +79,23 @@ def run_fused_epochs(
 ) -> dict[str, float]:
     """Do what `update.run_epochs` does with the loss of PPO-Clip; see there for metrics, KL stop and errors."""
     columns = _columns(plain, everything, optimizer)
-    networks = _Networks.of(plain, optimizer)
+    networks, vectors = _Networks.of(plain), _views(*_vectors(optimizer))
     seen: list[Metrics] = []
     grad_norms: list[float] = []
     first_of_epoch, stopped = 0, False
     with np.errstate(all="ignore"):  # what is not finite is refused below
         for _ in range(settings.n_epochs):
             first_of_epoch = len(seen)
-            for rows in minibatch_indices(len(columns.inputs), settings.batch_size, generator):
-                steps = _Steps(*(column.take(rows.numpy(), 0) for column in columns))
+            rows = [part.numpy() for part in minibatch_indices(len(columns.inputs), settings.batch_size, generator)]
+            for part in rows:
+                steps = _Steps(*[column.take(part, 0) for column in columns])
                 seen.append(networks.write_gradient(steps, settings))
                 if not math.isfinite(seen[-1][2]):  # an overflown square has a finite gradient
                     raise NonFiniteUpdateError(f"the value loss is {seen[-1][2]}")
                 stopped = settings.target_kl is not None and seen[-1][0] > 1.5 * settings.target_kl
                 if stopped:
                     break
-                grad_norms.append(_clipped_step(optimizer, settings.max_grad_norm))
+                grad_norms.append(_clipped_step(optimizer, vectors, settings.max_grad_norm))
             if stopped:
                 break
     return _summary(np.array(seen), first_of_epoch, grad_norms, stopped)
@@ -118,7 +120,8 @@ def run_compiled_epochs(
         states.append(generator.get_state() if settings.target_kl is not None else None)
         rows.append(minibatch_indices(n, settings.batch_size, generator))
     per_epoch = len(rows[0])
-    ends = np.cumsum([len(part) for epoch in rows for part in epoch])
+    sizes = np.array([len(part) for part in rows[0]])
+    ends = np.cumsum(np.tile(sizes, settings.n_epochs))
     order = torch.cat([part for epoch in rows for part in epoch]).numpy()
     metrics = np.zeros((len(ends), compiled.N_METRICS))
     is_discrete = plain.log_std is None
@@ -129,14 +132,11 @@ def run_compiled_epochs(
         nothing if is_discrete else columns.actions,
         *columns[2:],
     )
-    most = max(len(part) for part in rows[0])
+    most = int(sizes.max())
     networks = compiled_networks(plain, optimizer)
     arguments = (
         networks,
-        compiled.Adam(
-            *(getattr(optimizer, name).numpy() for name in ("weights", "gradient", "first_moment", "second_moment")),
-            optimizer.n_steps,
-        ),
+        compiled.Adam(*_views(*_vectors(optimizer)), optimizer.n_steps),  # pyright: ignore[reportCallIssue]
         steps,
         order,
         ends,
@@ -266,9 +266,8 @@ class _Networks(NamedTuple):
     is_tanh: bool
 
     @staticmethod
-    def of(plain: PlainActorCritic, optimizer: FlatAdam) -> _Networks:
+    def of(plain: PlainActorCritic) -> _Networks:
         """Views of the live weights and their gradients."""
-        del optimizer
         actor, critic = (
             [_Layer(*_views(weight, bias), *_views(weight.grad, bias.grad)) for weight, bias in layers]
             for layers in (plain.actor, plain.critic)
@@ -289,8 +288,8 @@ class _Networks(NamedTuple):
         _backward(self.critic, hidden, to_values[:, None], self.is_tanh)
         change = np.expm1(log_ratio)
         clip_fraction = np.count_nonzero(np.abs(change) > settings.clip_epsilon) / len(change)
-        kl = float((change - log_ratio).mean())
-        return kl, -float(surrogate.mean()), value_loss, entropy, clip_fraction
+        n = len(change)
+        return float((change - log_ratio).sum()) / n, -float(surrogate.sum()) / n, value_loss, entropy, clip_fraction
 
     def _gaussian(
         self, means: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings
@@ -327,7 +326,7 @@ def _normalized(advantages: np.ndarray) -> np.ndarray:
     """As `masked.whiten`."""
     if len(advantages) < 2:
         return advantages
-    centered = advantages - advantages.mean()
+    centered = advantages - advantages.sum() / len(advantages)
     spread = math.sqrt(float(np.dot(centered, centered)) / (len(advantages) - 1))
     smallest = ROUNDING * np.finfo(advantages.dtype).eps * float(np.abs(advantages).max())
     return centered / advantages.dtype.type(math.inf if spread <= smallest else spread + 1e-8)
@@ -366,16 +365,14 @@ def _clipped(log_ratio: np.ndarray, advantages: np.ndarray, clip_epsilon: float)
     """Clipped surrogate, and the gradient of its negative mean to the log-probabilities."""
     ratio = np.exp(log_ratio)
     unclipped = ratio * advantages
-    clipped = np.clip(ratio, 1.0 - clip_epsilon, 1.0 + clip_epsilon) * advantages
+    clipped = np.minimum(np.maximum(ratio, 1.0 - clip_epsilon), 1.0 + clip_epsilon) * advantages
     # Where the clipped term is the smaller one, the ratio is outside the band and the gradient is zero. A NaN is
     # never greater: it passes on, and is refused before the step.
     gradient = np.where(unclipped > clipped, 0, unclipped) * (-1.0 / len(advantages))
     return np.minimum(unclipped, clipped), gradient.astype(advantages.dtype, copy=False)
 
 
-def _categorical(
-    logits: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings
-) -> _PolicyStep:
+def _categorical(logits: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings) -> _PolicyStep:
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
     log_p = logits - logits.max(1, keepdims=True)
     p = np.exp(log_p)
@@ -390,7 +387,7 @@ def _categorical(
         weight = weight + (log_p + entropy[:, None]) * (settings.entropy_coef / len(logits))
     p *= weight
     p[rows, steps.actions] += gradient
-    return p, log_ratio, surrogate, float(entropy.mean())
+    return p, log_ratio, surrogate, float(entropy.sum()) / len(logits)
 
 
 def _value(values: np.ndarray, steps: _Steps, settings: ClipSettings) -> tuple[np.ndarray, float]:
@@ -405,14 +402,16 @@ def _value(values: np.ndarray, steps: _Steps, settings: ClipSettings) -> tuple[n
         inside = np.where(np.abs(change) <= limit, clipped_error, 0)
         error = np.where(squared < clipped_squared, inside, error)
         squared = np.maximum(squared, clipped_squared)
-    return error * (2.0 * settings.value_coef / len(values)), float(squared.mean())
+    return error * (2.0 * settings.value_coef / len(values)), float(squared.sum()) / len(values)
 
 
-def _clipped_step(optimizer: FlatAdam, max_grad_norm: float) -> float:
+def _vectors(optimizer: FlatAdam) -> tuple[Tensor, ...]:
+    return optimizer.weights, optimizer.gradient, optimizer.first_moment, optimizer.second_moment
+
+
+def _clipped_step(optimizer: FlatAdam, vectors: Sequence[np.ndarray], max_grad_norm: float) -> float:
     """`FlatAdam.clipped_step` in NumPy, which takes a third of torch's time on so few numbers."""
-    weights, gradient, first, second = _views(
-        optimizer.weights, optimizer.gradient, optimizer.first_moment, optimizer.second_moment
-    )
+    weights, gradient, first, second = vectors
     norm = math.sqrt(float(np.dot(gradient, gradient)))
     if not math.isfinite(norm):
         raise NonFiniteUpdateError(f"the gradient's norm is {norm}")

@@ -285,9 +285,7 @@ class SerialEnvs:
                 final[index] = observation
             else:
                 self._store(index, observation, final, "the observation")
-            self._rewards[index] = (
-                reward if type(reward) in (float, np.float64) else self._number(index, reward)
-            )
+            self._rewards[index] = reward if type(reward) in (float, np.float64) else self._number(index, reward)
             self._terminated[index] = (
                 terminated if type(terminated) is bool else self._end(index, "terminated", terminated)
             )

@@ -106,9 +106,9 @@ class _Recorder:
 
     @staticmethod
     def empty(n: int, length: int, observations: np.ndarray) -> _Recorder:
-        flags = [np.zeros((length, n), bool) for _ in range(3)]
+        terminated, truncated, valid = (np.zeros((length, n), bool) for _ in range(3))
         seen = np.empty((length, *observations.shape), observations.dtype)
-        return _Recorder(seen, np.empty((length, n)), *flags, [], [])
+        return _Recorder(seen, np.empty((length, n)), terminated, truncated, valid, [], [])
 
     def write(self, t: int, step: Step) -> None:
         self.rewards[t] = step.rewards
@@ -153,7 +153,7 @@ def _discounted(recorder: _Recorder, cut: np.ndarray, carry: Carry, gamma: float
     """Running discounted returns `[T, N]`, from 0 again after every `cut` `[T, N]`; advances `carry`."""
     discounted = np.empty_like(recorder.rewards)
     running = carry.discounted_return
-    is_plain, has_cut = recorder.valid.all(), cut.any(1)
+    is_plain, has_cut = bool(recorder.valid.all()), np.logical_or.reduce(cut, axis=1)
     for t, (rewards, row) in enumerate(zip(recorder.rewards, discounted, strict=True)):
         np.multiply(running, gamma, out=row)
         row += rewards
@@ -202,4 +202,3 @@ def _assemble(
 def _rows(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`[T, N, ...]` to `[N, T, ...]`."""
     return torch.from_numpy(array).transpose(0, 1).to(device).contiguous()
-

@@ -201,7 +201,7 @@ _NO_NUMBER_HANGS_ON = (
 def recorded(config: object) -> dict[str, Any]:
     """The settings that numbers hang on, as JSON has them, for a checkpoint to remember."""
     settings = {name: value for name, value in settings_of(config).items() if name not in _NO_NUMBER_HANGS_ON}
-    if settings.get("vectorization") in ("serial", "workers"):
+    if settings.get("vectorization") in ("auto", "serial", "workers"):
         settings["vectorization"] = "serial or workers"  # number for number the same
     return json.loads(json.dumps(settings, default=repr))
 

@@ -154,9 +154,11 @@ def iterate(
         metrics |= {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
         if config.environment.restarts_allowed:
             metrics["env_restarts"] = envs.n_restarts
-        clocks = dict(zip(PHASES, (clock.acting, clock.environment, collected - began, updated - collected), strict=True))
-        for name, seconds in clocks.items():
-            state.phases[name] = state.phases.get(name, 0.0) + seconds
+        clocks = dict(
+            zip(PHASES, (clock.acting, clock.environment, collected - began, updated - collected), strict=True)
+        )
+        for name, passed in clocks.items():
+            state.phases[name] = state.phases.get(name, 0.0) + passed
         speed = batch.n_valid / max(updated - began, 1e-9)
         row = _progress(state) | metrics | {"seconds": state.seconds, "steps_per_second": speed} | clocks
         stopped, ended = bool(stopping()), finished(config, state)

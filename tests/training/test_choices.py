@@ -1,0 +1,126 @@
+"""What `auto` becomes before a run starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import proximo
+from proximo.errors import UserError
+from proximo.models.control import ActorCritic, NetworkConfig
+from proximo.training import choices
+from proximo.training.choices import MINIBATCHES_THAT_PAY, with_environments_chosen, with_update_chosen
+from proximo.training.config import ControlConfig, with_settings
+
+# 256 steps an iteration in 4 minibatches, 10 epochs: 40 minibatches an iteration.
+LONG = dict(n_envs=1, rollout_length=256, batch_size=64, n_epochs=10, total_steps=256 * MINIBATCHES_THAT_PAY // 40)
+SHORT = LONG | dict(total_steps=LONG["total_steps"] - 256)
+POLICY = ActorCritic(gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(2), NetworkConfig())
+
+
+def config(**settings: Any) -> ControlConfig:
+    return with_settings(ControlConfig(), settings, where="test")
+
+
+def path_of(**settings: Any) -> str:
+    return with_update_chosen(config(threads=1, **settings), POLICY).algorithm.update_path
+
+
+@pytest.fixture
+def has_numba(monkeypatch):
+    monkeypatch.setattr(choices, "can_compile", lambda: True)
+
+
+class TestUpdatePath:
+    def test_a_long_run_is_compiled_and_a_short_one_is_not(self, has_numba):
+        assert path_of(**LONG) == "compiled"
+        assert path_of(**SHORT) == "fused"
+
+    def test_nothing_is_compiled_without_numba(self, monkeypatch):
+        monkeypatch.setattr(choices, "can_compile", lambda: False)
+        assert path_of(**LONG) == "fused"
+        with pytest.raises(UserError, match=r"needs numba and scipy.*\[fast\]"):
+            path_of(update_path="compiled")
+
+    def test_what_the_written_out_gradient_does_not_know_is_eager(self, has_numba):
+        assert path_of(objective="kl_penalty", **LONG) == "eager"
+        assert path_of(device="cuda", **LONG) == "eager"
+
+    @pytest.mark.parametrize("path", ["eager", "fused", "compiled"])
+    def test_what_is_asked_for_is_kept(self, has_numba, path):
+        assert path_of(update_path=path) == path
+
+    def test_threads_that_are_given_are_kept_and_small_networks_get_one(self, has_numba):
+        assert with_update_chosen(config(threads=3), POLICY).threads == 3
+        assert with_update_chosen(config(update_path="fused"), POLICY).threads == 1
+        assert with_update_chosen(config(update_path="eager"), POLICY).threads == 1
+
+    @pytest.mark.parametrize(
+        ("times", "fastest"), [({1: 1.0, 2: 0.6}, 2), ({1: 1.0, 2: 0.99}, 1), ({1: 1.0, 2: 3.0}, 1)]
+    )
+    def test_the_compiled_update_takes_as_many_threads_as_are_faster(self, monkeypatch, has_numba, times, fastest):
+        import torch
+
+        before = torch.get_num_threads()
+        monkeypatch.setattr(choices, "n_cores", lambda: 2)
+        monkeypatch.setattr(choices, "minibatch_seconds", lambda *args: times[torch.get_num_threads()])
+        assert with_update_chosen(config(update_path="compiled"), POLICY).threads == fastest
+        assert torch.get_num_threads() == before
+        monkeypatch.setattr(choices, "n_cores", lambda: 1)
+        assert with_update_chosen(config(update_path="compiled"), POLICY).threads == 1
+
+
+class TestVectorization:
+    def chosen(self, **settings: Any) -> str:
+        return with_environments_chosen(config(**settings)).environment.vectorization
+
+    def test_many_environments_with_a_vector_version_that_resumes_are_native(self):
+        assert self.chosen(env_id="CartPole-v1", n_envs=16) == "native"
+        assert self.chosen(env_id="CartPole-v1", n_envs=15) == "serial"
+        assert self.chosen(env_id="Pendulum-v1", n_envs=64) == "serial"
+        assert self.chosen(env_id="my_file.py:MyEnv", n_envs=64) == "serial"
+
+    def test_environments_that_may_be_restarted_are_not(self):
+        assert self.chosen(env_id="CartPole-v1", n_envs=64, on_environment_fault="restart") == "serial"
+
+    @pytest.mark.parametrize("kind", ["serial", "workers", "native"])
+    def test_what_is_asked_for_is_kept(self, kind):
+        assert self.chosen(env_id="CartPole-v1", n_envs=64, vectorization=kind) == kind
+
+
+def test_a_run_writes_down_what_was_chosen(tmp_path, capsys):
+    run = proximo.train("CartPole-v1", total_steps=512, n_envs=16, rollout_length=16, run_dir=tmp_path / "run")
+    written = (tmp_path / "run" / "config.toml").read_text()
+    assert 'update_path = "fused"' in written
+    assert 'vectorization = "native"' in written
+    assert "threads = 1" in written
+    shown = capsys.readouterr()
+    assert "update fused (gradients written out), 1 thread; 16 environments, native" in shown.out + shown.err
+    assert run.phases.keys() == {"seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating"}
+    assert 0 < run.phases["seconds_acting"] + run.phases["seconds_environment"] < run.phases["seconds_collecting"]
+    assert run.phases["seconds_collecting"] + run.phases["seconds_updating"] == pytest.approx(run.seconds)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_a_compiled_run_is_the_same_on_one_thread_and_on_two(tmp_path):
+    runs = [
+        proximo.train(
+            "Pendulum-v1",
+            total_steps=1024,
+            n_envs=2,
+            rollout_length=128,
+            update_path="compiled",
+            threads=threads,
+            run_dir=tmp_path / str(threads),
+            quiet=True,
+        )
+        for threads in (1, 2)
+    ]
+    one, two = (np.concatenate([p.detach().numpy().ravel() for p in run.policy.parameters()]) for run in runs)
+    assert np.array_equal(one, two)
+    assert replace(runs[0].config, threads=2) == runs[1].config

@@ -1,0 +1,88 @@
+"""A guard for speed that no noise reaches: how many calls a step and a minibatch take, not how many seconds.
+
+Small networks cost what dispatching their operations costs. A change that adds calls to these loops must be worth it:
+then raise the number here, and say why in the commit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from proximo.algorithms.adam import FlatAdam
+from proximo.algorithms.ppo import PPO
+from proximo.collect.envs import SerialEnvs
+from proximo.collect.rollout import Carry, rollout
+from proximo.models.control import ActorCritic, NetworkConfig
+
+
+class Still(gym.Env):
+    """Costs one call a step."""
+
+    observation_space = gym.spaces.Box(-10, 10, (17,))
+    action_space = gym.spaces.Box(-1, 1, (6,))
+    seen = np.zeros(17, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return self.seen, {}
+
+    def step(self, action):
+        return self.seen, 1.0, False, False, {}
+
+
+def calls(work: Callable[[], object]) -> int:
+    """Calls of Python functions, and from them of compiled ones."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def slope(work: Callable[[int], Callable[[], object]], few: int, many: int) -> float:
+    """Calls per unit of work, without what is done once."""
+    work(few)()  # what the first time alone takes
+    return (calls(work(many)) - calls(work(few))) / (many - few)
+
+
+@pytest.mark.parametrize(("n_envs", "most"), [(1, 46), (8, 53)])
+def test_calls_per_step_of_a_rollout(n_envs, most):
+    envs = SerialEnvs(Still, n_envs, 0)
+    policy = ActorCritic(
+        envs.observation_space, envs.action_space, NetworkConfig(normalize_observations=True, normalize_rewards=True)
+    )
+    carry = Carry.start(envs.reset())
+
+    def work(length: int) -> Callable[[], object]:
+        return lambda: rollout(policy, envs, carry, length, torch.Generator().manual_seed(0), gamma=0.99)
+
+    found = slope(work, 20, 120)
+    assert most / 2 < found <= most
+
+
+@pytest.mark.parametrize(("path", "most"), [("fused", 105), ("compiled", 6)])
+def test_calls_per_minibatch_of_an_update(path, most):
+    if path == "compiled":
+        pytest.importorskip("numba", reason="numba is not installed")
+    envs = SerialEnvs(Still, 1, 0)
+    policy = ActorCritic(envs.observation_space, envs.action_space, NetworkConfig())
+    optimizer = FlatAdam(policy, learning_rate=0.0)
+    batch, _ = rollout(policy, envs, Carry.start(envs.reset()), 64, torch.Generator().manual_seed(0), gamma=0.99)
+
+    def work(n_minibatches: int) -> Callable[[], object]:
+        algorithm = PPO(update_path=path, batch_size=64 // n_minibatches, n_epochs=1)
+        return lambda: algorithm.update(policy, optimizer, batch, torch.Generator().manual_seed(0))
+
+    assert slope(work, 4, 32) <= most
