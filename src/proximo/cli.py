@@ -301,7 +301,7 @@ def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) ->
     if run.env_steps:
         try:
             facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
-            report = write_report([directory], None)
+            report = write_report([directory], only_overview=True)
             pictures = list(report.pictures)
             findings = [
                 f"{'!' if finding.severity in ('problem', 'warning') else '-'} "

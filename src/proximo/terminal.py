@@ -143,7 +143,7 @@ class Display:
         self.console.print()
         self._facts(facts)
         if pictures:
-            self.console.print(f"{len(pictures)} pictures in {escape(str(pictures[0].parent))}", soft_wrap=True)
+            self.console.print(f"picture     {escape(str(pictures[0]))}", soft_wrap=True)
         for finding in findings:
             self.console.print(escape(finding), style="yellow" if finding.startswith("!") else "", soft_wrap=True)
         if next_commands:

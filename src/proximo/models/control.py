@@ -329,7 +329,8 @@ def _mlp(
     sizes = [n_inputs, *config.hidden_sizes, n_outputs]
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(sizes)):
-        linear: nn.Linear = nn.utils.skip_init(nn.Linear, before, after)  # type: ignore[assignment]  # no global draws
+        with torch.random.fork_rng(devices=[]):  # the weights are drawn below, from the run's own generator
+            linear = nn.Linear(before, after)
         is_head = index == len(sizes) - 2
         if config.orthogonal_init:
             nn.init.orthogonal_(linear.weight, head_gain if is_head else math.sqrt(2), generator=generator)

@@ -59,13 +59,14 @@ class Report:
         return self.folder / _TEXT_NAME
 
 
-def write_report(runs: list[RunDirectory], folder: Path | None = None) -> Report:
+def write_report(runs: list[RunDirectory], folder: Path | None = None, *, only_overview: bool = False) -> Report:
     """Write pictures and `report.md` about one run, or several compared, and return what they say.
 
     Language runs are compared within a stage; those that have kept samples get a `samples.md` besides.
 
     The folder is the run's own `report/`, or, for several runs, a new `report-<date and time>` beside them,
-    unless `folder` names another. An older report there is replaced; a file that Proximo did not write never is.
+    unless `folder` names another. An older report there is replaced; a file that Proximo did not write never is. With
+    `only_overview` a control run gets that one picture, as at the end of its training.
 
     Raises:
         UserError: if there is nothing to report yet, a run cannot be read, runs of different stages are named, the
@@ -81,7 +82,7 @@ def write_report(runs: list[RunDirectory], folder: Path | None = None) -> Report
     text = _text(records, summaries)
     path = folder / _TEXT_NAME
     prepare_folder(folder, [path])
-    pictures = tuple(draw_records(records, folder))
+    pictures = tuple(draw_records(records, folder, only_overview=only_overview))
     write_ours(path, f"{MARK}\n{text}\n{_gallery(pictures, CHARTS)}".encode())
     return Report(folder, pictures, summaries, text)
 
