@@ -143,20 +143,21 @@ def resume_with(
         with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
             state, fresh = control.restore(config, checkpoint, envs)
             config = with_update_chosen(config, state.policy, display.say)
-            if total_steps is not None:
-                write_config(directory, settings_of(config))
-            finish_save(
-                directory.checkpoints,
-                checkpoint,
-                keep_last=config.keep_checkpoints,
-                keep_every=config.keep_every,
-                best=checkpoint.state.get("is_best") is True,
-            )
-            truncate_metrics(directory.metrics_path, state.iteration)
-            display.resumed(directory, checkpoint, fresh, config, changed)
-            if control.finished(config, state):
-                display.say(_already_finished(config, state, directory))
-            return _train_to_the_end(config, directory, state, envs, display)
+            with training_threads(config):
+                if total_steps is not None:
+                    write_config(directory, settings_of(config))
+                finish_save(
+                    directory.checkpoints,
+                    checkpoint,
+                    keep_last=config.keep_checkpoints,
+                    keep_every=config.keep_every,
+                    best=checkpoint.state.get("is_best") is True,
+                )
+                truncate_metrics(directory.metrics_path, state.iteration)
+                display.resumed(directory, checkpoint, fresh, config, changed)
+                if control.finished(config, state):
+                    display.say(_already_finished(config, state, directory))
+                return _train_to_the_end(config, directory, state, envs, display)
 
 
 def _with_total_steps(config: ControlConfig, total_steps: int, done: int, directory: RunDirectory) -> ControlConfig:
@@ -407,13 +408,12 @@ def train_with(
         seen = state.carry.observations
         np.zeros((seen.shape[0], config.rollout_length, *seen.shape[1:]), seen.dtype)  # if not, let it fail here
         directory = new_run(config.environment.env_id, config.seed, run_dir)
-        with locked(directory):
+        with training_threads(config), locked(directory):
             if directory.config_path.exists():  # two began at once, and the other one was faster
                 raise UserError(f"{directory.path} holds the run of another process. Choose another --run-dir.")
             write_config(directory, settings_of(config))
             control.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
-            with training_threads(config):
-                seconds = _estimate(config, factory, state, display)
+            seconds = _estimate(config, factory, state, display)
             display.plan(config, directory, _spaces_in_words(envs), source, seconds)
             return _train_to_the_end(config, directory, state, envs, display)
 
@@ -450,7 +450,7 @@ def _train_to_the_end(
     """Run the loop, showing each iteration; a signal saves a checkpoint at the next safe point and ends it."""
     interrupted_by = None
     try:
-        with training_threads(config), noted_signals() as received, display.live(config, state.env_steps) as show:
+        with noted_signals() as received, display.live(config, state.env_steps) as show:
             for row in control.iterate(config, directory, state, envs, lambda: received):
                 show(row, envs)
             if received and not control.finished(config, state):

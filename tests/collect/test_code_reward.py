@@ -171,7 +171,7 @@ class TestMisbehaviour:
     def test_as_many_run_at_a_time_as_there_are_cores(
         self, source: CodeReward, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(code_reward, "_n_cores", lambda: 4)
+        monkeypatch.setattr(code_reward, "n_cores", lambda: 4)
         program = "import time\ntime.sleep(1.0)"
         began = time.monotonic()
         assert ask(source, *[program] * 4, tests="pass").values == [1.0] * 4

@@ -70,3 +70,8 @@ def signals_held_back() -> Iterator[None]:
 def hear_signals() -> None:
     """Undo in a child what it has from `signals_held_back`."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _OF_THE_RUN)
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from proximo.collect.child_process import n_cores
 from proximo.collect.data import DataNote
 from proximo.collect.rewards import CLOSE_SECONDS, LONGEST_TIMEOUT, START_SECONDS, Prompt, Scores
 from proximo.errors import UserError, in_range, nearest
@@ -96,7 +97,7 @@ class CodeReward:
             return Scores([], [])
         self.check_columns(columns)
         tests = columns[self.column]
-        pool = ThreadPoolExecutor(_n_cores())
+        pool = ThreadPoolExecutor(n_cores())
         try:
             return Scores.of(pool.map(self._score, responses, tests))
         except BaseException:  # interrupted: what is running ends now
@@ -316,8 +317,3 @@ def _own_folder() -> Iterator[Path]:
         if folder.exists():  # a thousand folders, each in the one before, which Python cannot take away
             with suppress(OSError, subprocess.TimeoutExpired):
                 subprocess.run(["rm", "-rf", str(folder)], capture_output=True, timeout=START_SECONDS)
-
-
-def _n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from proximo.collect.envpool_envs import EnvPoolEnvs
 from proximo.collect.envs import (
     EnvironmentFault,
     Snapshot,
@@ -52,7 +53,7 @@ def comes_back_exactly(env_id: str) -> bool:
 
 
 class NativeEnvs:
-    """One `gymnasium.vector.VectorEnv`; its autoreset mode (NEXT_STEP, SAME_STEP, DISABLED) makes no difference.
+    """One `gymnasium.vector.VectorEnv`, or EnvPool's environments, in any autoreset mode.
 
     NEXT_STEP: the step after an episode's end only resets; it is marked as not valid. SAME_STEP: the true
     final observation comes from `info["final_obs"]`. DISABLED: the ended environments are reset here.
@@ -62,7 +63,7 @@ class NativeEnvs:
 
     def __init__(
         self,
-        envs: VectorEnv,
+        envs: VectorEnv | EnvPoolEnvs,
         seed: int,
         *,
         name: str = "the environment",
@@ -135,7 +136,7 @@ class NativeEnvs:
     def snapshot(self) -> Snapshot:
         """How far it got, and what is inside where that is known."""
         values: dict[str, Any] = {"n_steps": self._n_steps}
-        inner = self._envs.unwrapped
+        inner: Any = self._envs.unwrapped
         if type(inner).__name__ not in _STATE:
             return Snapshot({}, values)
         arrays = {name: np.array(getattr(inner, name)) for name in _STATE[type(inner).__name__]}
@@ -150,7 +151,7 @@ class NativeEnvs:
         observations = self._reset_all(fresh_start=self._n_steps)
         if "random" not in snapshot.values:
             return observations, list(range(self.n_envs))
-        inner = self._envs.unwrapped
+        inner: Any = self._envs.unwrapped
         for name in _STATE[type(inner).__name__]:
             array = snapshot.arrays[name]
             if array.shape != getattr(inner, name).shape:

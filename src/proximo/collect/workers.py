@@ -26,7 +26,7 @@ import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker pro
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.child_process import as_parent, kill_group, signals_held_back
+from proximo.collect.child_process import as_parent, kill_group, n_cores, signals_held_back
 from proximo.collect.envs import (
     LONGEST_REPLAY,
     EnvironmentFault,
@@ -118,7 +118,7 @@ class WorkerEnvs:
         try:
             self._parcel = pack(make, name)
             self._on_space_violation: SpacePolicy = on_space_violation
-            self._start(min(n_workers or _n_cores(), n_envs))
+            self._start(min(n_workers or n_cores(), n_envs))
         except BaseException:
             self.close()
             raise
@@ -511,11 +511,6 @@ class _Worker:
         self.process.join()
         self.process.close()
         self.connection.close()
-
-
-def _n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _unnamed_file(size: int) -> int:

@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -122,6 +123,9 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # or run from a source tree that was never installed
             found[name] = "unknown"
+    for name in ("numba", "scipy"):  # of the compiled update, where they are loaded
+        if name in sys.modules:
+            found[name] = importlib.metadata.version(name)
     found["threads"] = str(torch.get_num_threads())
     found["cpu"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():

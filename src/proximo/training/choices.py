@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from proximo.algorithms.ppo import UpdatePath
+from proximo.collect.child_process import n_cores
 from proximo.collect.native import comes_back_exactly
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic
@@ -70,11 +70,6 @@ def with_update_chosen(
 def can_compile() -> bool:
     """Whether numba, and scipy, whose BLAS it calls, are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("numba", "scipy"))
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:

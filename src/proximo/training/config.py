@@ -22,7 +22,7 @@ from proximo.collect.envs import SpacePolicy
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
 
-Vectorization = Literal["auto", "serial", "workers", "native"]
+Vectorization = Literal["auto", "serial", "workers", "native", "envpool"]
 
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 250_000
 
@@ -39,8 +39,9 @@ class EnvironmentConfig:
     """Environments that run side by side."""
     vectorization: Vectorization = "auto"
     """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
-    about 1 ms a step; `native`: the environment's own vector version; `auto`: native from 16 environments on where
-    that is the same task and a run can go on from it exactly, else serial."""
+    about 1 ms a step; `native`: the environment's own vector version; `envpool`: EnvPool's, in threads of C++;
+    `auto`: native from 16 environments on where that is the same task and a run can go on from it exactly, else
+    serial."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""
     max_episode_steps: int | None = None
@@ -72,7 +73,7 @@ class EnvironmentConfig:
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
         in_range("step_timeout", self.step_timeout, above=0.0, at_most=86_400.0, usual="60")
-        if self.on_environment_fault == "restart" and self.vectorization == "native":
+        if self.on_environment_fault == "restart" and self.vectorization in ("native", "envpool"):
             raise UserError(
                 "on_environment_fault is restart, but the environments of a native vector environment cannot be made "
                 "anew one by one. Use --vectorization serial or workers."

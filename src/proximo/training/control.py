@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.collect.child_process import n_cores
+from proximo.collect.envpool_envs import EnvPoolEnvs
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
 from proximo.collect.make import EnvFactory, make_env
 from proximo.collect.native import NativeEnvs, make_native
@@ -73,6 +75,13 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
             name=task.env_id,
             on_space_violation=task.on_space_violation,
         )
+
+    if task.vectorization == "envpool":
+        options = dict(task.env_kwargs)
+        if task.max_episode_steps is not None:
+            options["max_episode_steps"] = task.max_episode_steps
+        pool = EnvPoolEnvs(task.env_id, task.n_envs, min(n_cores(), task.n_envs), options)
+        return NativeEnvs(pool, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
     make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
