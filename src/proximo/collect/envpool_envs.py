@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -32,8 +33,7 @@ class EnvPoolEnvs:
                 "vectorization is 'envpool', but EnvPool is not installed. "
                 'Install it with: pip install -c constraints.txt -e ".[envpool]"'
             )
-        import envpool
-
+        envpool = importlib.import_module("envpool")
         if env_id not in envpool.list_all_envs():
             raise UserError(f"vectorization is 'envpool', but EnvPool has no {env_id}. Use auto, serial or workers.")
         self.num_envs = n_envs
@@ -76,10 +76,8 @@ class EnvPoolEnvs:
         self._pool.close()
 
     def _make(self, seed: int) -> Any:
-        import envpool
-
         try:
-            return envpool.make_gymnasium(self._env_id, seed=seed, **self._options)
+            return importlib.import_module("envpool").make_gymnasium(self._env_id, seed=seed, **self._options)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
