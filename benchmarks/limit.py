@@ -7,12 +7,12 @@ With W the weights of actor and critic, E epochs, M steps per minibatch, n param
     T = t_environment + (2 + 6 E) W / P + (1 + E) n_tanh t_tanh + (E / M) 28 n / B        limit = 1 / T
 
 2 W FLOP to act and 6 W per epoch (2 W forward, 4 W backward); P, the FLOP/s of matrix products of the very shapes of a
-minibatch; n_tanh units, each with a tanh per pass at t_tanh; 28 bytes that Adam has to read and write per
-parameter at B bytes/s. t_environment: the bare environments stepped with random actions. Where one environment's step takes
-longer than `SPLIT_FROM` and there are several, their time is divided by the number of cores, as if splitting were free;
-a vector version of the environment's own is taken as it is. The smaller of the two counts.
+minibatch; n_tanh units, each with a tanh per pass at t_tanh; 28 bytes that Adam has to read and write per parameter at
+B bytes/s. t_environment: the bare environments stepped with random actions. Where one environment's step takes longer
+than `SPLIT_FROM` and there are several, their time is divided by the number of cores, as if splitting were free; a
+vector version of the environment's own is taken as it is. The smaller of the two counts.
 
-The limit leaves out all that a program could in principle not do: copies, sampling, log-probabilities, GAE, bookkeeping.
+Left out is all that a program could in principle do without: copies, sampling, log-probabilities, GAE, bookkeeping.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def nature_products(n_actions: int, batch_size: int) -> list[Product]:
     """Of one minibatch; the first convolution needs no gradient of its inputs, the pixels."""
     forward = nature_forward(n_actions, batch_size)
     backward = [shape for r, k, c in forward for shape in ((k, r, c), (r, c, k))]
-    return forward + [backward[0], *backward[2:]]
+    return [*forward, backward[0], *backward[2:]]
 
 
 def products_flops(products: list[Product]) -> int:
@@ -142,7 +142,7 @@ def seconds_per_step(
 
 
 def environment_seconds(serial: float | None, native: float | None, *, n_envs: int, cores: int) -> float:
-    """Seconds per environment step at best, of those measured one by one and in the environment's own vector version."""
+    """Seconds per environment step at best: one by one, split where that pays, or in the own vector version."""
     found = [] if native is None else [native]
     if serial is not None:
         splits = serial > SPLIT_FROM and n_envs > 1
@@ -305,7 +305,7 @@ def measure(task: dict[str, Any], *, seconds: float = 0.3, n_steps: int = 20_000
         for precision in precisions
     }
     torch.set_num_threads(1)
-    measured = dict(
+    measured: dict[str, Any] = dict(
         environment=environment_seconds(serial, native, n_envs=task["n_envs"], cores=cores),
         flops=flops,
         n_parameters=n_parameters,

@@ -2,8 +2,8 @@
 
     python benchmarks/peers/stable_baselines.py '{"peer": "sb3", "env_id": "CartPole-v1", "total_steps": 10000, ...}'
 
-`sb3` is Stable-Baselines3; `sbx` its sibling in JAX, of the same interface. Everything is their own, as their documentation
-has it: `make_vec_env`, `VecNormalize`, `make_atari_env`. Threads of SBX are left to XLA, which uses all cores.
+`sb3` is Stable-Baselines3; `sbx` its sibling in JAX, of the same interface. Everything is their own, as their
+documentation has it: `make_vec_env`, `VecNormalize`, `make_atari_env`. Threads of SBX are left to XLA, which uses all.
 `benchmarks/speed.py` calls this with the interpreter that `--peer-python` names.
 """
 
@@ -18,7 +18,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
 
 PACKAGES = {"sb3": ("stable_baselines3",), "sbx": ("sbx-rl", "jax", "stable_baselines3")}
 
@@ -89,7 +88,7 @@ def make_envs(wanted: dict[str, Any]) -> Any:
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize  # type: ignore[import-not-found]
 
     if wanted["cnn"]:
-        import ale_py  # type: ignore[import-not-found]
+        import ale_py
         import gymnasium
 
         gymnasium.register_envs(ale_py)
