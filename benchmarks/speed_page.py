@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -249,27 +251,28 @@ def draw(found: list[Summary], path: Path) -> None:
     figure = Figure(figsize=(9, 0.8 + 0.27 * n_bars + 0.3 * len(groups)), layout="constrained")
     FigureCanvasAgg(figure)
     axes, y, ticks = figure.subplots(), 0.0, []
-    most = max(value for _, bars in groups for value in bars.values())
+    shown = [value for _, bars in groups for value in bars.values()]
     for one, bars in groups:
-        ticks.append((y + (len(bars) - 1) / 2, one.task.about.replace(", ", ",\n", 1)))
+        first, rest = one.task.about.split(", ", 1)
+        ticks.append((y + (len(bars) - 1) / 2, "\n".join([first, *textwrap.wrap(rest, 30)])))
         for who, value in bars.items():
             axes.barh(y, value, height=0.86, color=COLOURS[who])
             axes.text(value * 1.04, y, f"{value:,.0f}", va="center", fontsize=8, color="#222222")
             y += 1
         y += 0.9
     axes.set_xscale("log")
-    axes.set_xlim(10 ** int(len(str(int(min(v for _, bars in groups for v in bars.values())))) - 1), most * 2.2)
+    axes.set_xlim(10 ** math.floor(math.log10(min(shown))), max(shown) * 2.2)
     axes.set_yticks([place for place, _ in ticks], [label for _, label in ticks], fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(y - 1.1, -0.8)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("environment steps per second (logarithmic)")
     named = {"limit": "limit of this machine", "ours": "Proximo", "sb3": "Stable-Baselines3", "sbx": "SBX (JAX)"}
-    shown = [who for who in named if any(who in bars for _, bars in groups)]
-    handles = [Patch(color=COLOURS[who], label=named[who]) for who in shown]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(shown), frameon=False, fontsize=9)
+    handles = [Patch(color=COLOURS[who], label=named[who]) for who in named if any(who in bars for _, bars in groups)]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
