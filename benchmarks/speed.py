@@ -455,8 +455,19 @@ def main() -> None:
                 fresh=arguments.fresh,
             )
             names = arguments.only or [name for name, task in TASKS.items() if arguments.full or not task.needs_full]
-            measure(session, names, [peer for peer in peers if not refusals[peer]])
+            warn_of_a_busy_machine()
+            try:
+                measure(session, names, [peer for peer in peers if not refusals[peer]])
+            except KeyboardInterrupt:
+                sys.exit("\nStopped. Finished pairs are kept: the same command goes on with the others.")
         tell(results, TASKS, write=results == RESULTS)
+
+
+def warn_of_a_busy_machine() -> None:
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.7:
+        said = f"This machine is busy (load average {load:.1f}): what is measured now is too slow, and too far apart."
+        print(said, file=sys.stderr, flush=True)
 
 
 def tell(results: Path, tasks: dict[str, Task], *, write: bool) -> None:
