@@ -20,6 +20,17 @@ def processor() -> str:
         return platform.machine()
 
 
+def processor_flags() -> list[str]:
+    """Those of the processor's instruction sets that matter to arithmetic."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = next(line.split(":", 1)[1].split() for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return []
+    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
+    return [flag for flag in wanted if flag in found]
+
+
 def commit() -> str:
     said = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False

@@ -57,7 +57,7 @@ class Run:
     """How many episodes `return_mean` is over."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds by phase since the run was begun or last resumed: `seconds_acting` and `seconds_environment`, which are
-    in `seconds_collecting`, and `seconds_updating`."""
+    in `seconds_collecting`, `seconds_updating`, and `seconds_overhead` between the iterations."""
 
     @property
     def policy(self) -> ActorCritic:

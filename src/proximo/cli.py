@@ -353,7 +353,7 @@ def _result_facts(run: Any) -> dict[str, str]:
 def _where_time_went(run: Any) -> dict[str, str]:
     """The share of time per phase, of this session."""
     phases = run.phases
-    total = phases.get("seconds_collecting", 0.0) + phases.get("seconds_updating", 0.0)
+    total = sum(phases.get(f"seconds_{name}", 0.0) for name in ("collecting", "updating", "overhead"))
     if not total:
         return {}
     stepping, acting = phases["seconds_environment"], phases["seconds_acting"]
@@ -361,9 +361,9 @@ def _where_time_went(run: Any) -> dict[str, str]:
         "environments": stepping,
         "acting": acting,
         "update": phases["seconds_updating"],
-        "the rest": phases["seconds_collecting"] - stepping - acting,
+        "the rest": phases["seconds_collecting"] - stepping - acting + phases["seconds_overhead"],
     }
-    return {"of that": ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())}
+    return {"time": ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())}
 
 
 # --- the other commands -----------------------------------------------------------------------------------

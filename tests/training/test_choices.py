@@ -13,7 +13,7 @@ import pytest
 import proximo
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
-from proximo.training import choices
+from proximo.training import choices, control
 from proximo.training.choices import MINIBATCHES_THAT_PAY, with_environments_chosen, with_update_chosen
 from proximo.training.config import ControlConfig, with_settings
 
@@ -101,7 +101,7 @@ def test_a_run_writes_down_what_was_chosen(tmp_path, capsys):
     assert "threads = 1" in written
     shown = capsys.readouterr()
     assert "update fused (gradients written out), 1 thread; 16 environments, native" in shown.out + shown.err
-    assert run.phases.keys() == {"seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating"}
+    assert run.phases.keys() == set(control.PHASES)
     assert 0 < run.phases["seconds_acting"] + run.phases["seconds_environment"] < run.phases["seconds_collecting"]
     assert run.phases["seconds_collecting"] + run.phases["seconds_updating"] == pytest.approx(run.seconds)
 

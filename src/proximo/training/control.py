@@ -36,7 +36,9 @@ from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
 
-PHASES = ("seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating")
+PHASES = ("seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating", "seconds_overhead")
+"""Acting and stepping are in collecting. Overhead: between the iteration before and this one, while metrics are
+written, shown and checkpoints saved; it is not in `seconds`, nor in `steps_per_second`."""
 
 CLOCK_METRICS = frozenset({"seconds", "steps_per_second", *PHASES})
 """Metrics that a clock decides; all others are the same in a resumed run."""
@@ -137,8 +139,10 @@ def iterate(
         UserError: if too many updates in a row are not finite, or the disk refuses too often.
     """
     keeper, stopped = Keeper(run.metrics_path), False
+    updated = time.perf_counter()
     while not (finished(config, state) or stopped):
         began = time.perf_counter()
+        overhead = began - updated
         algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
         moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
         clock = Clock()
