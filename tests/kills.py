@@ -37,6 +37,7 @@ from proximo.runs import names
 from proximo.runs.checkpoint import newest_checkpoint
 from proximo.runs.directory import RunDirectory, open_run
 from proximo.runs.metrics import read_metrics
+from proximo.training.control import CLOCK_METRICS
 
 REFUSED = 2
 """What a life exits with if Proximo raised a UserError."""
@@ -44,7 +45,7 @@ REFUSED = 2
 LONGEST_LIFE = 300.0
 """Seconds after which a life that should have ended counts as hung."""
 
-CLOCKS = {"seconds", "steps_per_second", "tokens_per_second", "seconds_collecting", "seconds_updating"}
+CLOCKS = CLOCK_METRICS | {"tokens_per_second"}
 
 _CONTROL_MODULES = (
     "proximo.language",

@@ -28,8 +28,14 @@ def session(tmp_path: Path) -> speed.Session:
 def test_no_phase_is_counted_twice() -> None:
     row = {"seconds": 9.0, "steps_per_second": 1.0, "seconds_collecting": 3.0, "seconds_updating": 2.0}
     assert speed.phases_of(row) == {"collecting": 3.0, "updating": 2.0}
-    parts = {"seconds_acting": 1.0, "seconds_environment": 2.0, "seconds_gae": 0.5}
-    assert speed.phases_of(row | parts) == {"acting": 1.0, "environment": 2.0, "gae": 0.5, "updating": 2.0}
+    parts = {"seconds_acting": 1.0, "seconds_environment": 1.5, "seconds_overhead": 0.5}
+    assert speed.phases_of(row | parts) == {
+        "acting": 1.0,
+        "environment": 1.5,
+        "assembling": 0.5,
+        "overhead": 0.5,
+        "updating": 2.0,
+    }
 
 
 @pytest.mark.parametrize(("n", "left"), [(100, 90), (10, 8), (3, 1), (1, 1)])
