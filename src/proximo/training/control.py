@@ -168,7 +168,9 @@ def iterate(
         if config.environment.restarts_allowed:
             metrics["env_restarts"] = envs.n_restarts
         clocks = dict(
-            zip(PHASES, (clock.acting, clock.environment, collected - began, updated - collected), strict=True)
+            zip(
+                PHASES, (clock.acting, clock.environment, collected - began, updated - collected, overhead), strict=True
+            )
         )
         for name, passed in clocks.items():
             state.phases[name] = state.phases.get(name, 0.0) + passed
