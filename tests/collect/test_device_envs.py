@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -180,7 +181,7 @@ class TestDLPackEnvs:
 
     @pytest.mark.parametrize("mode", list(AutoresetMode))
     def test_every_autoreset_mode_of_gymnasium_tells_the_same(self, mode):
-        make = lambda: gym.make("CartPole-v1", disable_env_checker=True, max_episode_steps=7)  # noqa: E731
+        make = partial(gym.make, "CartPole-v1", disable_env_checker=True, max_episode_steps=7)
         envs = DLPackEnvs(
             SyncVectorEnv([make] * 3, autoreset_mode=mode), device="cpu", seed=5, to_actions=np.from_dlpack
         )
@@ -250,7 +251,7 @@ class TestBadInput:
     def test_what_is_missing_is_named(self):
         with pytest.raises(UserError, match="ArrayEnvs does not say how it resets"):
             DLPackEnvs(ArrayEnvs(), device="cpu")
-        with pytest.raises(UserError, match="has no single_action_space.*give action_space="):
+        with pytest.raises(UserError, match=r"has no single_action_space.*give action_space="):
             DLPackEnvs(
                 SimpleNamespace(num_envs=2, single_observation_space=ArrayEnvs.single_observation_space), device="cpu"
             )

@@ -16,6 +16,7 @@ from proximo.collect.dlpack_envs import DLPackEnvs
 from proximo.collect.envs import EnvironmentFault, Step
 from proximo.collect.rollout import Carry, rollout
 from proximo.models.control import ActorCritic, NetworkConfig
+from tests.on_device import stand_in
 
 
 class OnTheHost:
@@ -141,6 +142,31 @@ def test_what_is_not_finite_is_refused(field, bad):
 
     envs = Spoilt(4)
     carry = DeviceCarry.start(envs.reset())
-    with pytest.raises(EnvironmentFault, match="environment 1.* not finite") as caught:
+    with pytest.raises(EnvironmentFault, match=r"environment 1.* not finite") as caught:
         device_rollout(policy_for(envs), envs, carry, 3, torch.Generator().manual_seed(0), gamma=0.9)
     assert caught.value.record["env_index"] == 1
+
+
+@pytest.mark.parametrize("length", [2, 30])
+@pytest.mark.parametrize("action_space", ["discrete", "continuous"])
+def test_capturing_leaves_no_trace_and_a_step_never_waits_for_the_host(monkeypatch, length, action_space):
+    class Poles(TorchCartPole):
+        def __init__(self) -> None:
+            super().__init__(5, seed=2, max_episode_steps=25)
+            if action_space == "continuous":
+                self.action_space = spaces.Box(-3.0, 5.0, (1,), np.float32)
+
+        def step(self, actions: torch.Tensor) -> DeviceStep:
+            return super().step((actions.reshape(5) > 0).long())
+
+    monkeypatch.setattr("proximo.collect.device_rollout.captured", stand_in)
+    ends = []
+    for capture in (False, True):
+        envs = Poles()
+        policy = policy_for(envs, **BOTH)
+        carry, generator = DeviceCarry.start(envs.reset()), torch.Generator().manual_seed(1)
+        collector = DeviceCollector(policy, envs, carry, length, generator, gamma=0.9, capture=capture)
+        collector.collect()
+        batch, _ = collector.collect()
+        ends.append((batch.observations, batch.actions, carry.discounted_return, envs.snapshot().arrays["state"]))
+    assert all(np.array_equal(one, other) for one, other in zip(*ends, strict=True))

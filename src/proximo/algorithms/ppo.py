@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from proximo.algorithms.adam import Optimizer
+from proximo.algorithms.adam import FlatAdam, Optimizer
 from proximo.algorithms.fused import ClipSettings, run_fused_epochs
+from proximo.algorithms.graphed import GraphedSettings, run_graphed_epochs
 from proximo.algorithms.update import Epochs, Loss, Minibatch, run_epochs
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch
@@ -78,9 +79,10 @@ class PPO:
     """PPO-Penalty: the coefficient beta to begin with."""
     kl_target: float = 0.01
     """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5."""
-    update_path: Literal["auto", "eager", "fused"] = "auto"
+    update_path: Literal["auto", "eager", "fused", "graphed"] = "auto"
     """`eager` lets torch derive the gradient, the reference; `fused` has it written out, for plain perceptrons and
-    PPO-Clip; `auto` is fused where that is possible."""
+    PPO-Clip; `graphed` replays it as a CUDA graph, for PPO-Clip; `auto` is graphed on CUDA and fused elsewhere, where
+    that is possible."""
     microbatch_size: int | None = None
     """Cut minibatches into pieces of this size to save memory; the gradient stays the same."""
     microbatch_tokens: int | None = None
@@ -113,11 +115,16 @@ class PPO:
         in_range("microbatch_size", self.microbatch_size, optional=True, at_least=1, whole=True, usual="none at all")
         for name in ("learning_rate_schedule", "clip_schedule"):
             one_of(name, getattr(self, name), ("constant", "linear"))
-        one_of("update_path", self.update_path, ("auto", "eager", "fused"))
+        one_of("update_path", self.update_path, ("auto", "eager", "fused", "graphed"))
         if self.update_path == "fused" and not self._can_fuse:
             raise UserError(
                 "update_path is 'fused', which knows neither objective 'kl_penalty' nor clip_epsilon_high, dual_clip "
                 "or microbatches; use 'auto' or 'eager'."
+            )
+        if self.update_path == "graphed" and not self._can_graph:
+            raise UserError(
+                "update_path is 'graphed', which knows neither objective 'kl_penalty' nor microbatches; use 'auto' or "
+                "'eager'."
             )
         one_of("objective", self.objective, ("clip", "kl_penalty"))
 
@@ -125,6 +132,10 @@ class PPO:
     def _can_fuse(self) -> bool:
         plain = (self.clip_epsilon_high, self.dual_clip, self.microbatch_size, self.microbatch_tokens)
         return self.objective == "clip" and plain == (None, None, None, None)
+
+    @property
+    def _can_graph(self) -> bool:
+        return self.objective == "clip" and (self.microbatch_size, self.microbatch_tokens) == (None, None)
 
     def at(self, remaining: float, kl_coef: float) -> PPO:
         """Return the settings in force when `remaining` (1 at the start, 0 at the end) of the run is left.
@@ -196,7 +207,11 @@ class PPO:
         quality: float,
     ) -> dict[str, float]:
         """Go through the epochs by the path that fits."""
-        if self.update_path != "eager" and self._can_fuse and reference_kl is None:
+        if self._is_graphed(policy, optimizer, everything, reference_kl):
+            assert isinstance(optimizer, FlatAdam)
+            metrics = run_graphed_epochs(policy, optimizer, everything, self._graphed_settings, generator)
+            return metrics | {"explained_variance": quality}
+        if self.update_path in ("auto", "fused") and self._can_fuse and reference_kl is None:
             plain = policy.plain(everything.batch)
             if plain is not None:
                 metrics = run_fused_epochs(plain, optimizer, everything, self._clip_settings, generator)
@@ -220,6 +235,22 @@ class PPO:
             metrics["kl_coef"] = self.kl_coef
             metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
         return metrics
+
+    def _is_graphed(
+        self, policy: Policy, optimizer: Optimizer, everything: Minibatch, reference_kl: ReferenceKL | None
+    ) -> bool:
+        """Whether this update is captured: where that is asked for, and on CUDA where it can be."""
+        on_cuda = everything.advantages.device.type == "cuda"
+        if self.update_path != "graphed" and not (self.update_path == "auto" and on_cuda and self._can_graph):
+            return False
+        is_tensor = isinstance(everything.batch.observations, Tensor)
+        possible = isinstance(optimizer, FlatAdam) and not policy.has_memory and reference_kl is None and is_tensor
+        if not possible and self.update_path == "graphed":
+            raise UserError(
+                "update_path is 'graphed', which is for control: policies without memory, one tensor of observations, "
+                "and no KL to a reference in the loss. Use 'auto' or 'eager'."
+            )
+        return possible
 
     def _estimated(self, policy: Policy, batch: Batch) -> tuple[Minibatch, float]:
         """Advantages, the critic's targets, and the explained variance of the values of collection time."""
@@ -249,6 +280,10 @@ class PPO:
         quality = float(explained_variance(batch.values, returns, batch.mask))
         everything = Minibatch(batch, advantages, returns)
         return everything if policy.has_memory else everything.as_steps(), quality
+
+    @property
+    def _graphed_settings(self) -> GraphedSettings:
+        return GraphedSettings(**{name: getattr(self, name) for name in GraphedSettings._fields})
 
     @property
     def _clip_settings(self) -> ClipSettings:

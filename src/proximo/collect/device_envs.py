@@ -156,7 +156,7 @@ _X_LIMIT, _ANGLE_LIMIT = 2.4, 12 * 2 * math.pi / 360  # m, rad
 
 def _euler_step(state: Tensor, actions: Tensor) -> Tensor:
     """The state `[N, 4]` 0.02 s later, by the explicit Euler method."""
-    x, velocity, angle, spin = state.unbind(1)
+    _, velocity, angle, spin = state.unbind(1)
     force = torch.where(actions == 1, _FORCE, -_FORCE)
     cos, sin = angle.cos(), angle.sin()
     push = (force + _POLE_MOMENT * spin.square() * sin) / _MASS

@@ -151,7 +151,7 @@ class DeviceCollector:
         for per_episode in (carry.episode_return, carry.episode_length, carry.discounted_return):
             per_episode.masked_fill_(done, 0)
         carry.observations.copy_(step.observations)
-        self._t.add_(1)
+        self._t.add_(1).remainder_(self._length)  # warming up must not leave the record
 
     def _write(self, **rows: Tensor) -> None:
         assert self._record is not None

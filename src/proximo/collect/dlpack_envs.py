@@ -207,8 +207,8 @@ class DLPackEnvs:
         said = (getattr(envs, "metadata", None) or {}).get("autoreset_mode")
         if said is None:
             raise UserError(
-                f"{self._name}: {type(envs).__name__} does not say how it resets. Give DLPackEnvs autoreset='same_step' "
-                "where the step that ends an episode also begins the next (JAX, Brax, Isaac Lab, ManiSkill), 'next_step' "
-                "where the step after it only resets, or 'disabled' where you would have to reset."
+                f"{self._name}: {type(envs).__name__} does not say how it resets. Give DLPackEnvs "
+                "autoreset='same_step' where the step that ends an episode also begins the next (JAX, Brax, Isaac "
+                "Lab, ManiSkill), 'next_step' where the step after it only resets, 'disabled' where nothing resets."
             )
         return _MODES[AutoresetMode(said)]

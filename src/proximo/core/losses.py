@@ -30,8 +30,8 @@ def clipped_surrogate(
     advantages: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     *,
-    clip_epsilon: float,
-    clip_epsilon_high: float | None = None,
+    clip_epsilon: float | Tensor,
+    clip_epsilon_high: float | Tensor | None = None,
     dual_clip: float | None = None,
     denominator: float | Tensor | None = None,
 ) -> SurrogateLoss:

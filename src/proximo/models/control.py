@@ -166,7 +166,7 @@ class ActorCritic(nn.Module):
         return scaled.clip(space.low, space.high).astype(space.dtype)
 
     def environment_actions(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Return `to_environment` for environments on `device`: a function of tensors that copies nothing to the host."""
+        """Return `to_environment` as a function of tensors on `device`, from which nothing goes to the host."""
         space = self.action_space
         if isinstance(space, spaces.Discrete):
             start = int(space.start)
