@@ -91,8 +91,8 @@ class TorchCartPole:
         self.n_envs = n_envs
         self.device = _full_name(device)
         high = np.array([2 * _X_LIMIT, np.inf, 2 * _ANGLE_LIMIT, np.inf], np.float32)
-        self.observation_space = spaces.Box(-high, high)
-        self.action_space = spaces.Discrete(2)
+        self.observation_space: spaces.Space = spaces.Box(-high, high)
+        self.action_space: spaces.Space = spaces.Discrete(2)
         self.generator: torch.Generator | None = torch.Generator(self.device).manual_seed(seed)
         self.capturable = True
         self.faults: list[EnvironmentFault] = []

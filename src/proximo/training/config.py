@@ -35,9 +35,9 @@ class EnvironmentConfig:
     """Arguments for making the environment (in a config file: a table [env_kwargs])."""
     n_envs: int = 8
     """Environments that run side by side."""
-    vectorization: Literal["serial", "workers", "native"] = "serial"
+    vectorization: Literal["serial", "workers", "native", "device"] = "serial"
     """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
-    about 1 ms a step; `native`: the environment's own vector version."""
+    about 1 ms a step; `native`: the environment's own vector version; `device`: one that lives on --device."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""
     max_episode_steps: int | None = None
@@ -64,15 +64,15 @@ class EnvironmentConfig:
         in_range(
             "max_episode_steps", self.max_episode_steps, optional=True, at_least=1, whole=True, usual="none at all"
         )
-        one_of("vectorization", self.vectorization, ("serial", "workers", "native"))
+        one_of("vectorization", self.vectorization, ("serial", "workers", "native", "device"))
         one_of("on_space_violation", self.on_space_violation, ("raise", "warn"))
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
         in_range("step_timeout", self.step_timeout, above=0.0, at_most=86_400.0, usual="60")
-        if self.on_environment_fault == "restart" and self.vectorization == "native":
+        if self.on_environment_fault == "restart" and self.vectorization in ("native", "device"):
             raise UserError(
-                "on_environment_fault is restart, but the environments of a native vector environment cannot be made "
-                "anew one by one. Use --vectorization serial or workers."
+                f"on_environment_fault is restart, but the environments of a {self.vectorization} vector environment "
+                "cannot be made anew one by one. Use --vectorization serial or workers."
             )
 
     @property

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.collect.device_envs import DeviceEnvs, make_device_envs
+from proximo.collect.device_rollout import DeviceCarry, DeviceCollector
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
 from proximo.collect.make import EnvFactory, make_env
 from proximo.collect.native import NativeEnvs, make_native
@@ -33,6 +35,7 @@ from proximo.training.config import ControlConfig, recorded, settings_of, with_s
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
+Envs = VectorEnvs | DeviceEnvs
 
 CLOCK_METRICS = frozenset({"seconds", "steps_per_second", "seconds_collecting", "seconds_updating"})
 """Metrics that a clock decides; all others are the same in a resumed run."""
@@ -44,7 +47,7 @@ class ControlState:
 
     policy: ActorCritic
     optimizer: FlatAdam
-    carry: Carry
+    carry: Carry | DeviceCarry
     action_generator: torch.Generator
     shuffle_generator: torch.Generator
     kl_coef: float
@@ -59,7 +62,7 @@ class ControlState:
     seconds: float = 0.0
 
 
-def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
+def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
     """Make the vector environment that the config asks for."""
     task = config.environment
     if task.vectorization == "native":
@@ -68,6 +71,17 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
             config.seed,
             name=task.env_id,
             on_space_violation=task.on_space_violation,
+        )
+
+    if task.vectorization == "device":
+        return make_device_envs(
+            task.env_id,
+            factory,
+            task.n_envs,
+            config.device,
+            config.seed,
+            task.env_kwargs,
+            max_episode_steps=task.max_episode_steps,
         )
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
@@ -82,13 +96,14 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
     return SerialEnvs(make_one, task.n_envs, config.seed, **shared)
 
 
-def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
+def start(config: ControlConfig, envs: Envs) -> ControlState:
     """The state before the first step.
 
     Raises:
         UserError: if a space is of a kind that is not supported.
         EnvironmentFault: if an environment cannot be reset.
     """
+    is_on_device = config.environment.vectorization == "device"
     weights, actions, shuffles = np.random.SeedSequence([config.seed, 0x9E3779B9]).generate_state(3, np.uint64)
     policy = ActorCritic(
         envs.observation_space,
@@ -99,18 +114,24 @@ def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
     return ControlState(
         policy=policy,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
-        carry=Carry.start(envs.reset()),
+        carry=_first_carry(envs),
         action_generator=torch.Generator(config.device).manual_seed(int(actions)),
-        shuffle_generator=torch.Generator().manual_seed(int(shuffles)),
+        # Half a million steps are shuffled where they are.
+        shuffle_generator=torch.Generator(config.device if is_on_device else "cpu").manual_seed(int(shuffles)),
         kl_coef=config.algorithm.kl_coef,
     )
+
+
+def _first_carry(envs: Envs) -> Carry | DeviceCarry:
+    first = envs.reset()
+    return DeviceCarry.start(first) if isinstance(first, torch.Tensor) else Carry.start(first)
 
 
 def iterate(
     config: ControlConfig,
     run: RunDirectory,
     state: ControlState,
-    envs: VectorEnvs,
+    envs: Envs,
     stopping: Callable[[], object] = lambda: False,
 ) -> Iterator[Metrics]:
     """Train until `total_steps`, yielding the metrics of each iteration once they are written.
@@ -124,11 +145,12 @@ def iterate(
         UserError: if too many updates in a row are not finite, or the disk refuses too often.
     """
     keeper, stopped = Keeper(run.metrics_path), False
+    collect = _collector(config, state, envs)
     while not (finished(config, state) or stopped):
         began = time.perf_counter()
         algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
         moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
-        batch, episodes = _collect(config, run, state, envs)
+        batch, episodes = _collect(config, run, envs, collect)
         collected = time.perf_counter()
         first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
         try:
@@ -172,7 +194,7 @@ def finished(config: ControlConfig, state: ControlState) -> bool:
     return reached or state.env_steps + config.steps_per_iteration > config.total_steps
 
 
-def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
+def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Envs) -> None:
     """Write a checkpoint of `state`; mark it `best` if its return is; drop the oldest ones.
 
     Raises:
@@ -186,7 +208,7 @@ def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Ve
         raise
 
 
-def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
+def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Envs) -> None:
     state.saved_at_step = state.env_steps
     current = float(np.mean(state.recent_returns)) if state.recent_returns else None
     is_best = current is not None and (state.best_return is None or current >= state.best_return)
@@ -199,7 +221,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
             "actions": state.action_generator.get_state(),
             "shuffles": state.shuffle_generator.get_state(),
         },
-        "carry": {name: torch.from_numpy(array) for name, array in vars(state.carry).items()},
+        "carry": {name: torch.as_tensor(array) for name, array in vars(state.carry).items()},
         "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
     }
     # One file, not four: what a small run's save costs is the flushing of its files to the disk.
@@ -222,7 +244,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
     prune_checkpoints(run.checkpoints, config.keep_checkpoints, config.keep_every)
 
 
-def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> tuple[ControlState, list[int]]:
+def restore(config: ControlConfig, checkpoint: Checkpoint, envs: Envs) -> tuple[ControlState, list[int]]:
     """The state of a checkpoint, and the environments that had to begin a fresh episode (none: exact)."""
     state = start(config, envs)
     if describe_policy(state.policy) != checkpoint.state.get("policy"):
@@ -239,7 +261,7 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
         ) from error
 
 
-def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> tuple[ControlState, list[int]]:
+def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[ControlState, list[int]]:
     described = checkpoint.state
     parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
     for name, tensor in checkpoint.tensors["training"].items():
@@ -250,7 +272,8 @@ def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> 
     state.action_generator.set_state(parts["generators"]["actions"])
     state.shuffle_generator.set_state(parts["generators"]["shuffles"])
     for name, own in vars(state.carry).items():
-        array = parts["carry"][name].numpy().copy()
+        kept = parts["carry"][name]
+        array = kept.to(own.device) if isinstance(own, torch.Tensor) else kept.numpy().copy()
         if (array.shape, array.dtype) != (own.shape, own.dtype):
             raise ValueError(f"its {name} are {array.dtype} of shape {array.shape}, not {own.dtype} of {own.shape}")
         setattr(state.carry, name, array)
@@ -293,17 +316,21 @@ _COUNTERS = (
 )
 
 
-def _collect(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> tuple[Batch, Episodes]:
+def _collector(config: ControlConfig, state: ControlState, envs: Envs) -> Callable[[], tuple[Batch, Episodes]]:
+    """What collects the next rollout, where the environments are."""
+    policy, carry, generator = state.policy, state.carry, state.action_generator
+    length, gamma = config.rollout_length, config.algorithm.gamma
+    if isinstance(carry, DeviceCarry):
+        return DeviceCollector(policy, cast(DeviceEnvs, envs), carry, length, generator, gamma=gamma).collect
+    return partial(rollout, policy, cast(VectorEnvs, envs), carry, length, generator, gamma=gamma)
+
+
+def _collect(
+    config: ControlConfig, run: RunDirectory, envs: Envs, collect: Callable[[], tuple[Batch, Episodes]]
+) -> tuple[Batch, Episodes]:
     """One rollout; what an environment did wrong is written down so that it can be played again."""
     try:
-        collected = rollout(
-            state.policy,
-            envs,
-            state.carry,
-            config.rollout_length,
-            state.action_generator,
-            gamma=config.algorithm.gamma,
-        )
+        collected = collect()
     except EnvironmentFault as fault:
         hint = "" if config.environment.restarts_allowed else _RESTART_HINT
         raise EnvironmentFault(f"{fault}\n{_written_down(fault, run, config)}{hint}", fault.record) from fault
