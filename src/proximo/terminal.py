@@ -85,6 +85,8 @@ class Display:
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         level = "exact: every open episode was played again and came back to the same observation"
+        if config.environment.vectorization == "device":
+            level = "exact: every environment is in the state it was in"
         if fresh:
             level = (
                 f"statistical: {len(fresh)} of {config.environment.n_envs} environments could not be brought back to "

@@ -80,6 +80,9 @@ def test_from_the_command_line_and_back_to_gymnasiums_own(tmp_path: Path, capsys
     code, out, error = said_by(capsys, "train", "CartPole-v1", *words)
     assert code == 0, error
     assert '"env_steps": 1024' in out
+    code, _, error = said_by(capsys, "resume", str(tmp_path / "run"), "--total-steps", "1536")
+    assert code == 0, error
+    assert "exact: every environment is in the state it was in" in error
     scores = proximo.evaluate(tmp_path / "run", episodes=3)
     assert 8 <= scores["return_mean"] <= 500
 
