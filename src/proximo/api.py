@@ -379,13 +379,21 @@ def _names_a_place(value: Any) -> bool:
 def make_for(config: ControlConfig, factory: EnvFactory, *, render_mode: str | None = None) -> gym.Env:
     """One environment as the run has it."""
     task = config.environment
-    return make_env(
-        factory,
-        task.env_id,
-        task.env_kwargs,
-        max_episode_steps=task.max_episode_steps,
-        render_mode=render_mode,
-    )
+    try:
+        return make_env(
+            factory,
+            task.env_id,
+            task.env_kwargs,
+            max_episode_steps=task.max_episode_steps,
+            render_mode=render_mode,
+        )
+    except UserError as error:
+        if task.vectorization != "device":
+            raise
+        raise UserError(
+            f"{error}\nThe environments of this run live on a device, all in one. Name one environment of the same "
+            "spaces: --env FILE.py:NAME (Python: env=...)."
+        ) from error
 
 
 def make_to_look_at(factory: EnvFactory, env_id: str, kwargs: dict[str, Any], on_device: str | None) -> Any:

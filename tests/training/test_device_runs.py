@@ -130,6 +130,8 @@ def test_a_factory_of_another_frameworks(tmp_path: Path, capsys: pytest.CaptureF
     assert rows[0]["n_episodes"] == 6 * 8
     assert run.return_mean is not None
     assert run.return_mean > 4.0  # of 5: it has learned to choose 1
+    with pytest.raises(UserError, match="Name one environment of the same spaces"):
+        proximo.evaluate(run, counters, episodes=1)
     capsys.readouterr()
     resumed = proximo.resume(run.path, counters, total_steps=2 * run.env_steps)
     assert resumed.env_steps == 2 * run.env_steps
