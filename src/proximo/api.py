@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import tomli_w
 
+from proximo.collect.device_envs import make_device_envs
 from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import EnvFactory, find_factory, make_env, names_code
 from proximo.errors import UserError, tell
 from proximo.models.control import ActorCritic
 from proximo.presets import resolve_settings
-from proximo.process import enough_memory, noted_signals, training_device, training_threads
+from proximo.process import check_device, enough_memory, noted_signals, training_device, training_threads
 from proximo.runs import names
 from proximo.runs.checkpoint import Checkpoint, finish_save, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, new_run, open_run, read_config, write_config
@@ -98,7 +99,8 @@ def train(
     base, source = config, "given as a config"
     if base is None:
         kwargs = with_settings(EnvironmentConfig(), _only(settings, "env_kwargs"), where=where).env_kwargs
-        base, source = resolve_settings(env_id, lambda: make_env(factory, env_id, kwargs))
+        on_device = settings.get("device", "cpu") if settings.get("vectorization") == "device" else None
+        base, source = resolve_settings(env_id, lambda: make_to_look_at(factory, env_id, kwargs, on_device))
     final = with_settings(base, settings | {"env_id": env_id}, where=where)
     return _unless_interrupted(train_with(final, factory, Display.choose(quiet=quiet), run_dir, source))
 
@@ -384,13 +386,29 @@ def _names_a_place(value: Any) -> bool:
 def make_for(config: ControlConfig, factory: EnvFactory, *, render_mode: str | None = None) -> gym.Env:
     """One environment as the run has it."""
     task = config.environment
-    return make_env(
-        factory,
-        task.env_id,
-        task.env_kwargs,
-        max_episode_steps=task.max_episode_steps,
-        render_mode=render_mode,
-    )
+    try:
+        return make_env(
+            factory,
+            task.env_id,
+            task.env_kwargs,
+            max_episode_steps=task.max_episode_steps,
+            render_mode=render_mode,
+        )
+    except UserError as error:
+        if task.vectorization != "device":
+            raise
+        raise UserError(
+            f"{error}\nThe environments of this run live on a device, all in one. Name one environment of the same "
+            "spaces: --env FILE.py:NAME (Python: env=...)."
+        ) from error
+
+
+def make_to_look_at(factory: EnvFactory, env_id: str, kwargs: dict[str, Any], on_device: str | None) -> Any:
+    """An environment whose spaces decide on settings; one of a vector environment on a device, where it is so made."""
+    if on_device is None:
+        return make_env(factory, env_id, kwargs)
+    check_device(on_device)
+    return make_device_envs(env_id, factory, 1, on_device, 0, kwargs)
 
 
 def train_with(
@@ -406,7 +424,8 @@ def train_with(
         state = control.start(config, envs)
         config = with_update_chosen(config, state.policy, display.say)
         seen = state.carry.observations
-        np.zeros((seen.shape[0], config.rollout_length, *seen.shape[1:]), seen.dtype)  # if not, let it fail here
+        if isinstance(seen, np.ndarray):
+            np.zeros((seen.shape[0], config.rollout_length, *seen.shape[1:]), seen.dtype)  # if not, let it fail here
         directory = new_run(config.environment.env_id, config.seed, run_dir)
         with training_threads(config), locked(directory):
             if directory.config_path.exists():  # two began at once, and the other one was faster
@@ -426,15 +445,15 @@ def _estimate(
     Nor for a person's own environments: a second set may open their files or ports a second time.
     """
     task = config.environment
-    if display.console.quiet or task.vectorization == "workers" or names_code(task.env_id):
+    if display.console.quiet or task.vectorization in ("workers", "device") or names_code(task.env_id):
         return None
     try:
-        return estimated_seconds(config, state.policy, lambda: control.make_envs(config, factory))
+        return estimated_seconds(config, state.policy, lambda: cast(VectorEnvs, control.make_envs(config, factory)))
     except Exception:  # a second set of environments may be impossible where the first one works
         return None
 
 
-def _spaces_in_words(envs: VectorEnvs) -> str:
+def _spaces_in_words(envs: control.Envs) -> str:
     actions = envs.action_space
     acts = f"{actions.n} actions" if isinstance(actions, gym.spaces.Discrete) else f"actions {actions.shape}"
     return f"(observations {envs.observation_space.shape}, {acts})"
@@ -444,7 +463,7 @@ def _train_to_the_end(
     config: ControlConfig,
     directory: RunDirectory,
     state: control.ControlState,
-    envs: VectorEnvs,
+    envs: control.Envs,
     display: Display,
 ) -> Run:
     """Run the loop, showing each iteration; a signal saves a checkpoint at the next safe point and ends it."""
@@ -452,7 +471,7 @@ def _train_to_the_end(
     try:
         with noted_signals() as received, display.live(config, state.env_steps) as show:
             for row in control.iterate(config, directory, state, envs, lambda: received):
-                show(row, envs)
+                show(row, cast(VectorEnvs, envs))
             if received and not control.finished(config, state):
                 interrupted_by = received[0]
     except KeyboardInterrupt:
@@ -501,7 +520,7 @@ def _check_environment(task: EnvironmentConfig) -> None:
 
 
 @contextmanager
-def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[VectorEnvs]:
+def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[control.Envs]:
     envs = control.make_envs(config, factory)
     try:
         yield envs

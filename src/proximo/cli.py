@@ -235,8 +235,7 @@ def _dispatch(words: list[str]) -> Outcome:
 
 def _train(words: list[str]) -> Outcome:
     """`proximo train ENV [--config FILE.toml] [flags]`: flags go over the file, the file over tuned settings."""
-    from proximo.api import environment_source, train_with
-    from proximo.collect.make import make_env
+    from proximo.api import environment_source, make_to_look_at, train_with
     from proximo.presets import resolve_settings
     from proximo.terminal import Display
     from proximo.training.config import ControlConfig, TrainArguments, with_settings
@@ -256,7 +255,9 @@ def _train(words: list[str]) -> Outcome:
     if env_id is not None:
         env_id, factory = environment_source(env_id)
         made = factory
-        base, source = resolve_settings(env_id, lambda: make_env(made, env_id, kwargs))
+        is_on_device = (_flag_value(words, "--vectorization") or from_file.get("vectorization")) == "device"
+        on_device = (_flag_value(words, "--device") or from_file.get("device") or "cpu") if is_on_device else None
+        base, source = resolve_settings(env_id, lambda: make_to_look_at(made, env_id, kwargs, on_device))
         changes = from_file | {"env_id": env_id, "env_kwargs": kwargs}
         base = with_settings(base, changes, where=str(file) if file else "proximo train")
         source += f"; changed by {file}" if file else ""
@@ -357,12 +358,11 @@ def _where_time_went(run: Any) -> dict[str, str]:
     if not total:
         return {}
     stepping, acting = phases["seconds_environment"], phases["seconds_acting"]
-    parts = {
-        "environments": stepping,
-        "acting": acting,
-        "update": phases["seconds_updating"],
-        "the rest": phases["seconds_collecting"] - stepping - acting + phases["seconds_overhead"],
-    }
+    parts = {"environments": stepping, "acting": acting}
+    if not stepping:  # on a device they cannot be told apart
+        parts = {"collecting": phases["seconds_collecting"]}
+    parts["update"] = phases["seconds_updating"]
+    parts["the rest"] = total - sum(parts.values())
     return {"time": ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts.items())}
 
 

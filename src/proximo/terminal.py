@@ -86,8 +86,8 @@ class Display:
         for reason in checkpoint.skipped:
             tell(f"skipped a damaged checkpoint: {reason}")  # also where the display is quiet
         level = "exact: every open episode was played again and came back to the same observation"
-        if config.environment.vectorization == "native":
-            level = "exact: the environments are back where they were"
+        if config.environment.vectorization in ("native", "device"):
+            level = "exact: every environment is in the state it was in"
         if fresh:
             level = (
                 f"statistical: {len(fresh)} of {config.environment.n_envs} environments could not be brought back to "
@@ -215,7 +215,12 @@ class _Clock:
 
 def _how(config: ControlConfig) -> str:
     """What was chosen for speed."""
-    kinds = {"eager": "gradients derived by torch", "fused": "gradients written out", "compiled": "compiled"}
+    kinds = {
+        "eager": "gradients derived by torch",
+        "fused": "gradients written out",
+        "compiled": "compiled",
+        "graphed": "a CUDA graph",
+    }
     path = config.algorithm.update_path
     threads = f"{config.threads} thread{'s' * (config.threads != 1)}"
     task = config.environment

@@ -87,7 +87,7 @@ def none_or(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 FREE: dict[str, st.SearchStrategy[Any]] = {
     "max_episode_steps": none_or(st.integers(1, 5)),
     "on_space_violation": st.sampled_from(["raise", "warn"]),
-    "vectorization": st.sampled_from(["serial", "native"]),
+    "vectorization": st.sampled_from(["serial", "native", "device"]),
     "n_workers": none_or(st.integers(1, 4)),
     "hidden_sizes": st.lists(st.integers(1, 6), max_size=3),
     "activation": st.sampled_from(["tanh", "relu"]),
@@ -140,7 +140,7 @@ def possible_settings(draw: st.DrawFn) -> dict[str, Any]:
     chosen = {name: draw(FREE[name]) for name in draw(st.sets(st.sampled_from(sorted(FREE)), max_size=len(FREE)))}
     n_envs, length, iterations = draw(st.integers(1, 3)), draw(st.integers(2, 16)), draw(st.integers(1, 2))
     steps = n_envs * length
-    tasks = ["CartPole-v1", "Pendulum-v1"][: 1 if chosen.get("vectorization") == "native" else 2]
+    tasks = ["CartPole-v1", "Pendulum-v1"][: 1 if chosen.get("vectorization") in ("native", "device") else 2]
     return chosen | {
         "env_id": draw(st.sampled_from(tasks)),
         "n_envs": n_envs,
@@ -160,9 +160,8 @@ def test_possible_settings_train_and_weights_stay_finite(chosen: dict[str, Any])
     with empty_folder():
         run = proximo.train(chosen.pop("env_id"), run_dir="run", quiet=True, **chosen)
         steps = chosen["n_envs"] * chosen["rollout_length"]
-        if (
-            chosen.get("vectorization") == "serial"
-        ):  # native environments have steps that only reset, which do not count
+        if chosen.get("vectorization") in ("serial", "device"):
+            # native environments have steps that only reset, which do not count
             assert run.env_steps == chosen["total_steps"] // steps * steps
         assert run.env_steps > 0
         assert_weights_are_finite(run.path)

@@ -49,7 +49,10 @@ class TestUpdatePath:
 
     def test_what_the_written_out_gradient_does_not_know_is_eager(self, has_numba):
         assert path_of(objective="kl_penalty", **LONG) == "eager"
-        assert path_of(device="cuda", **LONG) == "eager"
+
+    def test_on_a_gpu_it_is_a_graph_where_that_can_be(self, has_numba):
+        assert path_of(device="cuda:1", **LONG) == "graphed"
+        assert path_of(device="cuda", objective="kl_penalty", **LONG) == "eager"
 
     @pytest.mark.parametrize("path", ["eager", "fused", "compiled"])
     def test_what_is_asked_for_is_kept(self, has_numba, path):

@@ -55,6 +55,8 @@ class FlatAdam:
         self.betas = betas
         self.eps = eps
         self.n_steps = 0
+        self.graphed: object | None = None
+        """An update that is captured over these very vectors (graphed.py), to be replayed at the next iteration."""
         parameters = [p for p in module.parameters() if p.requires_grad]
         size = sum(parameter.numel() for parameter in parameters)
         self.weights = torch.empty(size, dtype=parameters[0].dtype, device=parameters[0].device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from proximo.algorithms.adam import FlatAdam, Optimizer
 from proximo.algorithms.fused import ClipSettings, can_fuse, run_compiled_epochs, run_fused_epochs
+from proximo.algorithms.graphed import GraphedSettings, run_graphed_epochs
 from proximo.algorithms.update import Epochs, Loss, Minibatch, run_epochs
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch
@@ -30,7 +31,7 @@ from proximo.core.policy import Evaluation, Policy
 from proximo.errors import UserError, in_range, one_of
 
 Schedule = Literal["constant", "linear"]
-UpdatePath = Literal["auto", "eager", "fused", "compiled"]
+UpdatePath = Literal["auto", "eager", "fused", "compiled", "graphed"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class PPO:
     """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5."""
     update_path: UpdatePath = "auto"
     """`eager` lets torch derive the gradient, the reference; `fused` has it written out in NumPy, for plain perceptrons
-    and PPO-Clip on the CPU; `compiled` is that in machine code, which takes some seconds to make the first time; `auto`
-    chooses before the run starts: compiled for long runs where numba is installed, fused where that is possible."""
+    and PPO-Clip on the CPU; `compiled` is that in machine code, which takes some seconds to make the first time;
+    `graphed` replays a CUDA graph, for PPO-Clip; `auto` chooses before the run starts: graphed on CUDA, compiled for
+    long runs where numba is installed, fused where that is possible."""
     microbatch_size: int | None = None
     """Cut minibatches into pieces of this size to save memory; the gradient stays the same."""
     microbatch_tokens: int | None = None
@@ -122,6 +124,11 @@ class PPO:
                 f"update_path is '{self.update_path}', which knows neither objective 'kl_penalty' nor "
                 "clip_epsilon_high, dual_clip or microbatches; use 'auto' or 'eager'."
             )
+        if self.update_path == "graphed" and not self.can_graph:
+            raise UserError(
+                "update_path is 'graphed', which knows neither objective 'kl_penalty' nor microbatches; use 'auto' or "
+                "'eager'."
+            )
         one_of("objective", self.objective, ("clip", "kl_penalty"))
 
     @property
@@ -129,6 +136,11 @@ class PPO:
         """Whether the written-out gradient knows these settings."""
         plain = (self.clip_epsilon_high, self.dual_clip, self.microbatch_size, self.microbatch_tokens)
         return self.objective == "clip" and plain == (None, None, None, None)
+
+    @property
+    def can_graph(self) -> bool:
+        """Whether a captured update knows these settings."""
+        return self.objective == "clip" and (self.microbatch_size, self.microbatch_tokens) == (None, None)
 
     def at(self, remaining: float, kl_coef: float) -> PPO:
         """Return the settings in force when `remaining` (1 at the start, 0 at the end) of the run is left.
@@ -200,7 +212,11 @@ class PPO:
         quality: float,
     ) -> dict[str, float]:
         """Go through the epochs by the path that fits."""
-        if self.update_path != "eager" and self.can_fuse and reference_kl is None:
+        if self._is_graphed(policy, optimizer, everything, reference_kl):
+            assert isinstance(optimizer, FlatAdam)
+            metrics = run_graphed_epochs(policy, optimizer, everything, self._graphed_settings, generator)
+            return metrics | {"explained_variance": quality}
+        if self.update_path in ("auto", "fused", "compiled") and self.can_fuse and reference_kl is None:
             plain = policy.plain(everything.batch)
             if plain is not None and can_fuse(plain, optimizer):
                 assert isinstance(optimizer, FlatAdam)
@@ -231,6 +247,22 @@ class PPO:
             metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
         return metrics
 
+    def _is_graphed(
+        self, policy: Policy, optimizer: Optimizer, everything: Minibatch, reference_kl: ReferenceKL | None
+    ) -> bool:
+        """Whether this update is captured: where that is asked for, and on CUDA where it can be."""
+        on_cuda = everything.advantages.device.type == "cuda"
+        if self.update_path != "graphed" and not (self.update_path == "auto" and on_cuda and self.can_graph):
+            return False
+        is_tensor = isinstance(everything.batch.observations, Tensor)
+        possible = isinstance(optimizer, FlatAdam) and not policy.has_memory and reference_kl is None and is_tensor
+        if not possible and self.update_path == "graphed":
+            raise UserError(
+                "update_path is 'graphed', which is for control: policies without memory, one tensor of observations, "
+                "and no KL to a reference in the loss. Use 'auto' or 'eager'."
+            )
+        return possible
+
     def _estimated(self, policy: Policy, batch: Batch) -> tuple[Minibatch, float]:
         """Advantages, the critic's targets, and the explained variance of the values of collection time."""
         if batch.values is None or batch.next_values is None:
@@ -259,6 +291,10 @@ class PPO:
         quality = float(explained_variance(batch.values, returns, batch.mask))
         everything = Minibatch(batch, advantages, returns)
         return everything if policy.has_memory else everything.as_steps(), quality
+
+    @property
+    def _graphed_settings(self) -> GraphedSettings:
+        return GraphedSettings(**{name: getattr(self, name) for name in GraphedSettings._fields})
 
     @property
     def _clip_settings(self) -> ClipSettings:

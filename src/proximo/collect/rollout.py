@@ -48,6 +48,10 @@ class Clock:
 
     def __init__(self) -> None:
         """Begin at 0."""
+        self.restart()
+
+    def restart(self) -> None:
+        """Go back to 0."""
         self.acting = 0.0
         self.environment = 0.0
 

@@ -30,8 +30,8 @@ def clipped_surrogate(
     advantages: Float[Tensor, "B T"],
     mask: Bool[Tensor, "B T"],
     *,
-    clip_epsilon: float,
-    clip_epsilon_high: float | None = None,
+    clip_epsilon: float | Tensor,
+    clip_epsilon_high: float | Tensor | None = None,
     dual_clip: float | None = None,
     denominator: float | Tensor | None = None,
 ) -> SurrogateLoss:
@@ -44,6 +44,7 @@ def clipped_surrogate(
     is zero; outside it in the other direction the gradient is whole, so a mistake is always taken back.
     All tensors are [B, T]; steps where `mask` is False count for nothing.
 
+    `clip_epsilon` may be a tensor without dimensions, and `clip_epsilon_high` then must be one too.
     `clip_epsilon_high`: the upper end of the band is 1 + this ("clip-higher", DAPO, Yu et al. 2025, eq. 8).
     `dual_clip`: where A < 0 the objective is at least this (> 1) times A, so that one huge ratio cannot
     dominate (Ye et al. 2020, eq. 5).
@@ -52,7 +53,7 @@ def clipped_surrogate(
     advantages = torch.where(mask, advantages, 0.0)
     ratio = log_ratio.exp()
     high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
-    clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + high)
+    clipped = ratio.clamp(1.0 - clip_epsilon, 1.0 + high)  # type: ignore[arg-type]  # two floats or two tensors
     objective = torch.minimum(ratio * advantages, clipped * advantages)
     if dual_clip is not None:
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)

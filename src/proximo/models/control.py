@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
@@ -175,22 +176,35 @@ class ActorCritic(nn.Module):
         scaled = array.reshape(-1, *space.shape) * self._action_scale + self._action_offset
         return scaled.clip(space.low, space.high).astype(space.dtype)
 
+    def environment_actions(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return `to_environment` as a function of tensors on `device`, from which nothing goes to the host."""
+        space = self.action_space
+        if isinstance(space, spaces.Discrete):
+            start = int(space.start)
+            return lambda actions: actions + start if start else actions
+        offset, scale, low, high = (
+            torch.as_tensor(array, dtype=torch.float64, device=device)
+            for array in (self._action_offset, self._action_scale, space.low, space.high)
+        )
+        dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
+        return lambda actions: (actions.detach().reshape(-1, *space.shape) * scale + offset).clamp(low, high).to(dtype)
+
     def update_observation_moments(self, observations: Tensor) -> None:
         """Merge raw observations `[N, *O]` into the normalizer. Only ever between two rollouts."""
         moments = RunningMoments(self.observation_mean, self.observation_variance, self.observation_count)
         moments = moments.updated(observations.reshape(len(observations), -1))
-        self.observation_mean, self.observation_variance = moments.mean, moments.variance
-        self.observation_count = moments.count
+        # In place: a captured CUDA graph reads them where they are.
+        self.observation_mean.copy_(moments.mean)
+        self.observation_variance.copy_(moments.variance)
+        self.observation_count.copy_(moments.count)
 
     def update_return_moments(self, discounted_returns: Tensor) -> None:
         """Merge running discounted returns `[N]` into the reward scale. Only ever between two rollouts."""
         moments = RunningMoments(self.return_mean, self.return_variance, self.return_count)
         moments = moments.updated(discounted_returns)
-        self.return_mean, self.return_variance, self.return_count = (
-            moments.mean,
-            moments.variance,
-            moments.count,
-        )
+        self.return_mean.copy_(moments.mean)
+        self.return_variance.copy_(moments.variance)
+        self.return_count.copy_(moments.count)
 
     @property
     def reward_scale(self) -> float:

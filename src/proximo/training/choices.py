@@ -73,7 +73,9 @@ def can_compile() -> bool:
 
 
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
-    if not config.algorithm.can_fuse or config.device != "cpu":
+    if config.device != "cpu":
+        return "graphed" if config.device.startswith("cuda") and config.algorithm.can_graph else "eager"
+    if not config.algorithm.can_fuse:
         return "eager"
     iterations = config.total_steps // config.steps_per_iteration
     per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))

@@ -22,7 +22,7 @@ from proximo.collect.envs import SpacePolicy
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
 
-Vectorization = Literal["auto", "serial", "workers", "native", "envpool"]
+Vectorization = Literal["auto", "serial", "workers", "native", "envpool", "device"]
 
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 250_000
 
@@ -40,8 +40,8 @@ class EnvironmentConfig:
     vectorization: Vectorization = "auto"
     """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
     about 1 ms a step; `native`: the environment's own vector version; `envpool`: EnvPool's, in threads of C++;
-    `auto`: native from 16 environments on where that is the same task and a run can go on from it exactly, else
-    serial."""
+    `device`: one that lives on --device; `auto`: native from 16 environments on where that is the same task and a run
+    can go on from it exactly, else serial."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""
     max_episode_steps: int | None = None
@@ -73,10 +73,10 @@ class EnvironmentConfig:
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
         in_range("step_timeout", self.step_timeout, above=0.0, at_most=86_400.0, usual="60")
-        if self.on_environment_fault == "restart" and self.vectorization in ("native", "envpool"):
+        if self.on_environment_fault == "restart" and self.vectorization in ("native", "envpool", "device"):
             raise UserError(
-                "on_environment_fault is restart, but the environments of a native vector environment cannot be made "
-                "anew one by one. Use --vectorization serial or workers."
+                f"on_environment_fault is restart, but the environments of a {self.vectorization} vector environment "
+                "cannot be made anew one by one. Use --vectorization serial or workers."
             )
 
     @property

@@ -9,13 +9,15 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.collect.child_process import n_cores
+from proximo.collect.device_envs import DeviceEnvs, make_device_envs
+from proximo.collect.device_rollout import DeviceCarry, DeviceCollector
 from proximo.collect.envpool_envs import EnvPoolEnvs
 from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
 from proximo.collect.make import EnvFactory, make_env
@@ -35,6 +37,7 @@ from proximo.training.config import ControlConfig, recorded, settings_of, with_s
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
+Envs = VectorEnvs | DeviceEnvs
 
 PHASES = ("seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating", "seconds_overhead")
 """Acting and stepping are in collecting. Overhead: between the iteration before and this one, while metrics are
@@ -50,7 +53,7 @@ class ControlState:
 
     policy: ActorCritic
     optimizer: FlatAdam
-    carry: Carry
+    carry: Carry | DeviceCarry
     action_generator: torch.Generator
     shuffle_generator: torch.Generator
     kl_coef: float
@@ -67,7 +70,7 @@ class ControlState:
     """Seconds since the run was begun or resumed, by the names of `PHASES`."""
 
 
-def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
+def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
     """Make the vector environment that the config asks for."""
     task = config.environment
     if task.vectorization == "native":
@@ -84,6 +87,16 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
             options["max_episode_steps"] = task.max_episode_steps
         pool = EnvPoolEnvs(task.env_id, task.n_envs, min(n_cores(), task.n_envs), options)
         return NativeEnvs(pool, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
+    if task.vectorization == "device":
+        return make_device_envs(
+            task.env_id,
+            factory,
+            task.n_envs,
+            config.device,
+            config.seed,
+            task.env_kwargs,
+            max_episode_steps=task.max_episode_steps,
+        )
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
     make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
@@ -97,13 +110,14 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> VectorEnvs:
     return SerialEnvs(make_one, task.n_envs, config.seed, **shared)
 
 
-def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
+def start(config: ControlConfig, envs: Envs) -> ControlState:
     """The state before the first step.
 
     Raises:
         UserError: if a space is of a kind that is not supported.
         EnvironmentFault: if an environment cannot be reset.
     """
+    is_on_device = config.environment.vectorization == "device"
     weights, actions, shuffles = np.random.SeedSequence([config.seed, 0x9E3779B9]).generate_state(3, np.uint64)
     policy = ActorCritic(
         envs.observation_space,
@@ -114,18 +128,24 @@ def start(config: ControlConfig, envs: VectorEnvs) -> ControlState:
     return ControlState(
         policy=policy,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
-        carry=Carry.start(envs.reset()),
+        carry=_first_carry(envs),
         action_generator=torch.Generator(config.device).manual_seed(int(actions)),
-        shuffle_generator=torch.Generator().manual_seed(int(shuffles)),
+        # Half a million steps are shuffled where they are.
+        shuffle_generator=torch.Generator(config.device if is_on_device else "cpu").manual_seed(int(shuffles)),
         kl_coef=config.algorithm.kl_coef,
     )
+
+
+def _first_carry(envs: Envs) -> Carry | DeviceCarry:
+    first = envs.reset()
+    return DeviceCarry.start(first) if isinstance(first, torch.Tensor) else Carry.start(first)
 
 
 def iterate(
     config: ControlConfig,
     run: RunDirectory,
     state: ControlState,
-    envs: VectorEnvs,
+    envs: Envs,
     stopping: Callable[[], object] = lambda: False,
 ) -> Iterator[Metrics]:
     """Train until `total_steps`, yielding the metrics of each iteration once they are written.
@@ -139,14 +159,16 @@ def iterate(
         UserError: if too many updates in a row are not finite, or the disk refuses too often.
     """
     keeper, stopped = Keeper(run.metrics_path), False
+    clock = Clock()
+    collect = _collector(config, state, envs, clock)
     updated = time.perf_counter()
     while not (finished(config, state) or stopped):
         began = time.perf_counter()
         overhead = began - updated
         algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
         moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
-        clock = Clock()
-        batch, episodes = _collect(config, run, state, envs, clock)
+        clock.restart()
+        batch, episodes = _collect(config, run, envs, collect)
         collected = time.perf_counter()
         first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
         try:
@@ -198,7 +220,7 @@ def finished(config: ControlConfig, state: ControlState) -> bool:
     return reached or state.env_steps + config.steps_per_iteration > config.total_steps
 
 
-def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
+def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Envs) -> None:
     """Write a checkpoint of `state`; mark it `best` if its return is; drop the oldest ones.
 
     Raises:
@@ -212,7 +234,7 @@ def save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Ve
         raise
 
 
-def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs) -> None:
+def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: Envs) -> None:
     state.saved_at_step = state.env_steps
     current = float(np.mean(state.recent_returns)) if state.recent_returns else None
     is_best = current is not None and (state.best_return is None or current >= state.best_return)
@@ -225,7 +247,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
             "actions": state.action_generator.get_state(),
             "shuffles": state.shuffle_generator.get_state(),
         },
-        "carry": {name: torch.from_numpy(array) for name, array in vars(state.carry).items()},
+        "carry": {name: torch.as_tensor(array) for name, array in vars(state.carry).items()},
         "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
     }
     # One file, not four: what a small run's save costs is the flushing of its files to the disk.
@@ -248,7 +270,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: V
     prune_checkpoints(run.checkpoints, config.keep_checkpoints, config.keep_every)
 
 
-def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> tuple[ControlState, list[int]]:
+def restore(config: ControlConfig, checkpoint: Checkpoint, envs: Envs) -> tuple[ControlState, list[int]]:
     """The state of a checkpoint, and the environments that had to begin a fresh episode (none: exact)."""
     state = start(config, envs)
     if describe_policy(state.policy) != checkpoint.state.get("policy"):
@@ -265,7 +287,7 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: VectorEnvs) -> 
         ) from error
 
 
-def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> tuple[ControlState, list[int]]:
+def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[ControlState, list[int]]:
     described = checkpoint.state
     parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
     for name, tensor in checkpoint.tensors["training"].items():
@@ -276,7 +298,8 @@ def _restored(checkpoint: Checkpoint, envs: VectorEnvs, state: ControlState) -> 
     state.action_generator.set_state(parts["generators"]["actions"])
     state.shuffle_generator.set_state(parts["generators"]["shuffles"])
     for name, own in vars(state.carry).items():
-        array = parts["carry"][name].numpy().copy()
+        kept = parts["carry"][name]
+        array = kept.to(own.device) if isinstance(own, torch.Tensor) else kept.numpy().copy()
         if (array.shape, array.dtype) != (own.shape, own.dtype):
             raise ValueError(f"its {name} are {array.dtype} of shape {array.shape}, not {own.dtype} of {own.shape}")
         setattr(state.carry, name, array)
@@ -319,20 +342,23 @@ _COUNTERS = (
 )
 
 
+def _collector(
+    config: ControlConfig, state: ControlState, envs: Envs, clock: Clock
+) -> Callable[[], tuple[Batch, Episodes]]:
+    """What collects the next rollout, where the environments are."""
+    policy, carry, generator = state.policy, state.carry, state.action_generator
+    length, gamma = config.rollout_length, config.algorithm.gamma
+    if isinstance(carry, DeviceCarry):
+        return DeviceCollector(policy, cast(DeviceEnvs, envs), carry, length, generator, gamma=gamma).collect
+    return partial(rollout, policy, cast(VectorEnvs, envs), carry, length, generator, gamma=gamma, clock=clock)
+
+
 def _collect(
-    config: ControlConfig, run: RunDirectory, state: ControlState, envs: VectorEnvs, clock: Clock
+    config: ControlConfig, run: RunDirectory, envs: Envs, collect: Callable[[], tuple[Batch, Episodes]]
 ) -> tuple[Batch, Episodes]:
     """One rollout; what an environment did wrong is written down so that it can be played again."""
     try:
-        collected = rollout(
-            state.policy,
-            envs,
-            state.carry,
-            config.rollout_length,
-            state.action_generator,
-            gamma=config.algorithm.gamma,
-            clock=clock,
-        )
+        collected = collect()
     except EnvironmentFault as fault:
         hint = "" if config.environment.restarts_allowed else _RESTART_HINT
         raise EnvironmentFault(f"{fault}\n{_written_down(fault, run, config)}{hint}", fault.record) from fault
