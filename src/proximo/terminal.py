@@ -218,7 +218,7 @@ def _how(config: ControlConfig) -> str:
     kinds = {
         "eager": "gradients derived by torch",
         "fused": "gradients written out",
-        "compiled": "compiled",
+        "compiled": "machine code",
         "graphed": "a CUDA graph",
     }
     path = config.algorithm.update_path
