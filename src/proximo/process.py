@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from proximo.errors import UserError
+from proximo.errors import UserError, tell
 from proximo.training.config import ControlConfig
 
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
@@ -47,6 +47,11 @@ def noted_signals() -> Iterator[list[int]]:
 def training_threads(config: ControlConfig) -> Iterator[None]:
     """Give torch the run's number of threads, and back what it had."""
     check_device(config.device)
+    if config.network.precision == "bfloat16" and not _computes_bfloat16(config.device):
+        tell(
+            f"proximo: precision is 'bfloat16', for which {config.device} has no instructions here (AMX or AVX512-BF16 on "
+            "a CPU): it will be slower than float32, and no better."
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -69,6 +74,13 @@ def enough_memory(config: ControlConfig) -> Iterator[None]:
             f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
             f"{config.algorithm.batch_size})."
         ) from error
+
+
+def _computes_bfloat16(device: str) -> bool:
+    """Whether a matrix product in bfloat16 is faster there than one in float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_device(name: str) -> None:

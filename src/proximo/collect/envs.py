@@ -38,6 +38,8 @@ class Step(NamedTuple):
     | truncated          | [N]     | cut from outside (time limit); an episode that is both is terminated  |
     | final_observations | [N, *O] | the true next observation, also where an episode ended                |
     | valid              | [N]     | False for a step that only reset (NEXT_STEP autoreset): no experience |
+    | goes_on            | [N]     | True where what terminated is not the episode but a life: learning    |
+    |                    |         | ends there, the return does not; None where there is no such thing     |
 
     A step that is truncated and not valid was lost to a fault: the environment was restarted, its episode is cut at the
     observation that was acted on, and `observations` has the first one of the next episode.
@@ -51,6 +53,7 @@ class Step(NamedTuple):
     truncated: np.ndarray
     final_observations: np.ndarray
     valid: np.ndarray
+    goes_on: np.ndarray | None = None
 
 
 class Snapshot(NamedTuple):

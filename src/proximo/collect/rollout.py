@@ -77,14 +77,17 @@ def rollout(
             recorder.done[lost, t - 1] = True
         recorder.write(t, step.rewards, step.terminated & step.valid, done, step.valid)
         _advance(carry, step.rewards, step.valid)
+        over = done if step.goes_on is None else done & ~step.goes_on
         for i in np.flatnonzero(done):
             finals.append(step.final_observations[i].copy())
             final_places.append((i, t))
+        for i in np.flatnonzero(over):
             episodes.returns.append(float(carry.episode_return[i]))
             episodes.lengths.append(int(carry.episode_length[i]))
             n_terminated += int(step.terminated[i])
         recorder.discounted[:, t] = _advance_discounted(carry, step.rewards, step.valid, gamma)
-        _forget(carry, done | lost)
+        _forget(carry, over | lost)
+        carry.discounted_return[done] = 0.0
         np.copyto(carry.observations, step.observations)
     batch = _assemble(policy, recorder, acted, carry.observations, finals, final_places, device)
     return batch, episodes._replace(n_terminated=n_terminated)
@@ -147,6 +150,8 @@ def _assemble(
         next_values[places[:, 0], places[:, 1]] = policy.scaled_values(_tensor(np.stack(finals), device))
     mask = torch.from_numpy(recorder.valid).to(device)
     rewards = torch.from_numpy(recorder.rewards)
+    if policy.config.sign_rewards:
+        rewards = rewards.sign()
     if policy.config.normalize_rewards:
         policy.update_return_moments(torch.from_numpy(recorder.discounted[recorder.valid]).to(device))
         limit = policy.config.clip_reward
