@@ -49,8 +49,8 @@ def training_threads(config: ControlConfig) -> Iterator[None]:
     check_device(config.device)
     if config.network.precision == "bfloat16" and not _computes_bfloat16(config.device):
         tell(
-            f"proximo: precision is 'bfloat16', for which {config.device} has no instructions here (AMX or AVX512-BF16 on "
-            "a CPU): it will be slower than float32, and no better."
+            f"proximo: precision is 'bfloat16', for which {config.device} has no instructions here (on a CPU: AMX or "
+            "AVX512-BF16): it will be slower than float32, and no better."
         )
     before = torch.get_num_threads()
     torch.set_num_threads(config.threads)

@@ -133,7 +133,8 @@ class NativeEnvs:
                 raise
             except BaseException as error:
                 raise self._raised("reset", actions, error) from error
-        self._refuse_bad_values(final, rewards, valid, actions)
+        if final is not observations:
+            self._refuse_bad_values(final, rewards, valid, actions)
         self._refuse_bad_values(observations, rewards, valid, actions)
         return Step(observations, rewards, terminated, truncated, final, valid, goes_on)
 

@@ -22,6 +22,8 @@ class SpaceCheck:
     bounded: bool
     slack_low: np.ndarray
     slack_high: np.ndarray
+    all_of: np.dtype | None = None
+    """The kind of number of which every value is inside the bounds, as of 0 to 255 every byte; None if there is none."""
 
     @staticmethod
     def of(space: spaces.Space) -> SpaceCheck:
@@ -31,10 +33,17 @@ class SpaceCheck:
             return SpaceCheck(nothing, nothing, False, nothing, nothing)
         low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
-        return SpaceCheck(low, high, bounded, low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high)))
+        all_of = None
+        if space.dtype.kind in "iu":
+            ends = np.iinfo(space.dtype)
+            all_of = space.dtype if (space.low == ends.min).all() and (space.high == ends.max).all() else None
+        slack_low, slack_high = low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high))
+        return SpaceCheck(low, high, bounded, slack_low, slack_high, all_of)
 
     def fits(self, observations: np.ndarray) -> bool:
         """Whether all of them are finite and inside the bounds."""
+        if observations.dtype == self.all_of:
+            return True
         if not np.isfinite(observations).all():
             return False
         if not self.bounded:

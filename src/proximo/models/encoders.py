@@ -65,13 +65,14 @@ class NatureCNN(nn.Module):
         """Features `[N, 512]` of images `[N, *O]`."""
         if self.channels_last:
             images = images.movedim(-1, 1)
-        # Channels last in memory: on a CPU the gradient of the first filters takes a third of the time.
-        x = images.to(torch.float32, memory_format=torch.channels_last)
+        # Channels last in memory: on a CPU the gradient of the first filters takes a third of the time. Bytes first: to
+        # move them costs less than to move floats.
+        x = images.contiguous(memory_format=torch.channels_last).to(torch.float32)
         first = self.first
         x = F.relu(F.conv2d(x, first.weight * (1.0 / 255.0), first.bias, stride=4), inplace=True)  # type: ignore[operator]
         x = F.relu(self.second(x), inplace=True)
         x = F.relu(self.third(x), inplace=True)
-        return F.relu(self.features(x.flatten(1)), inplace=True)
+        return F.relu(self.features(x.permute(0, 2, 3, 1).flatten(1)), inplace=True)  # as it lies: nothing is copied
 
 
 def chosen_encoder(wanted: Encoder, space: spaces.Box) -> Literal["mlp", "nature_cnn"]:
