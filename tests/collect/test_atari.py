@@ -81,7 +81,7 @@ class TestOneGame:
         first.reset()
         for action in actions[:15]:
             first.step(action)
-        seen, fresh = again.restore(first.snapshot())
+        _, fresh = again.restore(first.snapshot())
         assert fresh == []
         for action in actions[15:]:
             one, other = first.step(action), again.step(action)
@@ -121,12 +121,14 @@ class TestManyGames:
         envs = vector("Breakout", lives=True)
         envs.reset()
         ends = []
-        while not ends or ends[-1].goes_on[0]:
+        goes_on = [True]
+        while goes_on[-1]:
             step = envs.step(np.array([FIRE]))
-            assert step.goes_on is not None
+            assert envs.goes_on is not None
             if step.terminated[0]:
                 ends.append(step)
-        assert [bool(step.goes_on[0]) for step in ends] == [True] * 4 + [False]
+                goes_on.append(bool(envs.goes_on[0]))
+        assert goes_on[1:] == [True] * 4 + [False]
         for step in ends[:4]:
             assert np.array_equal(step.final_observations, step.observations)  # nothing was reset
             assert step.observations[0, 0].any()
@@ -170,7 +172,7 @@ class TestSettings:
     )
     def test_lives_are_those_of_native_games(self, settings: dict[str, Any]):
         with pytest.raises(
-            UserError, match="episodic_life is on, which is for games ALE/... with --vectorization native"
+            UserError, match=r"episodic_life is on, which is for games ALE/\.\.\. with --vectorization native"
         ):
             with_settings(ControlConfig(), {"episodic_life": True, **settings}, where="test")
 

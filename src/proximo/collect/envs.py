@@ -38,8 +38,6 @@ class Step(NamedTuple):
     | truncated          | [N]     | cut from outside (time limit); an episode that is both is terminated  |
     | final_observations | [N, *O] | the true next observation, also where an episode ended                |
     | valid              | [N]     | False for a step that only reset (NEXT_STEP autoreset): no experience |
-    | goes_on            | [N]     | True where what terminated is not the episode but a life: learning    |
-    |                    |         | ends there, the return does not; None where there is no such thing     |
 
     A step that is truncated and not valid was lost to a fault: the environment was restarted, its episode is cut at the
     observation that was acted on, and `observations` has the first one of the next episode.
@@ -53,7 +51,6 @@ class Step(NamedTuple):
     truncated: np.ndarray
     final_observations: np.ndarray
     valid: np.ndarray
-    goes_on: np.ndarray | None = None
 
 
 class Snapshot(NamedTuple):
@@ -84,6 +81,9 @@ class VectorEnvs(Protocol):
     """What environments were restarted for, since somebody last emptied the list."""
     n_restarts: int
     """How often, in all."""
+    goes_on: np.ndarray | None
+    """`[N]`, of the last step: True where what terminated is not the episode but a life in it, so that learning ends
+    there and the return does not; None where there is no such thing."""
 
     def reset(self) -> np.ndarray:
         """Begin the first episode of each environment; return observations `[N, *O]`."""
@@ -189,6 +189,7 @@ class SerialEnvs:
         self._make = make
         self._wrap = wrap
         self._max_restarts = max_restarts
+        self.goes_on = None
         self.n_restarts = 0
         self.faults: list[EnvironmentFault] = []
         self.n_envs = n_envs

@@ -77,6 +77,7 @@ class NativeEnvs:
         self.warnings: list[str] = []
         self.faults: list[EnvironmentFault] = []
         self.n_restarts = 0
+        self.goes_on: np.ndarray | None = None
         self._on_violation = on_space_violation
         self._envs = envs
         self._seed = seed
@@ -115,8 +116,8 @@ class NativeEnvs:
         )
         valid = ~self._reset_due
         done = (terminated | truncated) & valid
-        goes_on = self._goes_on(terminated, info)
-        over = done if goes_on is None else done & ~goes_on
+        self.goes_on = self._lives_lost(terminated, info)
+        over = done if self.goes_on is None else done & ~self.goes_on
         final = observations
         if self._mode is AutoresetMode.NEXT_STEP:
             self._reset_due = over
@@ -136,7 +137,7 @@ class NativeEnvs:
         if final is not observations:
             self._refuse_bad_values(final, rewards, valid, actions)
         self._refuse_bad_values(observations, rewards, valid, actions)
-        return Step(observations, rewards, terminated, truncated, final, valid, goes_on)
+        return Step(observations, rewards, terminated, truncated, final, valid)
 
     def snapshot(self) -> Snapshot:
         """Only how far it got: what is inside cannot be reached."""
@@ -166,7 +167,7 @@ class NativeEnvs:
         self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
         return observations
 
-    def _goes_on(self, terminated: np.ndarray, info: dict[str, Any]) -> np.ndarray | None:
+    def _lives_lost(self, terminated: np.ndarray, info: dict[str, Any]) -> np.ndarray | None:
         """Where an end is only that of a life. A new game has counted fewer frames than the last one had."""
         if self._frames is None:
             return None

@@ -23,7 +23,7 @@ class SpaceCheck:
     slack_low: np.ndarray
     slack_high: np.ndarray
     all_of: np.dtype | None = None
-    """The kind of number of which every value is inside the bounds, as of 0 to 255 every byte; None if there is none."""
+    """The kind of number of which every value is inside the bounds: bytes, for 0 to 255."""
 
     @staticmethod
     def of(space: spaces.Space) -> SpaceCheck:
@@ -42,7 +42,7 @@ class SpaceCheck:
 
     def fits(self, observations: np.ndarray) -> bool:
         """Whether all of them are finite and inside the bounds."""
-        if observations.dtype == self.all_of:
+        if self.all_of is not None and observations.dtype == self.all_of:  # NumPy takes None for float64
             return True
         if not np.isfinite(observations).all():
             return False

@@ -77,7 +77,7 @@ def rollout(
             recorder.done[lost, t - 1] = True
         recorder.write(t, step.rewards, step.terminated & step.valid, done, step.valid)
         _advance(carry, step.rewards, step.valid)
-        over = done if step.goes_on is None else done & ~step.goes_on
+        over = done if envs.goes_on is None else done & ~envs.goes_on
         for i in np.flatnonzero(done):
             finals.append(step.final_observations[i].copy())
             final_places.append((i, t))
