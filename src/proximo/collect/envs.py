@@ -189,7 +189,7 @@ class SerialEnvs:
         self._make = make
         self._wrap = wrap
         self._max_restarts = max_restarts
-        self.goes_on = None
+        self.goes_on: np.ndarray | None = None
         self.n_restarts = 0
         self.faults: list[EnvironmentFault] = []
         self.n_envs = n_envs
