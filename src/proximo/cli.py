@@ -488,11 +488,11 @@ def _presets(words: list[str]) -> Outcome:
     from rich.console import Console
     from rich.table import Table
 
-    from proximo.presets import PRESETS
+    from proximo.presets import ATARI, PRESETS
 
     _parse(PresetsArguments, words, "presets")
     table = Table("environment", "steps", "source", "measured score")
-    for env_id, preset in PRESETS.items():
+    for env_id, preset in (PRESETS | {"ALE/...": ATARI}).items():
         table.add_row(env_id, f"{preset.settings['total_steps']:,}", preset.source, preset.score)
     console = Console()
     with console.capture() as captured:

@@ -121,6 +121,7 @@ class Extra(NamedTuple):
 
 
 EXTRAS = {
+    "atari": Extra(("ale_py",), "Atari games: ALE/Pong-v5, ...", "import ale_py" + _STEP.format(env_id="ALE/Pong-v5")),
     "box2d": Extra(("Box2D", "pygame"), "LunarLander, BipedalWalker", _STEP.format(env_id="LunarLander-v3")),
     "mujoco": Extra(("mujoco", "imageio"), "HalfCheetah, Hopper, Ant, ...", _STEP.format(env_id="HalfCheetah-v5")),
     "video": Extra(("pygame", "imageio", "imageio_ffmpeg"), "proximo watch as an mp4", _VIDEO),

@@ -13,7 +13,9 @@ from typing import Any
 import gymnasium as gym
 from gymnasium import spaces
 
+from proximo.collect.atari import is_atari
 from proximo.errors import tell
+from proximo.models.encoders import chosen_encoder
 from proximo.training.config import ControlConfig, with_settings
 
 ZOO = "RL Baselines3 Zoo, hyperparams/ppo.yml"
@@ -187,11 +189,42 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def default_settings(action_space: spaces.Space) -> dict[str, Any]:
+ATARI = Preset(
+    dict(
+        vectorization="native",
+        episodic_life=True,
+        sign_rewards=True,
+        total_steps=10_000_000,
+        n_envs=8,
+        rollout_length=128,
+        batch_size=256,
+        n_epochs=4,
+        learning_rate=2.5e-4,
+        learning_rate_schedule="linear",
+        clip_epsilon=0.1,
+        clip_schedule="linear",
+        entropy_coef=0.01,
+        value_coef=0.5,
+    ),
+    source=ZOO + "; ale-py's own vector of games, without sticky actions",
+)
+"""All games `ALE/...`: 10M steps are 40M frames."""
+
+
+def preset_of(env_id: str) -> Preset | None:
+    """The tuned settings of an environment, where there are any."""
+    return PRESETS.get(env_id) or (ATARI if is_atari(env_id) else None)
+
+
+def default_settings(action_space: spaces.Space, observation_space: spaces.Space | None = None) -> dict[str, Any]:
     """Sensible settings for an unknown environment, by its spaces.
 
-    Continuous actions usually come with observations and rewards of any magnitude, so both are normalized.
+    Continuous actions usually come with observations and rewards of any magnitude, so both are normalized. Images are
+    scaled by the network that sees them.
     """
+    if isinstance(observation_space, spaces.Box) and chosen_encoder("auto", observation_space) == "nature_cnn":
+        seen = default_settings(action_space) | dict(normalize_observations=False)
+        return seen | dict(batch_size=256, n_epochs=4, rollout_length=128, learning_rate=2.5e-4)
     if isinstance(action_space, spaces.Box):
         return dict(
             n_envs=8,
@@ -216,12 +249,12 @@ def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlC
 
     `make` is called only where there are no tuned settings.
     """
-    preset = PRESETS.get(env_id)
+    preset = preset_of(env_id)
     if preset is not None:
         config = with_settings(ControlConfig(), {"env_id": env_id, **preset.settings}, where=f"preset {env_id}")
         return config, f"tuned for {env_id} ({preset.source}); measured: {preset.score}"
     env = make()
-    settings = default_settings(env.action_space)
+    settings = default_settings(env.action_space, env.observation_space)
     try:
         env.close()
     except (Exception, SystemExit) as error:  # its spaces are known, and that is all it was made for

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 import torch
 from threadpoolctl import threadpool_limits
 
-from proximo.errors import UserError
+from proximo.errors import UserError, tell
 from proximo.training.config import ControlConfig
 
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "size calculation overflowed")
@@ -52,6 +52,11 @@ def training_device(config: ControlConfig) -> Iterator[None]:
         UserError: if there is no such device.
     """
     check_device(config.device)
+    if config.network.precision == "bfloat16" and not _computes_bfloat16(config.device):
+        tell(
+            f"proximo: precision is 'bfloat16', for which {config.device} has no instructions here (on a CPU: AMX or "
+            "AVX512-BF16): it will be slower than float32, and no better."
+        )
     with _torch_threads(1):
         yield
 
@@ -90,6 +95,13 @@ def enough_memory(config: ControlConfig) -> Iterator[None]:
             f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
             f"{config.algorithm.batch_size})."
         ) from error
+
+
+def _computes_bfloat16(device: str) -> bool:
+    """Whether a matrix product in bfloat16 is faster there than one in float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def check_device(name: str) -> None:

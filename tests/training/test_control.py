@@ -23,11 +23,12 @@ from proximo.collect.envs import EnvironmentFault, SerialEnvs, episode_seed
 from proximo.collect.make import find_factory
 from proximo.collect.native import NativeEnvs
 from proximo.errors import UserError
+from proximo.models.control import ActorCritic
 from proximo.runs.checkpoint import load_checkpoint, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.training import control
-from proximo.training.config import ControlConfig
+from proximo.training.config import ControlConfig, changed_settings
 from proximo.training.control import CLOCK_METRICS, iterate, load_policy, make_envs, restore, save, start
 from tests.environments import Counting, Identity, Noisy, Recording, Scripted
 from tests.training.running import Trained, begin, config_with, differing, tensors_of, train
@@ -307,6 +308,29 @@ class TestResume:
         for name in ("kl_coef", "iteration", "env_steps", "n_episodes", "best_return", "saved_at_step"):
             assert getattr(state, name) == getattr(run.state, name)
         assert state.kl_coef != config.algorithm.kl_coef
+
+    def test_a_checkpoint_from_before_some_settings_is_one_with_their_defaults(self, tmp_path, monkeypatch):
+        config, make = run_of("truncated")
+        newer = {"encoder", "precision", "sign_rewards", "episodic_life"}
+        described, settings = control.describe_policy, control.recorded
+
+        def older(policy: ActorCritic) -> dict[str, Any]:
+            known = described(policy)
+            return known | {"network": {k: v for k, v in known["network"].items() if k not in newer}}
+
+        monkeypatch.setattr(control, "describe_policy", older)
+        monkeypatch.setattr(control, "recorded", lambda c: {k: v for k, v in settings(c).items() if k not in newer})
+        run = begin(config, make, tmp_path)
+        for _ in islice(iterate(config, run.run, run.state, run.envs), 2):
+            pass
+        monkeypatch.undo()
+        checkpoint = newest_checkpoint(run.run.checkpoints)
+        assert not newer & set(checkpoint.state["policy"]["network"])
+        assert changed_settings(checkpoint.state["settings"], config) == ""
+        state, fresh = restore(config, checkpoint, make_envs(config, make))
+        assert fresh == []
+        assert differing(tensors_of(state), tensors_of(run.state)) == []
+        assert load_policy(checkpoint).config == config.network
 
     def test_a_finished_run_stays_finished(self, tmp_path):
         config, make = run_of("CartPole-v1")

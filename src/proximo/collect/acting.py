@@ -42,6 +42,8 @@ def acting(policy: ActorCritic, n_envs: int, length: int, generator: torch.Gener
 
 def can_act_in_numpy(policy: ActorCritic) -> bool:
     """Whether the actor is a small perceptron in single precision on the CPU."""
+    if not policy.is_plain:
+        return False
     layers = policy.layers(policy.actor)
     n_weights = sum(weight.numel() for weight, _ in layers)
     first = layers[0][0]

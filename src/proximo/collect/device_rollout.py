@@ -168,7 +168,7 @@ class DeviceCollector:
         if len(finals):
             next_values[times, rows] = policy.scaled_values(finals)
         self._refuse_what_is_not_finite(record, finals, rows)
-        rewards = record["rewards"]
+        rewards = record["rewards"].sign() if policy.config.sign_rewards else record["rewards"]
         if policy.config.normalize_rewards:
             policy.update_return_moments(record["discounted"].mT[record["valid"].mT])
             limit = policy.config.clip_reward

@@ -82,6 +82,9 @@ class VectorEnvs(Protocol):
     """What environments were restarted for, since somebody last emptied the list."""
     n_restarts: int
     """How often, in all."""
+    goes_on: np.ndarray | None
+    """`[N]`, of the last step: True where what terminated is not the episode but a life in it, so that learning ends
+    there and the return does not; None where there is no such thing."""
 
     def reset(self) -> np.ndarray:
         """Begin the first episode of each environment; return observations `[N, *O]`."""
@@ -187,6 +190,7 @@ class SerialEnvs:
         self._make = make
         self._wrap = wrap
         self._max_restarts = max_restarts
+        self.goes_on: np.ndarray | None = None
         self.n_restarts = 0
         self.faults: list[EnvironmentFault] = []
         self.n_envs = n_envs

@@ -6,18 +6,20 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.error import DependencyNotInstalled
 
+from proximo.collect.atari import AtariGame, is_atari, register_games
 from proximo.errors import UserError, in_words, nearest
 
 EnvFactory = Callable[..., gym.Env]
 """Makes one environment; takes `render_mode=` and whatever `env_kwargs` holds."""
 
-EXTRA_OF_MODULE = {"Box2D": "box2d", "mujoco": "mujoco", "pygame": "video"}
+EXTRA_OF_MODULE = {"ale_py": "atari", "Box2D": "box2d", "mujoco": "mujoco", "pygame": "video"}
 """The extra of Proximo that installs a module which some environment needs."""
 
 
@@ -30,11 +32,16 @@ def find_factory(env_id: str) -> EnvFactory:
     """Return what makes environments of this name, having checked that the name means something.
 
     `file.py:Class` and `package.module:Class` import that file or module. `module:Id-v0` is Gymnasium's own
-    way to import a module that registers `Id-v0`.
+    way to import a module that registers `Id-v0`. `ALE/Pong-v5` is the game as `collect/atari.py` shows it to a
+    policy, not its bare screen.
 
     Raises:
         UserError: if there is no such environment, file, module or class, with the nearest names.
     """
+    if is_atari(env_id):
+        register_games(env_id)
+        _check_registered(env_id)
+        return partial(AtariGame, env_id)
     if not names_code(env_id):
         _check_registered(env_id)
         return lambda **kwargs: gym.make(env_id, disable_env_checker=True, **kwargs)

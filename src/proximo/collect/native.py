@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from proximo.collect.atari import is_atari, register_games, vector_arguments
 from proximo.collect.envpool_envs import EnvPoolEnvs
 from proximo.collect.envs import (
     EnvironmentFault,
@@ -23,19 +24,32 @@ from proximo.errors import UserError, in_words, with_traceback
 
 
 def make_native(
-    env_id: str, n_envs: int, env_kwargs: dict[str, Any], *, max_episode_steps: int | None = None
+    env_id: str,
+    n_envs: int,
+    env_kwargs: dict[str, Any],
+    *,
+    max_episode_steps: int | None = None,
+    episodic_life: bool = False,
 ) -> VectorEnv:
-    """Make the environment's own vector version.
+    """Make the environment's own vector version; with `episodic_life`, of an Atari game in which a life is an end.
 
     Raises:
         UserError: if it has none.
     """
+    if is_atari(env_id):
+        register_games(env_id)
     spec = gym.registry.get(env_id)
     if spec is None or spec.vector_entry_point is None:
         raise UserError(f"{env_id} has no vector version of its own. Use --vectorization serial or workers.")
-    limit: dict[str, Any] = {} if max_episode_steps is None else {"max_episode_steps": max_episode_steps}
+    arguments = dict(env_kwargs)
+    if is_atari(env_id):
+        arguments = vector_arguments(
+            n_envs, env_kwargs, max_episode_steps=max_episode_steps, episodic_life=episodic_life
+        )
+    elif max_episode_steps is not None:
+        arguments["max_episode_steps"] = max_episode_steps
     try:
-        return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **env_kwargs, **limit)
+        return gym.make_vec(env_id, n_envs, vectorization_mode="vector_entry_point", **arguments)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -57,6 +71,7 @@ class NativeEnvs:
 
     NEXT_STEP: the step after an episode's end only resets; it is marked as not valid. SAME_STEP: the true
     final observation comes from `info["final_obs"]`. DISABLED: the ended environments are reset here.
+    `atari` is for ale-py's: an end after which the frames of the game count on is that of a life, and resets nothing.
     One whose state is known (`comes_back_exactly`) is brought back to a moment within an episode. Any other cannot be:
     a resumed run begins fresh episodes in all of them, seeded by the run's seed and the step at which it went on.
     """
@@ -68,11 +83,13 @@ class NativeEnvs:
         *,
         name: str = "the environment",
         on_space_violation: SpacePolicy = "raise",
+        atari: bool = False,
     ) -> None:
         """Wrap `envs`; reads the autoreset mode from its metadata (NEXT_STEP if it does not say)."""
         self.warnings: list[str] = []
         self.faults: list[EnvironmentFault] = []
         self.n_restarts = 0
+        self.goes_on: np.ndarray | None = None
         self._on_violation = on_space_violation
         self._envs = envs
         self._seed = seed
@@ -85,6 +102,7 @@ class NativeEnvs:
         self._reset_due = np.zeros(self.n_envs, bool)
         self._observations = np.zeros(0)
         self._n_steps = 0
+        self._frames = np.zeros(self.n_envs, np.int64) if atari else None
 
     def reset(self) -> np.ndarray:
         """Begin the first episode of each environment; return observations `[N, *O]`."""
@@ -111,17 +129,19 @@ class NativeEnvs:
         )
         valid = ~self._reset_due
         done = (terminated | truncated) & valid
+        self.goes_on = self._lives_lost(terminated, info)
+        over = done if self.goes_on is None else done & ~self.goes_on
         final = observations
         if self._mode is AutoresetMode.NEXT_STEP:
-            self._reset_due = done
-        elif done.any() and self._mode is AutoresetMode.SAME_STEP:
+            self._reset_due = over
+        elif over.any() and self._mode is AutoresetMode.SAME_STEP:
             final = observations.copy()
-            for index in np.flatnonzero(done):
+            for index in np.flatnonzero(over):
                 final[index] = info["final_obs"][index]
-        elif done.any():
+        elif over.any():
             final = observations.copy()
             try:
-                after, _ = self._envs.reset(options={"reset_mask": done})
+                after, _ = self._envs.reset(options={"reset_mask": over})
                 observations = self._typed(after)
             except KeyboardInterrupt:
                 raise
@@ -169,8 +189,11 @@ class NativeEnvs:
     def _reset_all(self, fresh_start: int) -> np.ndarray:
         self._reset_due[:] = False
         try:
-            raw, _ = self._envs.reset(seed=episode_seed(self._seed, 0, fresh_start))
+            seed = episode_seed(self._seed, 0, fresh_start)
+            raw, info = self._envs.reset(seed=seed if self._frames is None else seed % 2**30)  # ale-py's are of 31 bits
             observations = self._typed(raw)
+            if self._frames is not None:
+                self._frames = np.array(info["episode_frame_number"], np.int64)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -178,6 +201,15 @@ class NativeEnvs:
         self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
         self._observations = observations
         return observations
+
+    def _lives_lost(self, terminated: np.ndarray, info: dict[str, Any]) -> np.ndarray | None:
+        """Where an end is only that of a life. A new game has counted fewer frames than the last one had."""
+        if self._frames is None:
+            return None
+        frames = np.asarray(info["episode_frame_number"], np.int64)
+        goes_on = terminated & (frames > self._frames) & (np.asarray(info["lives"]) > 0)
+        self._frames = frames.copy()
+        return goes_on
 
     def _typed(self, observations: Any) -> np.ndarray:
         """A fresh array; float64 becomes float32, as everywhere here."""

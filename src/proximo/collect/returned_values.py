@@ -22,8 +22,8 @@ class SpaceCheck:
     bounded: bool
     slack_low: np.ndarray
     slack_high: np.ndarray
-    is_full: bool = False
-    """Whether a pixel fits, whatever it is."""
+    all_of: np.dtype | None = None
+    """The kind of number of which every value is inside the bounds: bytes, for 0 to 255."""
 
     @staticmethod
     def of(space: spaces.Space) -> SpaceCheck:
@@ -33,13 +33,16 @@ class SpaceCheck:
             return SpaceCheck(nothing, nothing, False, nothing, nothing)
         low, high = space.low.astype(np.float64), space.high.astype(np.float64)
         bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
-        is_full = space.dtype == np.uint8 and bool((low == 0).all() and (high == 255).all())
-        slack = low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high))
-        return SpaceCheck(low, high, bounded, *slack, is_full)
+        all_of = None
+        if space.dtype.kind in "iu":
+            ends = np.iinfo(space.dtype)
+            all_of = space.dtype if (space.low == ends.min).all() and (space.high == ends.max).all() else None
+        slack_low, slack_high = low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high))
+        return SpaceCheck(low, high, bounded, slack_low, slack_high, all_of)
 
     def fits(self, observations: np.ndarray) -> bool:
         """Whether all of them are finite and inside the bounds."""
-        if self.is_full and observations.dtype == np.uint8:
+        if self.all_of is not None and observations.dtype == self.all_of:  # NumPy takes None for float64
             return True
         if observations.dtype.kind == "f":
             flat = observations.ravel()

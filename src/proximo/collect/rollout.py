@@ -90,7 +90,7 @@ def rollout(
         step = envs.step(actions)
         clock.acting += chosen - began
         clock.environment += perf_counter() - chosen
-        recorder.write(t, step)
+        recorder.write(t, step, envs.goes_on)
         np.copyto(carry.observations, step.observations)
     episodes = _count_episodes(recorder, carry)
     return _assemble(policy, recorder, actor, carry, gamma, next(policy.parameters()).device), episodes
@@ -107,14 +107,16 @@ class _Recorder:
     valid: np.ndarray
     finals: list[np.ndarray]
     ends: list[tuple[int, int]]
+    lives: list[tuple[int, int]]
+    """Of the ends those where the game goes on: learning sees an end there, returns and lengths do not."""
 
     @staticmethod
     def empty(n: int, length: int, observations: np.ndarray) -> _Recorder:
         terminated, truncated, valid = (np.zeros((length, n), bool) for _ in range(3))
         seen = np.empty((length, *observations.shape), observations.dtype)
-        return _Recorder(seen, np.empty((length, n)), terminated, truncated, valid, [], [])
+        return _Recorder(seen, np.empty((length, n)), terminated, truncated, valid, [], [], [])
 
-    def write(self, t: int, step: Step) -> None:
+    def write(self, t: int, step: Step, goes_on: np.ndarray | None) -> None:
         self.rewards[t] = step.rewards
         self.terminated[t] = step.terminated
         self.truncated[t] = step.truncated
@@ -124,14 +126,17 @@ class _Recorder:
             for i in (ends & step.valid).nonzero()[0]:
                 self.finals.append(step.final_observations[i].copy())
                 self.ends.append((t, int(i)))
+                if goes_on is not None and goes_on[i]:
+                    self.lives.append((t, int(i)))
 
 
 def _count_episodes(recorder: _Recorder, carry: Carry) -> Episodes:
     """The episodes that ended, in order of time; `carry` keeps what the open ones have so far."""
     rewards = np.where(recorder.valid, recorder.rewards, 0.0)
     lost = recorder.truncated & ~recorder.valid
-    cuts = [*((t, i, True) for t, i in recorder.ends), *((int(t), int(i), False) for t, i in np.argwhere(lost))]
-    episodes = Episodes([], [], int(recorder.terminated[recorder.valid].sum()))
+    over = [place for place in recorder.ends if place not in set(recorder.lives)] if recorder.lives else recorder.ends
+    cuts = [*((t, i, True) for t, i in over), *((int(t), int(i), False) for t, i in np.argwhere(lost))]
+    episodes = Episodes([], [], sum(bool(recorder.terminated[place]) for place in over))
     first = np.zeros(len(carry.episode_return), np.int64)
 
     def add_up(i: int, last: int) -> None:
@@ -186,6 +191,8 @@ def _assemble(
     discounted = _discounted(recorder, done | lost, carry, gamma)
     done[:-1] |= lost[1:]  # that episode ends at the step before, at the observation that was acted on then
     rewards = torch.from_numpy(recorder.rewards)
+    if policy.config.sign_rewards:
+        rewards = rewards.sign()
     if policy.config.normalize_rewards:
         policy.update_return_moments(torch.from_numpy(discounted.T[valid.T]).to(device))
         limit = policy.config.clip_reward

@@ -107,6 +107,7 @@ class WorkerEnvs:
         self._timeout = timeout
         self._max_restarts = max_restarts
         self._layout: Layout | None = None
+        self.goes_on: np.ndarray | None = None
         self.n_restarts = 0
         self.faults: list[EnvironmentFault] = []
         self._episodes = np.zeros(n_envs, np.int64)

@@ -54,7 +54,9 @@ class Batch:
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """Select rows (along B) of every field."""
-        return self._mapped(lambda tensor: tensor[rows])
+        if isinstance(rows, slice) or rows.dtype == torch.bool:
+            return self._mapped(lambda tensor: tensor[rows])
+        return self._mapped(lambda tensor: tensor.index_select(0, rows))  # whole rows: ten times faster for images
 
     def as_steps(self) -> Batch:
         """Every valid step as a row of its own: `[n_valid, 1, ...]`, in order of B, then T.
@@ -62,9 +64,9 @@ class Batch:
         For policies without memory the order of steps carries nothing, so minibatches may be cut anywhere.
         Groups are about whole rows and fall away.
         """
-        keep = self.mask.flatten()
+        keep = self.mask.flatten().nonzero().squeeze(1)
         rows = replace(self, group=None)
-        return rows._mapped(lambda tensor: tensor.flatten(0, 1)[keep].unsqueeze(1))
+        return rows._mapped(lambda tensor: tensor.flatten(0, 1).index_select(0, keep).unsqueeze(1))
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         fields = {}

@@ -18,6 +18,7 @@ from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.core.normalize import RunningMoments
 from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of, shown
+from proximo.models.encoders import Encoder, NatureCNN, chosen_encoder
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -26,6 +27,11 @@ Array = TypeVar("Array", np.ndarray, Tensor)
 class NetworkConfig:
     """The networks, and the normalization that belongs to them."""
 
+    encoder: Encoder = "auto"
+    """`mlp`: actor and critic are perceptrons of their own; `nature_cnn`: they share the convolutions and 512 features
+    of the Nature DQN, and are linear on them; `auto`: the latter for uint8 images of at least 36x36."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the Nature CNN computes in; bfloat16 pays on CPUs with AMX or AVX512-BF16, and on GPUs."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers; actor and critic are separate networks of this shape."""
     activation: Literal["tanh", "relu"] = "tanh"
@@ -44,6 +50,8 @@ class NetworkConfig:
     """Divide rewards by the running standard deviation of the discounted return."""
     clip_reward: float = 10.0
     """Scaled rewards are clipped to plus or minus this."""
+    sign_rewards: bool = False
+    """Learn from -1, 0 or 1 for each reward; returns are told, and episodes evaluated, in the rewards themselves."""
 
     def __post_init__(self) -> None:
         """Refuse impossible settings.
@@ -55,6 +63,12 @@ class NetworkConfig:
             said = shown(self.hidden_sizes)
             raise UserError(f"hidden_sizes is {said}; each must be an integer >= 1 and <= 1e9, such as 64 64.")
         one_of("activation", self.activation, ("tanh", "relu"))
+        one_of("encoder", self.encoder, ("auto", "mlp", "nature_cnn"))
+        one_of("precision", self.precision, ("float32", "bfloat16"))
+        if self.sign_rewards and self.normalize_rewards:
+            raise UserError(
+                "sign_rewards and normalize_rewards are both on; a sign has no scale. Turn one of them off."
+            )
         in_range("log_std_init", self.log_std_init, at_least=-20.0, at_most=5.0, usual="0.0")
         in_range("clip_observation", self.clip_observation, above=0.0, usual="10")
         in_range("clip_reward", self.clip_reward, above=0.0, usual="10")
@@ -101,16 +115,26 @@ class ActorCritic(nn.Module):
         self.action_space = _supported_actions(action_space)
         self.config = config
         n_inputs = int(np.prod(self.observation_space.shape))
+        self.encoder = None
+        if chosen_encoder(config.encoder, self.observation_space) == "nature_cnn":
+            self.encoder = _nature_cnn(self.observation_space, config, generator)
+        elif config.precision != "float32":
+            raise UserError(
+                f"precision is {config.precision!r}, which is for the Nature CNN alone; the perceptrons for "
+                f"{self.observation_space} compute in float32. Leave it out."
+            )
         if isinstance(self.action_space, spaces.Discrete):
             n_outputs = Categorical.parameter_size(int(self.action_space.n))
             self.log_std = None
         else:
             n_outputs = DiagonalGaussian.parameter_size(int(np.prod(self.action_space.shape)))
             self.log_std = nn.Parameter(torch.full((n_outputs,), config.log_std_init))
-        self.actor = _mlp(n_inputs, config, n_outputs, head_gain=0.01, generator=generator)
-        self.critic = _mlp(n_inputs, config, 1, head_gain=1.0, generator=generator)
+        seen = n_inputs if self.encoder is None else self.encoder.n_features
+        hidden = config.hidden_sizes if self.encoder is None else ()
+        self.actor = _mlp(seen, hidden, config, n_outputs, head_gain=0.01, generator=generator)
+        self.critic = _mlp(seen, hidden, config, 1, head_gain=1.0, generator=generator)
         for name, moments in (
-            ("observation", RunningMoments.empty((n_inputs,))),
+            ("observation", RunningMoments.empty((n_inputs if self.encoder is None else 0,))),
             ("return", RunningMoments.empty()),
         ):
             self.register_buffer(f"{name}_mean", moments.mean)
@@ -123,7 +147,7 @@ class ActorCritic(nn.Module):
     def act(self, observations: Tensor, generator: torch.Generator) -> Acted:
         """Sample actions at raw `observations` `[N, *O]`; no gradient."""
         with torch.no_grad():
-            inputs = self._normalized(observations.reshape(len(observations), -1))
+            inputs = self._features(observations)
             distribution = self._distribution(inputs)
             actions = distribution.sample(generator)
             return Acted(actions, distribution.log_prob(actions), self.critic(inputs).squeeze(-1))
@@ -131,7 +155,7 @@ class ActorCritic(nn.Module):
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""
         assert isinstance(batch.observations, Tensor)
-        inputs = self._normalized(batch.observations.reshape(*batch.mask.shape, -1))
+        inputs = self._features(batch.observations, batch.mask.shape)
         distribution = self._distribution(inputs)
         values = self.critic(inputs).squeeze(-1)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
@@ -140,13 +164,20 @@ class ActorCritic(nn.Module):
         """Every step costs the same."""
         return [batch.mask.shape[1]] * len(batch.mask)
 
-    def plain(self, batch: Batch) -> PlainActorCritic:
-        """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them."""
+    def plain(self, batch: Batch) -> PlainActorCritic | None:
+        """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them; None with a CNN."""
+        if self.encoder is not None:
+            return None
         assert isinstance(batch.observations, Tensor)
         with torch.no_grad():
             inputs = self._normalized(batch.observations.reshape(batch.mask.numel(), -1)).contiguous()
         actor, critic = self.layers(self.actor), self.layers(self.critic)
         return PlainActorCritic(inputs, actor, critic, self.log_std, self.config.activation)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether actor and critic are perceptrons that share nothing."""
+        return self.encoder is None
 
     def layers(self, network: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
         """Weight `[out, in]` and bias `[out]` of each layer of the actor or the critic."""
@@ -165,7 +196,7 @@ class ActorCritic(nn.Module):
     def scaled_values(self, observations: Tensor) -> Tensor:
         """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
         with torch.no_grad():
-            return self.critic(self._normalized(observations.reshape(len(observations), -1))).squeeze(-1)
+            return self.critic(self._features(observations)).squeeze(-1)
 
     def to_environment(self, actions: Tensor) -> np.ndarray:
         """Turn sampled actions `[N, *A]` into a fresh array of actions that the environment accepts."""
@@ -275,6 +306,20 @@ class ActorCritic(nn.Module):
 
     # --- inside -------------------------------------------------------------------------------------------
 
+    def _features(self, observations: Tensor, leading: tuple[int, ...] | None = None) -> Tensor:
+        """What actor and critic see at raw observations `[*leading, *O]`: `[*leading, features]`; `[N, *O]` by default.
+
+        The normalized observation itself, or what the encoder makes of it.
+        """
+        leading = (len(observations),) if leading is None else leading
+        if self.encoder is None:
+            return self._normalized(observations.reshape(*leading, math.prod(self.observation_space.shape)))
+        device = observations.device.type
+        images = observations.reshape(-1, *self.observation_space.shape)
+        with torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            features = self.encoder(images)
+        return features.to(torch.float32).reshape(*leading, -1)
+
     def _normalized(self, flat: Tensor) -> Tensor:
         flat = flat.to(torch.float32)
         if not self.config.normalize_observations:
@@ -288,14 +333,15 @@ class ActorCritic(nn.Module):
         return Categorical(parameters) if self.log_std is None else DiagonalGaussian(parameters, self.log_std)
 
     def _inputs(self, observation: np.ndarray | Tensor) -> tuple[Tensor, bool]:
-        """Normalize one observation or a batch to `[N, features]`; True if it was one."""
+        """What actor and critic see at one observation or a batch, `[N, features]`; True if it was one."""
         tensor = _numbers("observation", observation, next(self.parameters()).device)
         shape = self.observation_space.shape
         single = tuple(tensor.shape) == shape
         if not single and (tensor.ndim == 0 or tuple(tensor.shape[1:]) != shape):
             many = f"(N{''.join(f', {size}' for size in shape)}{'' if shape else ','})"
             raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or {many}")
-        return self._normalized(tensor.reshape(1 if single else len(tensor), math.prod(shape))), single
+        with torch.no_grad():
+            return self._features(tensor.reshape(1 if single else len(tensor), *shape)), single
 
     def _actions(self, action: np.ndarray | Tensor, n: int) -> Tensor:
         """`n` actions of the environment's kind, `[n, *A]`."""
@@ -331,8 +377,23 @@ def _numbers(name: str, value: object, device: torch.device) -> Tensor:
     return tensor
 
 
+def _nature_cnn(space: spaces.Box, config: NetworkConfig, generator: torch.Generator | None) -> NatureCNN:
+    """The encoder of images, which has no use for a normalizer.
+
+    Raises:
+        UserError: if the images are not such as it can see, or their normalization was asked for.
+    """
+    if config.normalize_observations:
+        raise UserError(
+            f"normalize_observations is on, but the observations {space} are images, which the Nature CNN scales from "
+            "0..255 to 0..1 by itself. Set normalize_observations to false."
+        )
+    return NatureCNN(space, orthogonal=config.orthogonal_init, generator=generator)
+
+
 def _mlp(
     n_inputs: int,
+    hidden_sizes: tuple[int, ...],
     config: NetworkConfig,
     n_outputs: int,
     *,
@@ -340,7 +401,7 @@ def _mlp(
     generator: torch.Generator | None,
 ) -> nn.Sequential:
     """Linear layers with the activation between them, initialized as the config says."""
-    sizes = [n_inputs, *config.hidden_sizes, n_outputs]
+    sizes = [n_inputs, *hidden_sizes, n_outputs]
     layers: list[nn.Module] = []
     for index, (before, after) in enumerate(pairwise(sizes)):
         with torch.random.fork_rng(devices=[]):  # the weights are drawn below, from the run's own generator

@@ -1,7 +1,8 @@
 """What `auto` stands for: chosen before the run starts, shown in its plan, and written into its config.toml.
 
-So a resumed run takes the same. What numbers hang on is chosen by rules alone; only what changes no number (how many
-threads the compiled update takes) is measured.
+So a resumed run takes the same. What numbers hang on is chosen by rules alone, and only the number of threads is
+measured: it changes no number of a compiled update, and of large networks the last digits (name it, where two runs must
+be the same to those).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from proximo.algorithms.ppo import UpdatePath
+from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
 from proximo.collect.native import comes_back_exactly
 from proximo.errors import UserError
@@ -32,12 +34,15 @@ NATIVE_FROM = 16
 
 
 def with_environments_chosen(config: ControlConfig) -> ControlConfig:
-    """Replace vectorization `auto`: native where that is the same task and resumes as exactly, else serial."""
+    """Replace vectorization `auto`.
+
+    Native where that is the same task and resumes as exactly, and for Atari's games, which gain most; else serial.
+    """
     task = config.environment
     if task.vectorization != "auto":
         return config
-    can_restart = not task.restarts_allowed
-    native = task.n_envs >= NATIVE_FROM and can_restart and comes_back_exactly(task.env_id)
+    exact = task.n_envs >= NATIVE_FROM and comes_back_exactly(task.env_id)
+    native = not task.restarts_allowed and (exact or is_atari(task.env_id))
     return replace(config, environment=replace(task, vectorization="native" if native else "serial"))
 
 
@@ -64,6 +69,8 @@ def with_update_chosen(
     if path == "compiled":
         with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
             threads = _faster(config, policy, [1, 2])
+    elif not policy.is_plain and config.device == "cpu":
+        threads = _faster(config, policy, [n_cores(), 1])
     return replace(config, threads=threads)
 
 
@@ -75,7 +82,7 @@ def can_compile() -> bool:
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
     if config.device != "cpu":
         return "graphed" if config.device.startswith("cuda") and config.algorithm.can_graph else "eager"
-    if not config.algorithm.can_fuse:
+    if not config.algorithm.can_fuse or not policy.is_plain:
         return "eager"
     iterations = config.total_steps // config.steps_per_iteration
     per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
@@ -84,16 +91,19 @@ def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
 
 
 def _faster(config: ControlConfig, policy: ActorCritic, counts: list[int]) -> int:
-    """The number of threads, of these and within the cores, that an update takes least time with."""
-    seen = np.zeros((1, *policy.observation_space.shape), policy.observation_space.dtype)
+    """The number of threads, of these and within the cores, that an update takes least time with.
+
+    The first one, unless another takes a tenth less.
+    """
+    seen = torch.from_numpy(np.zeros((1, *policy.observation_space.shape), policy.observation_space.dtype))
     before = torch.get_num_threads()
     times = {}
     for count in counts:
         if count <= n_cores():
             torch.set_num_threads(count)
-            times[count] = minibatch_seconds(copy.deepcopy(policy), torch.from_numpy(seen), config)
+            times[count] = minibatch_seconds(copy.deepcopy(policy), seen, config)
     torch.set_num_threads(before)
-    return min(times, key=lambda count: times[count] * (1.0 if count == 1 else 1.05))
+    return min(times, key=lambda count: times[count] * (1.0 if count == counts[0] else 1.1))
 
 
 @contextmanager

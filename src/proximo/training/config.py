@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from proximo.algorithms.ppo import PPO
+from proximo.collect.atari import is_atari
 from proximo.collect.envs import SpacePolicy
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
@@ -44,6 +45,8 @@ class EnvironmentConfig:
     can go on from it exactly, else serial."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""
+    episodic_life: bool = False
+    """Atari, native: losing a life is an end for learning. Returns and evaluation are over whole games all the same."""
     max_episode_steps: int | None = None
     """Truncate episodes after this many steps; by default whatever the environment does."""
     on_space_violation: SpacePolicy = "raise"
@@ -73,6 +76,11 @@ class EnvironmentConfig:
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
         in_range("step_timeout", self.step_timeout, above=0.0, at_most=86_400.0, usual="60")
+        if self.episodic_life and not (is_atari(self.env_id) and self.vectorization in ("auto", "native")):
+            raise UserError(
+                f"episodic_life is on, which is for games ALE/... with --vectorization native; this is {self.env_id} "
+                f"with {self.vectorization}. Turn it off (--no-episodic-life)."
+            )
         if self.on_environment_fault == "restart" and self.vectorization in ("native", "envpool", "device"):
             raise UserError(
                 f"on_environment_fault is restart, but the environments of a {self.vectorization} vector environment "
@@ -212,7 +220,9 @@ def changed_settings(before: object, config: object) -> str:
     now = recorded(config)
     was = before if isinstance(before, dict) else now
     changed = [  # 1 and 1.0 are the same
-        f"{name} was {was.get(name, 'none')} and is {value}" for name, value in now.items() if was.get(name) != value
+        f"{name} was {was[name]} and is {value}"
+        for name, value in now.items()
+        if name in was and was[name] != value  # what is not there is younger than the checkpoint
     ]
     return f"its state is back, but with other settings it goes another way: {', '.join(changed)}" if changed else ""
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
 from proximo.collect.device_envs import DeviceEnvs, make_device_envs
 from proximo.collect.device_rollout import DeviceCarry, DeviceCollector
@@ -75,10 +76,17 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
     task = config.environment
     if task.vectorization == "native":
         return NativeEnvs(
-            make_native(task.env_id, task.n_envs, task.env_kwargs, max_episode_steps=task.max_episode_steps),
+            make_native(
+                task.env_id,
+                task.n_envs,
+                task.env_kwargs,
+                max_episode_steps=task.max_episode_steps,
+                episodic_life=task.episodic_life,
+            ),
             config.seed,
             name=task.env_id,
             on_space_violation=task.on_space_violation,
+            atari=is_atari(task.env_id),
         )
 
     if task.vectorization == "envpool":
@@ -273,7 +281,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: E
 def restore(config: ControlConfig, checkpoint: Checkpoint, envs: Envs) -> tuple[ControlState, list[int]]:
     """The state of a checkpoint, and the environments that had to begin a fresh episode (none: exact)."""
     state = start(config, envs)
-    if describe_policy(state.policy) != checkpoint.state.get("policy"):
+    if describe_policy(state.policy) != _described_now(checkpoint.state.get("policy")):
         raise UserError(
             f"{checkpoint.path} was made with other spaces or another network than this run's config.toml and "
             "environment have now. Bring them back to what they were, or begin a new run."
@@ -328,6 +336,13 @@ def describe_policy(policy: ActorCritic) -> dict[str, Any]:
         "action_space": space_to_json(policy.action_space),
         "network": settings_of(policy.config),
     }
+
+
+def _described_now(described: Any) -> Any:
+    """What an older `describe_policy` wrote, with the settings that have come since at what they were before."""
+    if not isinstance(described, dict) or not isinstance(described.get("network"), dict):
+        return described
+    return described | {"network": settings_of(NetworkConfig()) | described["network"]}
 
 
 _COUNTERS = (
