@@ -37,7 +37,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "draw_records", lambda records, folder: [])
+    monkeypatch.setattr(report, "draw_records", lambda records, folder, **how: [])
 
 
 def damage_newest(run: Path) -> str:
@@ -89,7 +89,7 @@ def test_an_emptied_config_is_not_taken_for_defaults(text: str, run: Path, capsy
 def test_pictures_that_fail_hide_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no ink")
 
     monkeypatch.setattr(report, "draw_records", fail)

@@ -47,6 +47,7 @@ NEEDED = {
     "matplotlib": "3.10",
     "tomli-w": "1.1",
     "cloudpickle": "",
+    "threadpoolctl": "3.5",
 }
 """The packages that Proximo needs, and from which version on; `pyproject.toml` says the same."""
 
