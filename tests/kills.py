@@ -250,14 +250,16 @@ class _Halved:
 
 def _patch_work(counter: _Counter) -> None:
     """Count steps of the environments, minibatches, and tokens."""
+    from proximo.algorithms import fused
     from proximo.algorithms.adam import FlatAdam
     from proximo.collect.envs import SerialEnvs
     from proximo.collect.workers import WorkerEnvs
 
-    counted: list[tuple[type, str, str]] = [
+    counted: list[tuple[Any, str, str]] = [
         (SerialEnvs, "step", "step"),
         (WorkerEnvs, "step", "step"),
         (FlatAdam, "clipped_step", "minibatch"),
+        (fused, "_clipped_step", "minibatch"),
     ]
     if "proximo.models.language" in sys.modules:
         from proximo.models.language import LanguagePolicy

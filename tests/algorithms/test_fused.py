@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.algorithms.fused import Pace
 from proximo.algorithms.ppo import PPO
 from proximo.core.batch import Batch
 from proximo.errors import UserError
@@ -24,13 +25,14 @@ def updated(policy, batch: Batch, **settings) -> tuple[dict[str, float], FlatAda
 
 
 @pytest.fixture(params=["fused", "compiled", "compiled on two threads"])
-def path(request) -> Iterator[str]:
+def path(request, monkeypatch) -> Iterator[str]:
     """The paths with the gradient written out."""
     path, _, on_two = request.param.partition(" ")
     if path == "compiled":
         pytest.importorskip("numba", reason="numba is not installed")
     before = torch.get_num_threads()
     torch.set_num_threads(2 if on_two else 1)
+    monkeypatch.setattr(Pace, "n_threads", lambda pace: 2)
     yield path
     torch.set_num_threads(before)
 
@@ -188,3 +190,35 @@ def test_the_path_is_chosen_by_what_is_possible(plain_policy, tiny_policy, make_
 def test_a_path_that_cannot_be_is_refused(settings, path):
     with pytest.raises(UserError, match=f"update_path is '{path}'"):
         PPO(update_path=path, **settings)
+
+
+class TestPace:
+    """What it says after a history of updates; `busy` is what two threads cost by then."""
+
+    @staticmethod
+    def play(pace: Pace, n: int, one: float, two: float) -> list[int]:
+        counts = []
+        for _ in range(n):
+            counts.append(pace.n_threads())
+            pace.took(counts[-1], {1: one, 2: two}[counts[-1]])
+        return counts
+
+    def test_it_tries_both_and_takes_the_faster(self):
+        assert self.play(Pace(), 10, one=1.0, two=0.6) == [1, 2, 1, 2] + [2] * 6
+        assert self.play(Pace(), 10, one=1.0, two=1.1) == [1, 2, 1, 2] + [1] * 6
+
+    def test_it_goes_over_at_once_when_the_other_core_gets_work(self):
+        pace = Pace()
+        self.play(pace, 20, one=1.0, two=0.6)
+        assert self.play(pace, 5, one=1.0, two=20.0) == [2, 1, 1, 1, 1]
+
+    def test_it_looks_again_and_comes_back(self):
+        pace = Pace()
+        self.play(pace, 20, one=1.0, two=1.2)
+        counts = self.play(pace, 2 * Pace.LOOK_AGAIN, one=1.0, two=0.6)
+        assert counts.count(1) <= Pace.LOOK_AGAIN
+        assert counts[-1] == 2
+
+    def test_it_seldom_looks_at_what_is_far_slower(self):
+        counts = self.play(Pace(), 40 * Pace.LOOK_AGAIN, one=1.0, two=20.0)
+        assert 2 < counts.count(2) < 8

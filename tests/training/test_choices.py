@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import proximo
 from proximo.errors import UserError
@@ -63,19 +64,24 @@ class TestUpdatePath:
         assert with_update_chosen(config(update_path="fused"), POLICY).threads == 1
         assert with_update_chosen(config(update_path="eager"), POLICY).threads == 1
 
-    @pytest.mark.parametrize(
-        ("times", "fastest"), [({1: 1.0, 2: 0.6}, 2), ({1: 1.0, 2: 0.99}, 1), ({1: 1.0, 2: 3.0}, 1)]
-    )
-    def test_the_compiled_update_takes_as_many_threads_as_are_faster(self, monkeypatch, has_numba, times, fastest):
-        import torch
+    def test_the_compiled_update_may_take_two_threads_where_there_are_two_cores(self, monkeypatch, has_numba):
+        monkeypatch.setattr(choices, "minibatch_seconds", lambda *args: 1.0)
+        for cores, threads in ((1, 1), (2, 2), (16, 2)):
+            monkeypatch.setattr(choices, "n_cores", lambda cores=cores: cores)
+            assert with_update_chosen(config(update_path="compiled"), POLICY).threads == threads
 
+    @pytest.mark.parametrize(
+        ("times", "fastest"), [({4: 1.0, 1: 3.0}, 4), ({4: 1.0, 1: 0.95}, 4), ({4: 1.0, 1: 0.5}, 1)]
+    )
+    def test_the_threads_of_large_networks_are_measured(self, monkeypatch, times, fastest):
+        space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        pixels = ActorCritic(space, gym.spaces.Discrete(2), NetworkConfig())
         before = torch.get_num_threads()
-        monkeypatch.setattr(choices, "n_cores", lambda: 2)
+        monkeypatch.setattr(choices, "n_cores", lambda: 4)
         monkeypatch.setattr(choices, "minibatch_seconds", lambda *args: times[torch.get_num_threads()])
-        assert with_update_chosen(config(update_path="compiled"), POLICY).threads == fastest
+        chosen = with_update_chosen(config(), pixels)
+        assert (chosen.threads, chosen.algorithm.update_path) == (fastest, "eager")
         assert torch.get_num_threads() == before
-        monkeypatch.setattr(choices, "n_cores", lambda: 1)
-        assert with_update_chosen(config(update_path="compiled"), POLICY).threads == 1
 
 
 class TestVectorization:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class FlatAdam:
         self.betas = betas
         self.eps = eps
         self.n_steps = 0
+        self.pace: Any = None
+        """How many threads the compiled update takes (`fused.Pace`)."""
         self.graphed: object | None = None
         """An update that is captured over these very vectors (graphed.py), to be replayed at the next iteration."""
         parameters = [p for p in module.parameters() if p.requires_grad]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from time import perf_counter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -108,9 +109,9 @@ def run_compiled_epochs(
     settings: ClipSettings,
     generator: torch.Generator,
     *,
-    n_threads: int,
+    most_threads: int,
 ) -> dict[str, float]:
-    """The same in machine code, the actor and the critic on a thread each where there are two."""
+    """The same in machine code, the actor and the critic on a thread each where two are allowed and faster."""
     from proximo.algorithms import compiled
 
     columns = _columns(plain, everything, optimizer)
@@ -146,12 +147,17 @@ def run_compiled_epochs(
         metrics,
         np.zeros(128, np.int64),
     )
+    if optimizer.pace is None:
+        optimizer.pace = Pace()
+    n_threads = optimizer.pace.n_threads() if most_threads > 1 else 1
+    began = perf_counter()
     if n_threads > 1:
         critic = _second_thread().submit(compiled.run, compiled.CRITIC, *arguments)
         verdict, n_seen = compiled.run(compiled.ACTOR, *arguments)
         critic.result()
     else:
         verdict, n_seen = compiled.run(compiled.BOTH, *arguments)
+    optimizer.pace.took(n_threads, (perf_counter() - began) / n_seen)
     seen = metrics[:n_seen]
     n_steps = n_seen if verdict == compiled.DONE else n_seen - 1
     optimizer.n_steps += n_steps
@@ -165,6 +171,38 @@ def run_compiled_epochs(
     if stopped and last_epoch + 1 < settings.n_epochs:  # the reference draws no order that it does not use
         generator.set_state(states[last_epoch + 1])
     return _summary(seen[:, : len(_NAMES)], last_epoch * per_epoch, norms[:n_steps].tolist(), stopped)
+
+
+class Pace:
+    """Which of one thread and two is faster; looked at again now and then, since the other core may get work to do.
+
+    The numbers of an update do not hang on it.
+    """
+
+    LOOK_AGAIN = 64
+    """Updates from one look at the slower way to the next; 16 times as many where it takes more than half longer."""
+
+    def __init__(self) -> None:
+        """Try both twice: the first time warms up."""
+        self._due = [1, 2, 1, 2]
+        self._times: dict[int, float] = {}
+        self._n_until_look = self.LOOK_AGAIN
+
+    def n_threads(self) -> int:
+        """How many threads the next update takes."""
+        if self._due:
+            return self._due.pop(0)
+        faster, slower = sorted(self._times, key=lambda count: self._times[count])
+        self._n_until_look -= 1
+        if self._n_until_look > 0:
+            return faster
+        is_far = self._times[slower] > 1.5 * self._times[faster]
+        self._n_until_look = self.LOOK_AGAIN * (16 if is_far else 1)
+        return slower
+
+    def took(self, n_threads: int, seconds: float) -> None:
+        """Note how long a minibatch took."""
+        self._times[n_threads] = seconds
 
 
 @cache

@@ -222,7 +222,7 @@ class PPO:
                 assert isinstance(optimizer, FlatAdam)
                 arguments = (plain, optimizer, everything, self._clip_settings, generator)
                 if self.update_path == "compiled":
-                    metrics = run_compiled_epochs(*arguments, n_threads=torch.get_num_threads())
+                    metrics = run_compiled_epochs(*arguments, most_threads=torch.get_num_threads())
                 else:
                     metrics = run_fused_epochs(*arguments)
                 return metrics | {"explained_variance": quality}

@@ -68,7 +68,8 @@ def with_update_chosen(
     threads = 1
     if path == "compiled":
         with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
-            threads = _faster(config, policy, [1, 2])
+            _faster(config, policy, [1])
+        threads = min(2, n_cores())
     elif not policy.is_plain and config.device == "cpu":
         threads = _faster(config, policy, [n_cores(), 1])
     return replace(config, threads=threads)

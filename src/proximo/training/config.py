@@ -119,8 +119,8 @@ class ControlConfig:
     device: str = "cpu"
     """Where the networks are: cpu, cuda, cuda:1, ... Small networks are fastest on the CPU."""
     threads: int = 0
-    """CPU threads for torch and for the compiled update; 0: one for small networks, and for the compiled update what a
-    measurement before the run finds faster, one or two, which changes no number."""
+    """CPU threads for torch, and at most so many for the compiled update, which measures as it goes whether two are
+    faster and is the same on one. 0: chosen before the run starts: one for small networks, measured for images."""
     debug: bool = False
     """Check at each iteration that every probability ratio is 1 before the first update."""
 
