@@ -204,16 +204,15 @@ def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
         fan_in, fan_out = widths[layer], widths[layer + 1]
         weight = weights[places[layer, 0] : places[layer, 0] + fan_in * fan_out].reshape(fan_out, fan_in)
         bias = weights[places[layer, 1] : places[layer, 1] + fan_out]
+        after = outputs if layer == last else hidden[layer, : n * fan_out].reshape(n, fan_out)
+        np.dot(before, weight.T, after)
         if layer < last:
-            after = hidden[layer, : n * fan_out].reshape(n, fan_out)
-            np.dot(before, weight.T, after)
             _activate(after, bias, is_tanh)
-            before = after
         else:
-            np.dot(before, weight.T, outputs)
             for i in range(n):
                 for j in range(fan_out):
-                    outputs[i, j] += bias[j]
+                    after[i, j] += bias[j]
+        before = after
 
 
 @_jit
@@ -370,47 +369,45 @@ def _step(adam, first, last, n_steps, scale, numbers):
 
 
 @_jit
-def _actor_gradient(networks, adam, steps, rows, numbers, room, row):
-    """The actor's gradient, sum of its squares, and metrics of one minibatch."""
+def _gradient(is_actor, networks, adam, steps, rows, numbers, room, row):
+    """One network's gradient, the sum of its squares, and its metrics of one minibatch."""
     inputs, hidden, spare, outputs, to_outputs, advantages = room
-    n, k = rows.size, networks.actor_widths[-1]
+    places = networks.actor_places if is_actor else networks.critic_places
+    widths = networks.actor_widths if is_actor else networks.critic_widths
+    n, k = rows.size, widths[-1]
     some = inputs[:n]
     for i in range(n):
-        some[i] = steps.inputs[rows[i]]
-    shape = outputs[: n * k].reshape(n, k)
+        for j in range(some.shape[1]):
+            some[i, j] = steps.inputs[rows[i], j]
+    outs = outputs[: n * k].reshape(n, k)
     slopes = to_outputs[: n * k].reshape(n, k)
-    _forward(adam.weights, networks.actor_places, networks.actor_widths, some, hidden, shape, networks.is_tanh)
-    _normalized(steps.advantages, rows, numbers.smallest_spread, advantages)
-    for j in range(VALUE_LOSS):
-        row[j] = 0.0
-    row[ENTROPY] = row[CLIPPED] = 0.0
-    place = networks.log_std_place
-    if place < 0:
-        _categorical(shape, steps, rows, advantages, numbers, row, slopes)
+    _forward(adam.weights, places, widths, some, hidden, outs, networks.is_tanh)
+    if is_actor:
+        _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes, row)
     else:
-        log_std, to_log_std = adam.weights[place : place + k], adam.gradient[place : place + k]
-        _gaussian(shape, log_std, steps, rows, advantages, numbers, row, slopes, to_log_std)
-    for j in (KL, POLICY_LOSS, ENTROPY, CLIPPED):
-        row[j] /= n
-    places, widths = networks.actor_places, networks.actor_widths
+        row[VALUE_LOSS] = _value(outs, steps, rows, numbers, slopes)
     _backward(adam.weights, adam.gradient, places, widths, some, hidden, slopes, spare, networks.is_tanh)
-    row[ACTOR_SQUARES] = _sum_of_squares(adam.gradient[: networks.critic_start])
+    first = 0 if is_actor else networks.critic_start
+    last = networks.critic_start if is_actor else adam.gradient.size
+    row[ACTOR_SQUARES if is_actor else CRITIC_SQUARES] = _sum_of_squares(adam.gradient[first:last])
 
 
 @_jit
-def _critic_gradient(networks, adam, steps, rows, numbers, room, row):
-    """The critic's gradient, sum of its squares, and the value loss of one minibatch."""
-    inputs, hidden, spare, outputs, to_outputs, _ = room
-    n = rows.size
-    some = inputs[:n]
-    for i in range(n):
-        some[i] = steps.inputs[rows[i]]
-    values, slopes = outputs[:n].reshape(n, 1), to_outputs[:n].reshape(n, 1)
-    places, widths = networks.critic_places, networks.critic_widths
-    _forward(adam.weights, places, widths, some, hidden, values, networks.is_tanh)
-    row[VALUE_LOSS] = _value(values, steps, rows, numbers, slopes)
-    _backward(adam.weights, adam.gradient, places, widths, some, hidden, slopes, spare, networks.is_tanh)
-    row[CRITIC_SQUARES] = _sum_of_squares(adam.gradient[networks.critic_start :])
+def _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes, row):
+    """The gradient to the actor's outputs, and the metrics."""
+    n, k = outs.shape
+    _normalized(steps.advantages, rows, numbers.smallest_spread, advantages)
+    row[KL] = row[POLICY_LOSS] = row[ENTROPY] = row[CLIPPED] = 0.0
+    place = networks.log_std_place
+    if place < 0:
+        _categorical(outs, steps, rows, advantages, numbers, row, slopes)
+    else:
+        log_std, to_log_std = adam.weights[place : place + k], adam.gradient[place : place + k]
+        _gaussian(outs, log_std, steps, rows, advantages, numbers, row, slopes, to_log_std)
+    row[KL] /= n
+    row[POLICY_LOSS] /= n
+    row[ENTROPY] /= n
+    row[CLIPPED] /= n
 
 
 @partial(_jit, fastmath=False)  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
@@ -431,10 +428,10 @@ def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_roo
     for k in range(ends.size):
         rows = order[(ends[k - 1] if k else 0) : ends[k]]
         row = metrics[k]
-        if who != CRITIC:
-            _actor_gradient(networks, adam, steps, rows, numbers, actor_room, row)
-        if who != ACTOR:
-            _critic_gradient(networks, adam, steps, rows, numbers, critic_room, row)
+        for part in range(ACTOR, CRITIC + 1):
+            if who in (part, BOTH):
+                room = actor_room if part == ACTOR else critic_room
+                _gradient(part == ACTOR, networks, adam, steps, rows, numbers, room, row)
         if who != BOTH:
             _publish(arrived, who * 64, k + 1)  # pyright: ignore[reportCallIssue]
             _wait(arrived, (1 - who) * 64, k + 1)
@@ -443,8 +440,7 @@ def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_roo
             return verdict, k + 1
         norm = math.sqrt(row[ACTOR_SQUARES] + row[CRITIC_SQUARES])
         scale = min(1.0, numbers.max_grad_norm / (norm + 1e-6))
-        if who != CRITIC:
-            _step(adam, 0, networks.critic_start, adam.n_steps + k + 1, scale, numbers)
-        if who != ACTOR:
-            _step(adam, networks.critic_start, adam.weights.size, adam.n_steps + k + 1, scale, numbers)
+        first = networks.critic_start if who == CRITIC else 0
+        last = networks.critic_start if who == ACTOR else adam.weights.size
+        _step(adam, first, last, adam.n_steps + k + 1, scale, numbers)
     return DONE, ends.size
