@@ -217,6 +217,7 @@ class SerialEnvs:
         self._truncated = np.zeros(n_envs, bool)
         self._valid = np.ones(n_envs, bool)
         self._has_lost = False
+        self._takes_ints = self._is_gymnasiums_own()
         self._usual_dtypes = (dtype, np.dtype(np.float64)) if dtype == np.float32 else (dtype,)
         self._episodes = np.zeros(n_envs, np.int64)
         self._history: list[np.ndarray] = []
@@ -248,7 +249,8 @@ class SerialEnvs:
             EnvironmentFault: if one raises or returns what it must not, and may not be restarted (any more).
         """
         self._history.append(actions)
-        given = actions.copy()  # environments may change their own (action *= 0.1), not what is played again
+        # Environments may change their own (action *= 0.1), not what is played again.
+        given = actions.tolist() if self._takes_ints else actions.copy()
         if self._has_lost:
             self._valid[:] = True
             self._has_lost = False
@@ -269,7 +271,7 @@ class SerialEnvs:
         self._forget_closed_episodes()
         return Step(self._observations, self._rewards, self._terminated, self._truncated, self._final, self._valid)
 
-    def _step_from(self, first: int, actions: np.ndarray) -> int:
+    def _step_from(self, first: int, actions: np.ndarray | list[int]) -> int:
         """Step the environments from the given one on; return their number."""
         final, shape, dtypes = self._final, self._shape, self._usual_dtypes
         for index in range(first, self.n_envs):
@@ -296,6 +298,15 @@ class SerialEnvs:
             self._truncated[index] = truncated if type(truncated) is bool else self._end(index, "truncated", truncated)
 
         return self.n_envs
+
+    def _is_gymnasiums_own(self) -> bool:
+        """Whether actions may be given as Python's integers: Gymnasium's own environments check NumPy's at length.
+
+        Another's may ask an action for what NumPy's integers alone have.
+        """
+        modules = (type(getattr(env, "unwrapped", env)).__module__ for env in self._envs)
+        is_own = all(module.startswith("gymnasium.envs.") for module in modules)
+        return is_own and isinstance(self.action_space, spaces.Discrete)
 
     def _end_a_fork(self) -> None:
         """End this process if it is a fork that an environment let come back: only one of the two may go on."""

@@ -7,6 +7,7 @@ says is checked before it is believed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -118,19 +119,21 @@ def check_contents(folder: Path, manifest: Manifest) -> None:
 def versions() -> dict[str, str]:
     """What the bits of a run hang on beside its settings: versions, torch's threads, the processor's instructions."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("proximo", "numpy", "gymnasium"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # or run from a source tree that was never installed
-            found[name] = "unknown"
-    for name in ("numba", "scipy"):  # of the compiled update, where they are loaded
-        if name in sys.modules:
-            found[name] = importlib.metadata.version(name)
+    names = ["proximo", "numpy", "gymnasium", *(name for name in ("numba", "scipy") if name in sys.modules)]
+    found |= {name: _version(name) for name in names}
     found["threads"] = str(torch.get_num_threads())
     found["cpu"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+@functools.cache
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # or run from a source tree that was never installed
+        return "unknown"
 
 
 def differences(before: dict[str, str]) -> str:
