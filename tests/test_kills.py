@@ -36,7 +36,7 @@ CONTROL_KILLS: list[tuple[str, list[Place]]] = [
     (PENDULUM, [("rename run/checkpoints/step_000000000000", 1), ("write run/checkpoints/.tmp/state.json", 1)]),
     (PENDULUM, [Point("step", 37)]),
     (PENDULUM, [Point("minibatch", 11)]),
-    (PENDULUM, [Point("seconds", 0.15)]),
+    (PENDULUM, [Point("seconds", 0.03)]),
     ("CartPole-v1, workers", [Point("step", 50)]),
     ("Pendulum-v1, workers", [("rename run/checkpoints/.tmp", 2)]),
 ]
