@@ -1,12 +1,12 @@
-"""Train every preset on its seeds, evaluate each final policy, and write the table of docs/benchmarks.md.
+"""Train every preset on its seeds, evaluate each final policy, and write tables and curves of docs/benchmarks.md.
 
     python benchmarks/control_scores.py                     # everything that is not done yet, two runs at a time
     python benchmarks/control_scores.py --only CartPole-v1  # one task
     python benchmarks/control_scores.py --table             # only write docs/benchmarks.md from the results
 
 Each finished (task, seed) is one line of benchmarks/results/control_scores.jsonl, with the machine, the
-versions and the commit. What is there already is not run again; what was interrupted is resumed exactly.
-The score is the mean return of 100 deterministic episodes of the final policy (seed 0 of evaluation).
+versions and the commit. What is there with the preset's settings is not run again; what was interrupted is resumed
+exactly. The score is the mean return of 100 deterministic episodes of the final policy (seed 0 of evaluation).
 """
 
 from __future__ import annotations
@@ -14,36 +14,40 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from intervals import bootstrap_interval, interquartile_mean
+from records import add_row, in_words, read_rows, write_between
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "control_scores.jsonl"
+PICTURE = HERE.parent / "docs" / "pictures" / "scores.png"
 
-# task: (seeds, what must be reached, how it is judged). Budgets are the presets' total_steps.
+# task: (seeds, what must be reached). Budgets are the presets' total_steps.
 REQUIRED: dict[str, tuple[int, float]] = {
     "CartPole-v1": (10, 475.0),
     "Pendulum-v1": (5, -200.0),
     "MountainCarContinuous-v0": (5, 90.0),
     "Acrobot-v1": (5, -85.0),
-    "LunarLander-v3": (5, 240.0),
-    "HalfCheetah-v5": (3, 3000.0),
-    "InvertedDoublePendulum-v5": (3, 8500.0),
+    "LunarLander-v3": (5, 250.0),
+    "BipedalWalker-v3": (5, 290.0),
+    "HalfCheetah-v5": (10, 5800.0),
+    "Hopper-v5": (10, 2650.0),
+    "Walker2d-v5": (10, 3600.0),
+    "Ant-v5": (10, 3300.0),
+    "Swimmer-v5": (10, 110.0),
+    "InvertedDoublePendulum-v5": (10, 9200.0),
 }
 SHOWN: dict[str, int] = {
     "InvertedPendulum-v5": 1,
     "MountainCar-v0": 1,
     "LunarLanderContinuous-v3": 1,
     "Reacher-v5": 1,
-    "Swimmer-v5": 1,
-    "Hopper-v5": 1,
-    "Walker2d-v5": 1,
-    "Ant-v5": 1,
-    "BipedalWalker-v3": 1,
     "Humanoid-v5": 1,
 }
 
@@ -53,7 +57,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="tasks to run")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmarks"))
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--table", action="store_true", help="only write the table and the picture")
     parser.add_argument("--one", nargs=2, metavar=("TASK", "SEED"), help="run one in this process")
     arguments = parser.parse_args()
     if arguments.one:
@@ -66,11 +70,18 @@ def main() -> None:
         print(f"{len(todo)} of {len(wanted)} runs to do", flush=True)
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(lambda pair: run_in_subprocess(pair[0], pair[1], arguments.runs), todo))
-    write_table()
+    write_page()
 
 
 def rows() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    """The results of the presets as they are now."""
+    from proximo.presets import PRESETS
+
+    def is_current(row: dict) -> bool:
+        settings = json.loads(json.dumps(PRESETS[row["env_id"]].settings))
+        return all(row["settings"].get(name) == value for name, value in settings.items())
+
+    return [row for row in read_rows(RESULTS) if is_current(row)]
 
 
 def finished() -> set[tuple[str, int]]:
@@ -86,10 +97,6 @@ def run_in_subprocess(env_id: str, seed: int, runs: Path) -> None:
 
 
 def run_one(env_id: str, seed: int, runs: Path) -> None:
-    import gymnasium
-    import numpy
-    import torch
-
     import proximo
     from proximo.runs.directory import RunDirectory
     from proximo.runs.metrics import read_metrics
@@ -105,79 +112,94 @@ def run_one(env_id: str, seed: int, runs: Path) -> None:
     assert not run.interrupted_by
     scores = proximo.evaluate(run, episodes=100, seed=0)
     metrics = read_metrics(RunDirectory(path).metrics_path)
-    picked = [metrics[round(i)] for i in numpy.linspace(0, len(metrics) - 1, 50)]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    )
-    versions = {"proximo": proximo.__version__, "torch": torch.__version__, "numpy": numpy.__version__}
-    versions |= {"gymnasium": gymnasium.__version__, "python": platform.python_version()}
-    if env_id.endswith("-v5"):
-        import mujoco
-
-        versions["mujoco"] = mujoco.__version__
+    picked = [metrics[round(i)] for i in np.linspace(0, len(metrics) - 1, 50)]
     row = {
         "env_id": env_id,
         "seed": seed,
         "env_steps": run.env_steps,
         "seconds": round(run.seconds, 1),
         **{name: round(scores[name], 3) for name in ("return_mean", "return_std", "return_min", "return_max")},
+        "best_in_training": round(max(m["return_mean"] for m in metrics if m["return_mean"] is not None), 3),
         "curve": [(m["env_steps"], None if m["return_mean"] is None else round(m["return_mean"], 2)) for m in picked],
         "settings": {k: v for k, v in settings_of(run.config).items() if k not in ("env_id", "seed")},
-        "commit": commit.stdout.strip(),
-        "machine": f"{os.cpu_count()} x {processor()}",
-        "versions": versions,
     }
     RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    add_row(RESULTS, row, "numpy", "gymnasium", *(["mujoco"] if env_id.endswith("-v5") else []))
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
-def write_table() -> None:
-    """Write the tables of docs/benchmarks.md, between its two markers, from the results."""
+def write_page() -> None:
+    """Write the table of docs/benchmarks.md, between its two markers, and the picture, from the results."""
     by_task: dict[str, list[dict]] = {}
     for row in rows():
         by_task.setdefault(row["env_id"], []).append(row)
     lines = [
-        "| task | steps | wanted | reached (mean over seeds) | per seed | seconds per run |",
-        "|---|---|---|---|---|---|",
+        "| task | steps | wanted | mean | interquartile mean (95 % interval) | maximum in training | per seed | "
+        "seconds per run |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for env_id in [*REQUIRED, *SHOWN]:
-        done = sorted(by_task.get(env_id, []), key=lambda row: row["seed"])
-        wanted = f">= {REQUIRED[env_id][1]:g}" if env_id in REQUIRED else "-"
-        count = REQUIRED[env_id][0] if env_id in REQUIRED else SHOWN[env_id]
-        if not done:
-            lines.append(f"| {env_id} | - | {wanted} | not run yet | {count} seeds planned | - |")
-            continue
-        scores = [row["return_mean"] for row in done]
-        reached = sum(score >= REQUIRED[env_id][1] for score in scores) if env_id in REQUIRED else 0
-        each = ", ".join(f"{row['seed']}: {row['return_mean']:.1f}" for row in done)
-        seconds = sorted(row["seconds"] for row in done)[len(done) // 2]
-        mean = f"**{sum(scores) / len(scores):.1f}**" + (
-            "" if len(done) == count else f" ({len(done)} of {count} seeds)"
-        )
-        wanted += f" ({reached} of {len(done)} seeds)" if env_id in REQUIRED else ""
-        lines.append(f"| {env_id} | {done[0]['env_steps']:,} | {wanted} | {mean} | {each} | {seconds:.0f} |")
-    machines = sorted({row["machine"] for row in rows()})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items() if k != "mujoco") for row in rows()})
-    mujoco = sorted({row["versions"]["mujoco"] for row in rows() if "mujoco" in row["versions"]})
-    commits = sorted({row["commit"] for row in rows()})
-    lines += [
-        "",
-        f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}; mujoco {', '.join(mujoco) or '-'}.",
-    ]
-    lines += [f"Commits: {', '.join(commits)}."]
-    page = HERE.parent / "docs" / "benchmarks.md"
-    before, rest = page.read_text().split("<!-- scores -->\n")
-    _, after = rest.split("<!-- end of scores -->\n")
-    page.write_text(before + "<!-- scores -->\n" + "\n".join(lines) + "\n<!-- end of scores -->\n" + after)
+    lines += [line_of(env_id, sorted(by_task.get(env_id, []), key=seed_of)) for env_id in [*REQUIRED, *SHOWN]]
+    lines += in_words(rows())
+    write_between("scores", lines)
+    draw({env_id: by_task[env_id] for env_id in REQUIRED if env_id in by_task})
+
+
+def seed_of(row: dict) -> int:
+    return row["seed"]
+
+
+def line_of(env_id: str, done: list[dict]) -> str:
+    wanted = f">= {REQUIRED[env_id][1]:,g}" if env_id in REQUIRED else "-"
+    count = REQUIRED[env_id][0] if env_id in REQUIRED else SHOWN[env_id]
+    if not done:
+        return f"| {env_id} | - | {wanted} | not run yet | - | - | {count} seeds planned | - |"
+    scores = np.array([row["return_mean"] for row in done])
+    missing = "" if len(done) == count else f" ({len(done)} of {count} seeds)"
+    middle = f"{interquartile_mean(scores):,.1f}"
+    if len(done) > 2:
+        low, high = bootstrap_interval(scores)
+        middle += f" ({low:,.1f} to {high:,.1f})"
+    # Runs of before it was noted have it from the fifty points of their curve.
+    best = [row.get("best_in_training") or max(value for _, value in row["curve"] if value is not None) for row in done]
+    each = ", ".join(f"{row['seed']}: {row['return_mean']:,.1f}" for row in done)
+    seconds = sorted(row["seconds"] for row in done)[len(done) // 2]
+    return (
+        f"| {env_id} | {done[0]['env_steps']:,} | {wanted} | **{scores.mean():,.1f}**{missing} | {middle} | "
+        f"{np.mean(best):,.1f} | {each} | {seconds:.0f} |"
+    )
+
+
+def draw(by_task: dict[str, list[dict]]) -> None:
+    """Returns in training over steps: interquartile mean over seeds, and the band of its 95 % intervals."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    n_columns = 4
+    n_rows = -(-len(by_task) // n_columns)
+    figure = Figure(figsize=(3.2 * n_columns, 2.5 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    for axis, (env_id, done) in zip(axes, by_task.items(), strict=False):
+        steps = np.array([point[0] for point in done[0]["curve"]])
+        curves = np.array([np.interp(steps, *_known(row["curve"])) for row in done])
+        axis.plot(steps, [interquartile_mean(column) for column in curves.T], color="#0072B2")
+        if len(done) > 2:
+            bands = np.array([bootstrap_interval(column, n_resamples=2000) for column in curves.T])
+            axis.fill_between(steps, *bands.T, color="#0072B2", alpha=0.25, linewidth=0)
+        axis.axhline(REQUIRED[env_id][1], color="#D55E00", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{env_id}, {len(done)} seed{'s' * (len(done) != 1)}", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M" if value >= 1e5 else f"{value / 1e3:g}k")
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes)[len(by_task) :]:
+        axis.axis("off")
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=110)
+
+
+def _known(curve: list) -> tuple[list[float], list[float]]:
+    """Steps and returns of the points where an episode had ended."""
+    known = [point for point in curve if point[1] is not None]
+    return [point[0] for point in known], [point[1] for point in known]
 
 
 if __name__ == "__main__":

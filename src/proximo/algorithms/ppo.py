@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import typing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -150,13 +151,13 @@ class PPO:
         remaining = max(remaining, 1e-8)
         rate_factor = remaining if self.learning_rate_schedule == "linear" else 1.0
         clip_factor = remaining if self.clip_schedule == "linear" else 1.0
-        return replace(
-            self,
-            learning_rate=self.learning_rate * rate_factor,
-            clip_epsilon=self.clip_epsilon * clip_factor,
-            clip_epsilon_high=None if self.clip_epsilon_high is None else self.clip_epsilon_high * clip_factor,
-            kl_coef=kl_coef,
-        )
+        now = copy.copy(self)  # `replace` would check every setting again, at each iteration
+        high = None if self.clip_epsilon_high is None else self.clip_epsilon_high * clip_factor
+        object.__setattr__(now, "learning_rate", self.learning_rate * rate_factor)
+        object.__setattr__(now, "clip_epsilon", self.clip_epsilon * clip_factor)
+        object.__setattr__(now, "clip_epsilon_high", high)
+        object.__setattr__(now, "kl_coef", kl_coef)
+        return now
 
     def next_kl_coef(self, metrics: dict[str, float]) -> float:
         """Return beta for the next iteration (PPO-Penalty), from the KL that the last update reached."""

@@ -42,8 +42,13 @@ class Minibatch:
     def as_steps(self) -> Minibatch:
         """Every valid step as a row of its own, as `Batch.as_steps`; before there is an old distribution."""
         keep = self.batch.mask
-        returns = None if self.returns is None else self.returns[keep].unsqueeze(1)
-        return Minibatch(self.batch.as_steps(), self.advantages[keep].unsqueeze(1), returns)
+        everywhere = bool(keep.all())
+
+        def steps(tensor: Tensor) -> Tensor:
+            return (tensor.flatten() if everywhere else tensor[keep]).unsqueeze(1)
+
+        returns = None if self.returns is None else steps(self.returns)
+        return Minibatch(self.batch.as_steps(), steps(self.advantages), returns)
 
 
 Weighing = Literal["steps", "rows", "longest"]

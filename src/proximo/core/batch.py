@@ -64,8 +64,10 @@ class Batch:
         For policies without memory the order of steps carries nothing, so minibatches may be cut anywhere.
         Groups are about whole rows and fall away.
         """
-        keep = self.mask.flatten().nonzero().squeeze(1)
         rows = replace(self, group=None)
+        if self.mask.all():
+            return rows._mapped(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
+        keep = self.mask.flatten().nonzero().squeeze(1)
         return rows._mapped(lambda tensor: tensor.flatten(0, 1).index_select(0, keep).unsqueeze(1))
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -92,4 +94,6 @@ def minibatch_indices(n_rows: int, batch_size: int, generator: torch.Generator) 
         raise ValueError(f"n_rows and batch_size must be at least 1, got {n_rows} and {batch_size}")
     n_minibatches = max(1, round(n_rows / batch_size))
     order = torch.randperm(n_rows, generator=generator, device=generator.device)
+    if n_minibatches == 1:
+        return (order,)
     return torch.tensor_split(order, n_minibatches)

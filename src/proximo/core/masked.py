@@ -64,7 +64,11 @@ def explained_variance(
     1: the critic predicts the returns exactly; 0: no better than their mean; negative: worse than that.
     NaN where the targets do not vary, since nothing is there to explain.
     """
-    target_variance = masked_variance(targets, mask)
-    explained = 1.0 - masked_variance(targets - predictions, mask) / target_variance
+    if mask.all():
+        target_variance = targets.var(correction=0)
+        explained = 1.0 - (targets - predictions).var(correction=0) / target_variance
+    else:
+        target_variance = masked_variance(targets, mask)
+        explained = 1.0 - masked_variance(targets - predictions, mask) / target_variance
     smallest = rounding(torch.where(mask, targets, 0.0)).square()
     return torch.where(target_variance > smallest, explained, torch.nan)
