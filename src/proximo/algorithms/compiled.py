@@ -274,31 +274,33 @@ def _categorical(logits, steps, rows, advantages, numbers, sums, to_logits):
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
     n, k = logits.shape
     for i in range(n):
-        highest = logits[i, 0]
+        row, p = logits[i], to_logits[i]  # probabilities first, gradients in their place at the end
+        highest = row[0]
         for j in range(k):
-            highest = max(highest, logits[i, j])
+            highest = max(highest, row[j])
         total = 0.0
         for j in range(k):
-            total += math.exp(logits[i, j] - highest)
+            p[j] = math.exp(row[j] - highest)
+            total += p[j]
         normalizer = highest + math.log(total)
         entropy = 0.0
         for j in range(k):
-            log_p = logits[i, j] - normalizer
-            entropy -= math.exp(log_p) * log_p
+            p[j] /= total
+            entropy -= p[j] * (row[j] - normalizer)
         sums[ENTROPY] += entropy
         action = steps.discrete[rows[i]]
-        log_ratio = logits[i, action] - normalizer - steps.old_log_probs[rows[i]]
+        log_ratio = row[action] - normalizer - steps.old_log_probs[rows[i]]
         weight = _clipped(log_ratio, advantages[i], numbers.clip_epsilon, sums) / n
         for j in range(k):
-            log_p = logits[i, j] - normalizer
-            to_logits[i, j] = math.exp(log_p) * (numbers.entropy_coef / n * (log_p + entropy) - weight)
-        to_logits[i, action] += weight
+            p[j] *= numbers.entropy_coef / n * (row[j] - normalizer + entropy) - weight
+        p[action] += weight
 
 
 @_jit
 def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, to_log_std):
     """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
     n, k = means.shape
+    inverse_std = np.exp(-log_std)
     constant = 0.0
     for j in range(k):
         constant += log_std[j] + 0.9189385332046727
@@ -307,14 +309,13 @@ def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, 
     for i in range(n):
         squares = 0.0
         for j in range(k):
-            z = (steps.continuous[rows[i], j] - means[i, j]) * math.exp(-log_std[j])
+            z = (steps.continuous[rows[i], j] - means[i, j]) * inverse_std[j]
             squares += z * z
         log_ratio = -0.5 * squares - constant - steps.old_log_probs[rows[i]]
         weight = _clipped(log_ratio, advantages[i], numbers.clip_epsilon, sums) / n
         for j in range(k):
-            inverse_std = math.exp(-log_std[j])
-            z = (steps.continuous[rows[i], j] - means[i, j]) * inverse_std
-            to_means[i, j] = weight * z * inverse_std
+            z = (steps.continuous[rows[i], j] - means[i, j]) * inverse_std[j]
+            to_means[i, j] = weight * z * inverse_std[j]
             to_log_std[j] += weight * (z * z - 1)
 
 
