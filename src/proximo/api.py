@@ -141,12 +141,13 @@ def resume_with(
         changed = changed_settings(checkpoint.state.get("settings"), config)
         if total_steps is not None:
             config = _with_total_steps(config, total_steps, checkpoint.step, directory)
+        written = config
         config = with_environments_chosen(config)
         with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
             state, fresh = control.restore(config, checkpoint, envs)
             config = with_update_chosen(config, state.policy, display.say)
             with training_threads(config):
-                if total_steps is not None:
+                if total_steps is not None or config != written:  # what `auto` came to in a run of before
                     write_config(directory, settings_of(config))
                 finish_save(
                     directory.checkpoints,
@@ -337,6 +338,7 @@ def read_run_config(directory: RunDirectory) -> ControlConfig:
             f"{directory.config_path} was emptied or damaged: it lacks {' and '.join(lost)}. Restore it from a copy, "
             'or write all settings of the run into it again: env_id = "CartPole-v1", ..., and at the end [env_kwargs]'
         )
+    settings = control.BEFORE_ENCODERS | settings
     return with_settings(ControlConfig(), settings, where=str(directory.config_path))
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -63,11 +63,13 @@ def training_device(config: ControlConfig) -> Iterator[None]:
 
 @contextmanager
 def training_threads(config: ControlConfig) -> Iterator[None]:
-    """Give torch the run's number of threads, and the BLAS of NumPy and SciPy one; then back what they had.
+    """Give torch the run's number of threads, then back what it had.
 
-    Those are for small networks, which their second thread slows down.
+    The BLAS of NumPy and SciPy gets one where the update is theirs: of small networks, which a second one slows down.
     """
-    with _torch_threads(max(1, config.threads)), threadpool_limits(1, user_api="blas"):
+    written_out = config.algorithm.update_path in ("fused", "compiled")
+    limit = threadpool_limits(1, user_api="blas") if written_out else nullcontext()
+    with _torch_threads(max(1, config.threads)), limit:
         yield
 
 

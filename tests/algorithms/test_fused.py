@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import signal
+import time
 from collections.abc import Iterator
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +19,7 @@ from proximo.algorithms.fused import Pace
 from proximo.algorithms.ppo import PPO
 from proximo.core.batch import Batch
 from proximo.errors import UserError
+from proximo.models.control import ActorCritic, NetworkConfig
 
 COMMON = dict(learning_rate=0.03, n_epochs=3, batch_size=13, gamma=0.97, gae_lambda=0.9, max_grad_norm=1.0)
 
@@ -133,6 +139,136 @@ def test_what_is_not_finite_is_refused_and_the_weights_stay_bit_identical(
     with pytest.raises(NonFiniteUpdateError):
         updated(policy, dataclasses.replace(batch, **{field: spoilt}), update_path=path, batch_size=1000, **settings)
     assert torch.equal(policy.flat(), before)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("target_kl", [None, 0.01])
+def test_a_ratio_that_overflows_ends_as_on_the_eager_path(plain_policy, make_batch, path, sign, target_kl):
+    # Its advantage below 0: the loss is infinite, before any stop. Above 0 it is clipped, and only its gradient is bad.
+    ends = []
+    for way in ("eager", path):
+        policy = plain_policy("continuous")
+        batch = make_batch(policy, masked=0.0)
+        log_probs, rewards = batch.log_probs.clone(), torch.zeros_like(batch.rewards)
+        log_probs[0, 0], rewards[0, 0] = -2000.0, sign
+        ended = torch.ones_like(batch.done)
+        zero = torch.zeros_like(batch.values)
+        changed = dict(log_probs=log_probs, rewards=rewards, values=zero, terminated=ended, done=ended)
+        before = policy.flat()
+        try:
+            metrics, _ = updated(
+                policy,
+                dataclasses.replace(batch, **changed),
+                update_path=way,
+                batch_size=1000,
+                target_kl=target_kl,
+                normalize_advantages=False,
+            )
+            ends.append((metrics["kl_stopped"], metrics["n_updates"]))
+        except NonFiniteUpdateError:
+            ends.append("refused")
+        assert torch.equal(policy.flat(), before)
+    assert ends[0] == ends[1]
+    assert ends[0] == ("refused" if sign < 0 or target_kl is None else (1.0, 0))
+
+
+@pytest.mark.parametrize("way_out", ["refused", "stopped", "whole"])
+def test_the_next_order_is_the_references_whatever_ended_an_update(plain_policy, make_batch, path, way_out):
+    states = []
+    for way in ("eager", path):
+        policy = plain_policy()
+        batch = make_batch(policy)
+        if way_out == "refused":
+            batch = dataclasses.replace(batch, rewards=batch.rewards.masked_fill(batch.rewards > 1.0, math.nan))
+        generator = torch.Generator().manual_seed(3)
+        target_kl = 0.005 if way_out == "stopped" else None
+        algorithm = PPO(**COMMON, update_path=way, target_kl=target_kl)
+        try:
+            algorithm.update(policy, FlatAdam(policy, learning_rate=0.0), batch, generator)
+        except NonFiniteUpdateError:
+            assert way_out == "refused"
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("actions", [gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (6,)), gym.spaces.Discrete(1)])
+@pytest.mark.parametrize("hidden_sizes", [(64, 64), (), (33,)])
+def test_after_an_iteration_of_real_networks_parameters_agree_to_1e_5(path, actions, hidden_sizes):
+    n_observed = 17
+    weights = []
+    for way in ("eager", path):
+        space = gym.spaces.Box(-10, 10, (n_observed,))
+        policy = ActorCritic(space, actions, NetworkConfig(hidden_sizes=hidden_sizes), torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(1)
+        observations = torch.randn(4, 128, n_observed, generator=generator)
+        acted = policy.act(observations.flatten(0, 1), generator)
+        flags = torch.rand(4, 128, generator=generator) < 0.02
+
+        def rows(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.unflatten(0, (4, 128))
+
+        batch = Batch(
+            observations=observations,
+            actions=rows(acted.actions),
+            mask=torch.ones_like(flags),
+            rewards=torch.randn(4, 128, generator=generator),
+            log_probs=rows(acted.log_probs),
+            values=rows(acted.values),
+            next_values=torch.randn(4, 128, generator=generator),
+            terminated=flags,
+            done=flags,
+        )
+        optimizer = FlatAdam(policy, learning_rate=0.0)
+        algorithm = PPO(update_path=way, learning_rate=3e-4, n_epochs=10, batch_size=64, entropy_coef=0.01)
+        before = optimizer.weights.clone()
+        algorithm.update(policy, optimizer, batch, torch.Generator().manual_seed(3))
+        assert (optimizer.weights - before).abs().max() > 1e-3
+        weights.append(optimizer.weights)
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
+
+
+def in_a_fork(work, seconds: float) -> int | None:
+    """The exit code of a fork that does it; None if it had to be killed."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_of_a_process_that_has_trained_trains_too(plain_policy, make_batch, path):
+    policy = plain_policy()
+    batch = make_batch(policy)  # here: torch's own matrix products may hang in a fork
+    updated(policy, batch, update_path=path)  # the second thread is there now
+    assert in_a_fork(lambda: updated(policy, batch, update_path=path), 60.0) == 0
+
+
+def test_nobody_waits_for_a_thread_that_does_not_come():
+    compiled = pytest.importorskip("proximo.algorithms.compiled", reason="numba is not installed")
+    arrived = np.zeros(128, np.int64)
+    compiled.abandon(arrived, compiled.CRITIC)
+    assert not compiled._wait(arrived, 64, 1)
+    arrived[64] = 3
+    assert compiled._wait(arrived, 64, 3)
+
+
+def test_gradients_that_were_replaced_are_refused(plain_policy, make_batch, path):
+    policy = plain_policy()
+    optimizer = FlatAdam(policy, learning_rate=0.0)
+    policy.zero_grad()
+    with pytest.raises(RuntimeError, match="the gradients were replaced"):
+        PPO(**COMMON, update_path=path).update(policy, optimizer, make_batch(policy), torch.Generator())
 
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])

@@ -44,9 +44,9 @@ def test_the_first_iterations_do_not_count(n: int, left: int) -> None:
 
 
 def test_flags() -> None:
-    task = replace(TASK, settings=dict(n_envs=8, normalize_rewards=True, learning_rate_schedule="linear"))
-    assert speed.flags_of(task) == ["--n-envs", "8", "--normalize-rewards", "--learning-rate-schedule", "linear"]
-    switched_off = replace(TASK, settings=dict(normalize_rewards=False))
+    task = replace(TASK, settings=dict(n_envs=8, normalize_rewards=True), only_ours=dict(update_path="compiled"))
+    assert speed.flags_of(task) == ["--n-envs", "8", "--normalize-rewards", "--update-path", "compiled"]
+    switched_off = replace(TASK, settings=dict(normalize_rewards=False), only_ours={})
     assert speed.flags_of(switched_off) == ["--no-normalize-rewards"]
 
 

@@ -22,6 +22,8 @@ from tests.on_device import stand_in
 class OnTheHost:
     """Environments on the CPU device, as `rollout` wants them: arrays."""
 
+    goes_on = None
+
     def __init__(self, envs: DeviceEnvs) -> None:
         self.envs = envs
         self.n_envs = envs.n_envs

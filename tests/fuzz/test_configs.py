@@ -92,6 +92,8 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "hidden_sizes": st.lists(st.integers(1, 6), max_size=3),
     "activation": st.sampled_from(["tanh", "relu"]),
     "orthogonal_init": st.booleans(),
+    "encoder": st.sampled_from(["auto", "mlp"]),
+    "sign_rewards": st.booleans(),
     "log_std_init": between(-5, 2),
     "rescale_actions": st.booleans(),
     "normalize_observations": st.booleans(),
@@ -131,6 +133,7 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
 }
 ELSEWHERE = {"env_id", "env_kwargs", "n_envs", "rollout_length", "total_steps", "batch_size", "device", "threads"}
 ELSEWHERE |= {"on_environment_fault"}  # goes with some vectorizations alone: tests/collect/test_restarts.py
+ELSEWHERE |= {"precision", "episodic_life"}  # for pictures and games: tests/models/test_encoders.py, test_atari.py
 ELSEWHERE |= {"gae_lambda_per_step", "microbatch_tokens"}  # for language models alone
 
 

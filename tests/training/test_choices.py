@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +37,7 @@ def path_of(**settings: Any) -> str:
 
 @pytest.fixture
 def has_numba(monkeypatch):
-    monkeypatch.setattr(choices, "can_compile", lambda: True)
+    monkeypatch.setattr(choices, "why_not_compiled", lambda: "")
 
 
 class TestUpdatePath:
@@ -43,10 +46,19 @@ class TestUpdatePath:
         assert path_of(**SHORT) == "fused"
 
     def test_nothing_is_compiled_without_numba(self, monkeypatch):
-        monkeypatch.setattr(choices, "can_compile", lambda: False)
+        monkeypatch.setattr(choices, "why_not_compiled", lambda: "ImportError: no llvmlite")
         assert path_of(**LONG) == "fused"
-        with pytest.raises(UserError, match=r"needs numba and scipy.*\[fast\]"):
+        with pytest.raises(UserError, match=r"needs numba and scipy: ImportError: no llvmlite.*\[fast\]"):
             path_of(update_path="compiled")
+
+    @pytest.mark.parametrize("raised", [ImportError("numpy is too new"), RuntimeError("cannot cache function")])
+    def test_numba_that_is_there_and_does_not_work_is_as_if_it_were_not(self, monkeypatch, raised):
+        def fail() -> None:
+            raise raised
+
+        monkeypatch.setattr(choices, "_load_the_compiler", fail)
+        assert str(raised) in choices.why_not_compiled()
+        assert path_of(**LONG) == "fused"
 
     def test_what_the_written_out_gradient_does_not_know_is_eager(self, has_numba):
         assert path_of(objective="kl_penalty", **LONG) == "eager"
@@ -55,8 +67,18 @@ class TestUpdatePath:
         assert path_of(device="cuda:1", **LONG) == "graphed"
         assert path_of(device="cuda", objective="kl_penalty", **LONG) == "eager"
 
+    @pytest.mark.parametrize("path", ["fused", "compiled"])
+    def test_a_path_that_cannot_be_is_refused_before_the_run(self, has_numba, path):
+        space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        pixels = ActorCritic(space, gym.spaces.Discrete(2), NetworkConfig())
+        with pytest.raises(UserError, match=f"update_path is '{path}', which is for perceptrons on the CPU"):
+            with_update_chosen(config(update_path=path), pixels)
+        with pytest.raises(UserError, match="is on cuda"):
+            with_update_chosen(config(update_path=path, device="cuda"), POLICY)
+
     @pytest.mark.parametrize("path", ["eager", "fused", "compiled"])
-    def test_what_is_asked_for_is_kept(self, has_numba, path):
+    def test_what_is_asked_for_is_kept(self, monkeypatch, has_numba, path):
+        monkeypatch.setattr(choices, "minibatch_seconds", lambda *args: 1.0)
         assert path_of(update_path=path) == path
 
     def test_threads_that_are_given_are_kept_and_small_networks_get_one(self, has_numba):
@@ -133,3 +155,40 @@ def test_a_compiled_run_is_the_same_on_one_thread_and_on_two(tmp_path):
     one, two = (np.concatenate([p.detach().numpy().ravel() for p in run.policy.parameters()]) for run in runs)
     assert np.array_equal(one, two)
     assert replace(runs[0].config, threads=2) == runs[1].config
+
+
+RESUMES = """
+import sys
+import proximo
+from proximo import terminal
+from proximo.algorithms import fused
+from proximo.training import control
+from threadpoolctl import threadpool_info
+
+began = control.iterate
+def look(*arguments):
+    for row in began(*arguments):
+        yield row
+    print([pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"], file=sys.stderr)
+control.iterate = look
+run = proximo.resume(sys.argv[1], total_steps=1024)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_a_compiled_run_is_resumed_exactly_by_another_process(tmp_path):
+    settings = dict(n_envs=2, rollout_length=128, update_path="compiled", learning_rate_schedule="constant", quiet=True)
+    whole = proximo.train("Pendulum-v1", total_steps=1024, run_dir=tmp_path / "whole", **settings)
+    proximo.train("Pendulum-v1", total_steps=512, run_dir=tmp_path / "half", **settings)
+    ran = subprocess.run(
+        [sys.executable, "-c", RESUMES, str(tmp_path / "half")], capture_output=True, text=True, timeout=250
+    )
+    assert ran.returncode == 0, ran.stderr
+    said = ran.stdout + ran.stderr
+    assert "exact: every open episode" in said
+    assert "may differ" not in said
+    pools = re.findall(r"^\[([\d, ]+)\]$", ran.stderr, re.MULTILINE)
+    assert set(pools[-1].split(", ")) == {"1"}
+    resumed = proximo.load(tmp_path / "half")
+    for one, two in zip(whole.policy.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)

@@ -78,6 +78,11 @@ class FlatAdam:
         """Set all gradients to zero, in place: they stay views of the one vector."""
         self.gradient.zero_()
 
+    def check_gradients(self) -> None:
+        """Raise RuntimeError if the module's gradients are no longer views of the one vector."""
+        if self._first.grad is None or self._first.grad.data_ptr() != self.gradient.data_ptr():
+            raise RuntimeError("the gradients were replaced (module.zero_grad()?): use FlatAdam.zero_grad() alone")
+
     def clipped_step(self, max_grad_norm: float) -> float:
         """Scale the gradient down to `max_grad_norm` if it is longer, step, and return its norm before that.
 
@@ -85,8 +90,7 @@ class FlatAdam:
             NonFiniteUpdateError: if the gradient is not finite; nothing is changed then.
             RuntimeError: if the module's gradients are no longer views of the one vector.
         """
-        if self._first.grad is None or self._first.grad.data_ptr() != self.gradient.data_ptr():
-            raise RuntimeError("the gradients were replaced (module.zero_grad()?): use FlatAdam.zero_grad() alone")
+        self.check_gradients()
         norm = float(torch.linalg.vector_norm(self.gradient))
         if not math.isfinite(norm):
             raise NonFiniteUpdateError(f"the gradient's norm is {norm}")

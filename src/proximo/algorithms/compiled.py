@@ -35,7 +35,7 @@ KL, POLICY_LOSS, VALUE_LOSS, ENTROPY, CLIPPED, ACTOR_SQUARES, CRITIC_SQUARES, N_
 ACTOR, CRITIC, BOTH = range(3)
 """Whose part of the work a call does."""
 
-DONE, KL_STOP, BAD_VALUE_LOSS, BAD_GRADIENT = range(4)
+DONE, KL_STOP, BAD_LOSS, BAD_GRADIENT, ABANDONED = range(5)
 """How an update ended."""
 
 
@@ -124,12 +124,21 @@ _give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "
 
 @_jit
 def _wait(arrived, place, count):
-    """Wait for another thread; after about 20 us let others have this core meanwhile."""
+    """Wait for another thread; after about 20 us let others have this core meanwhile. False: it will not come."""
     n_looks = 0
-    while _published(arrived, place) < count:  # pyright: ignore[reportCallIssue]
+    there = _published(arrived, place)  # pyright: ignore[reportCallIssue]
+    while 0 <= there < count:
         n_looks += 1
         if n_looks > 4096:
             _give_way()
+        there = _published(arrived, place)  # pyright: ignore[reportCallIssue]
+    return there > 0
+
+
+@_jit
+def abandon(arrived, who):
+    """Say that `who` will not come to where the other thread waits: something was raised."""
+    _publish(arrived, who * 64, -1)  # pyright: ignore[reportCallIssue]
 
 
 def _tanh(x):
@@ -413,11 +422,13 @@ def _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes
 
 @partial(_jit, fastmath=False)  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
 def _verdict(row, most_kl):
-    if not row[VALUE_LOSS] < math.inf:
-        return BAD_VALUE_LOSS
+    if not (row[VALUE_LOSS] < math.inf and abs(row[POLICY_LOSS]) < math.inf):
+        return BAD_LOSS
     if row[KL] > most_kl:
         return KL_STOP
-    return DONE if row[ACTOR_SQUARES] + row[CRITIC_SQUARES] < math.inf else BAD_GRADIENT
+    # A ratio that is infinite where its advantage is above 0 is clipped, and has a gradient that is no number.
+    is_good = row[KL] < math.inf and row[ACTOR_SQUARES] + row[CRITIC_SQUARES] < math.inf
+    return DONE if is_good else BAD_GRADIENT
 
 
 @_jit
@@ -435,7 +446,8 @@ def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_roo
                 _gradient(part == ACTOR, networks, adam, steps, rows, numbers, room, row)
         if who != BOTH:
             _publish(arrived, who * 64, k + 1)  # pyright: ignore[reportCallIssue]
-            _wait(arrived, (1 - who) * 64, k + 1)
+            if not _wait(arrived, (1 - who) * 64, k + 1):
+                return ABANDONED, k + 1
         verdict = _verdict(row, numbers.most_kl)
         if verdict != DONE:
             return verdict, k + 1

@@ -8,11 +8,12 @@ parameters that agree with it to rounding (tests/algorithms/test_fused.py). `com
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ def run_fused_epochs(
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Do what `update.run_epochs` does with the loss of PPO-Clip; see there for metrics, KL stop and errors."""
+    optimizer.check_gradients()
     columns = _columns(plain, everything, optimizer)
     networks, vectors = _Networks.of(plain), _views(*_vectors(optimizer))
     seen: list[Metrics] = []
@@ -91,11 +93,14 @@ def run_fused_epochs(
             for part in rows:
                 steps = _Steps(*[column.take(part, 0) for column in columns])
                 seen.append(networks.write_gradient(steps, settings))
-                if not math.isfinite(seen[-1][2]):  # an overflown square has a finite gradient
-                    raise NonFiniteUpdateError(f"the value loss is {seen[-1][2]}")
-                stopped = settings.target_kl is not None and seen[-1][0] > 1.5 * settings.target_kl
+                approx_kl, policy_loss, value_loss = seen[-1][:3]
+                if not math.isfinite(policy_loss + value_loss):  # an overflown square has a finite gradient
+                    raise _bad_loss(policy_loss, value_loss)
+                stopped = settings.target_kl is not None and approx_kl > 1.5 * settings.target_kl
                 if stopped:
                     break
+                if not math.isfinite(approx_kl):  # where the advantage is above 0 the surrogate hides it
+                    raise _bad_gradient(0.0, approx_kl)
                 grad_norms.append(_clipped_step(optimizer, vectors, settings.max_grad_norm))
             if stopped:
                 break
@@ -114,63 +119,79 @@ def run_compiled_epochs(
     """The same in machine code, the actor and the critic on a thread each where two are allowed and faster."""
     from proximo.algorithms import compiled
 
+    optimizer.check_gradients()
     columns = _columns(plain, everything, optimizer)
-    n, dtype = len(columns.inputs), columns.inputs.dtype
     rows, states = [], []
     for _ in range(settings.n_epochs):
-        states.append(generator.get_state() if settings.target_kl is not None else None)
-        rows.append(minibatch_indices(n, settings.batch_size, generator))
-    per_epoch = len(rows[0])
+        states.append(generator.get_state())
+        rows.append(minibatch_indices(len(columns.inputs), settings.batch_size, generator))
     sizes = np.array([len(part) for part in rows[0]])
-    ends = np.cumsum(np.tile(sizes, settings.n_epochs))
-    order = torch.cat([part for epoch in rows for part in epoch]).numpy()
-    metrics = np.zeros((len(ends), compiled.N_METRICS))
-    is_discrete = plain.log_std is None
-    nothing = np.zeros((1, 1), dtype)
-    steps = compiled.Steps(
-        columns.inputs,
-        columns.actions.astype(np.int64) if is_discrete else np.zeros(1, np.int64),
-        nothing if is_discrete else columns.actions,
-        *columns[2:],
-    )
-    most = int(sizes.max())
-    networks = compiled_networks(plain, optimizer)
+    metrics = np.zeros((len(sizes) * settings.n_epochs, compiled.N_METRICS))
+    networks, dtype = compiled_networks(plain, optimizer), columns.inputs.dtype
     arguments = (
         networks,
         compiled.Adam(*_views(*_vectors(optimizer)), optimizer.n_steps),  # pyright: ignore[reportCallIssue]
-        steps,
-        order,
-        ends,
+        _compiled_steps(columns, plain.log_std is None),
+        torch.cat([part for epoch in rows for part in epoch]).numpy(),
+        np.cumsum(np.tile(sizes, settings.n_epochs)),
         _numbers(settings, optimizer, dtype),
-        _room(networks.actor_widths, most, dtype),
-        _room(networks.critic_widths, most, dtype),
+        _room(networks.actor_widths, int(sizes.max()), dtype),
+        _room(networks.critic_widths, int(sizes.max()), dtype),
         metrics,
         np.zeros(128, np.int64),
     )
+    verdict, n_seen = _run_compiled(optimizer, arguments, most_threads)
+    seen, last_epoch = metrics[:n_seen], (n_seen - 1) // len(sizes)
+    n_steps = n_seen if verdict == compiled.DONE else n_seen - 1
+    optimizer.n_steps += n_steps
+    if last_epoch + 1 < settings.n_epochs:  # the reference draws no order that it does not use
+        generator.set_state(states[last_epoch + 1])
+    norms = np.sqrt(seen[:, compiled.ACTOR_SQUARES] + seen[:, compiled.CRITIC_SQUARES])
+    if verdict == compiled.BAD_LOSS:
+        raise _bad_loss(*seen[-1, compiled.POLICY_LOSS : compiled.VALUE_LOSS + 1])
+    if verdict == compiled.BAD_GRADIENT:
+        raise _bad_gradient(norms[-1], seen[-1, compiled.KL])
+    stopped = verdict == compiled.KL_STOP
+    return _summary(seen[:, : len(_NAMES)], last_epoch * len(sizes), norms[:n_steps].tolist(), stopped)
+
+
+def _bad_loss(policy_loss: float, value_loss: float) -> NonFiniteUpdateError:
+    return NonFiniteUpdateError(f"the policy loss is {policy_loss}, the value loss {value_loss}")
+
+
+def _bad_gradient(norm: float, approx_kl: float) -> NonFiniteUpdateError:
+    if math.isfinite(norm):
+        return NonFiniteUpdateError(f"the KL to the policy of before is {approx_kl}: a probability ratio overflows")
+    return NonFiniteUpdateError(f"the gradient's norm is {norm}")
+
+
+def _run_compiled(optimizer: FlatAdam, arguments: tuple[Any, ...], most_threads: int) -> tuple[int, int]:
+    """How it ended, and how many minibatches were looked at."""
+    from proximo.algorithms import compiled
+
     if optimizer.pace is None:
         optimizer.pace = Pace()
     n_threads = optimizer.pace.n_threads() if most_threads > 1 else 1
     began = perf_counter()
-    if n_threads > 1:
-        critic = _second_thread().submit(compiled.run, compiled.CRITIC, *arguments)
-        verdict, n_seen = compiled.run(compiled.ACTOR, *arguments)
-        critic.result()
-    else:
+    if n_threads == 1:
         verdict, n_seen = compiled.run(compiled.BOTH, *arguments)
+    else:
+        # Whoever ends by an exception (Ctrl-C in between) must not leave the other one waiting.
+        critic = _second_thread().submit(_unless_raised, compiled.CRITIC, arguments)
+        verdict, n_seen = _unless_raised(compiled.ACTOR, arguments)
+        critic.result()
     optimizer.pace.took(n_threads, (perf_counter() - began) / n_seen)
-    seen = metrics[:n_seen]
-    n_steps = n_seen if verdict == compiled.DONE else n_seen - 1
-    optimizer.n_steps += n_steps
-    norms = np.sqrt(seen[:, compiled.ACTOR_SQUARES] + seen[:, compiled.CRITIC_SQUARES])
-    if verdict == compiled.BAD_VALUE_LOSS:
-        raise NonFiniteUpdateError(f"the value loss is {seen[-1, compiled.VALUE_LOSS]}")
-    if verdict == compiled.BAD_GRADIENT:
-        raise NonFiniteUpdateError(f"the gradient's norm is {norms[-1]}")
-    last_epoch = (n_seen - 1) // per_epoch
-    stopped = verdict == compiled.KL_STOP
-    if stopped and last_epoch + 1 < settings.n_epochs:  # the reference draws no order that it does not use
-        generator.set_state(states[last_epoch + 1])
-    return _summary(seen[:, : len(_NAMES)], last_epoch * per_epoch, norms[:n_steps].tolist(), stopped)
+    return verdict, n_seen
+
+
+def _unless_raised(who: int, arguments: tuple[Any, ...]) -> tuple[int, int]:
+    from proximo.algorithms import compiled
+
+    try:
+        return compiled.run(who, *arguments)
+    except BaseException:
+        compiled.abandon(arguments[-1], who)
+        raise
 
 
 class Pace:
@@ -192,11 +213,11 @@ class Pace:
         """How many threads the next update takes."""
         if self._due:
             return self._due.pop(0)
-        faster, slower = sorted(self._times, key=lambda count: self._times[count])
+        faster, slower = sorted((1, 2), key=lambda count: self._times.get(count, math.inf))
         self._n_until_look -= 1
         if self._n_until_look > 0:
             return faster
-        is_far = self._times[slower] > 1.5 * self._times[faster]
+        is_far = self._times.get(slower, math.inf) > 1.5 * self._times.get(faster, math.inf)
         self._n_until_look = self.LOOK_AGAIN * (16 if is_far else 1)
         return slower
 
@@ -208,6 +229,18 @@ class Pace:
 @cache
 def _second_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "proximo-critic")
+
+
+if hasattr(os, "register_at_fork"):  # a fork has the executor without its thread, and would wait for it for ever
+    os.register_at_fork(after_in_child=_second_thread.cache_clear)
+
+
+def _compiled_steps(columns: _Steps, is_discrete: bool) -> compiled.Steps:
+    from proximo.algorithms import compiled
+
+    nothing = np.zeros((1, 1), columns.inputs.dtype)
+    discrete = columns.actions.astype(np.int64) if is_discrete else np.zeros(1, np.int64)
+    return compiled.Steps(columns.inputs, discrete, nothing if is_discrete else columns.actions, *columns[2:])
 
 
 def _columns(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAdam) -> _Steps:

@@ -257,6 +257,7 @@ class PPO:
             return False
         is_tensor = isinstance(everything.batch.observations, Tensor)
         possible = isinstance(optimizer, FlatAdam) and not policy.has_memory and reference_kl is None and is_tensor
+        possible = possible and getattr(policy, "can_be_captured", False)
         if not possible and self.update_path == "graphed":
             raise UserError(
                 "update_path is 'graphed', which is for control: policies without memory, one tensor of observations, "

@@ -21,6 +21,10 @@ MOST_WEIGHTS = 300_000
 """Weights of an actor up to which NumPy acts; beyond, arithmetic outweighs dispatch."""
 
 
+_AT_ONCE = 8192
+"""Observations that the critic sees at a time, so that a long rollout needs no more memory than itself."""
+
+
 class Acting(Protocol):
     """Chooses the actions of one rollout, and remembers how."""
 
@@ -141,11 +145,12 @@ class _NumpyActing:
             log_std = self._policy.log_std
             distribution = Categorical(parameters) if log_std is None else DiagonalGaussian(parameters, log_std)
             log_probs = distribution.log_prob(actions)
-        flat = observations.reshape(-1, *observations.shape[2:])
         critic = NumpyNetwork(self._policy, self._policy.critic)
-        values = torch.from_numpy(critic(np.concatenate((flat, others)))).squeeze(1)
-        seen, rest = values.split((len(flat), len(others)))
-        columns = (actions, log_probs, seen.view(log_probs.shape))
+        flat = observations.reshape(-1, *observations.shape[2:])
+        pieces = [critic(flat[first : first + _AT_ONCE]) for first in range(0, len(flat), _AT_ONCE)]
+        values = torch.from_numpy(np.concatenate(pieces)).view(log_probs.shape)
+        columns = (actions, log_probs, values)
+        rest = torch.from_numpy(critic(others)).squeeze(1)
         return Acted(*(column.transpose(0, 1).contiguous() for column in columns)), rest
 
 

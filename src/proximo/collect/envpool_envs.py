@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from typing import Any
 
@@ -33,7 +32,10 @@ class EnvPoolEnvs:
                 "vectorization is 'envpool', but EnvPool is not installed. "
                 'Install it with: pip install -c constraints.txt -e ".[envpool]"'
             )
-        envpool = importlib.import_module("envpool")
+        try:
+            import envpool  # pyright: ignore[reportMissingImports]
+        except (ImportError, OSError) as error:
+            raise UserError(f"vectorization is 'envpool', but EnvPool cannot be loaded: {in_words(error)}") from error
         if env_id not in envpool.list_all_envs():
             raise UserError(f"vectorization is 'envpool', but EnvPool has no {env_id}. Use auto, serial or workers.")
         self.num_envs = n_envs
@@ -76,8 +78,10 @@ class EnvPoolEnvs:
         self._pool.close()
 
     def _make(self, seed: int) -> Any:
+        import envpool  # pyright: ignore[reportMissingImports]
+
         try:
-            return importlib.import_module("envpool").make_gymnasium(self._env_id, seed=seed, **self._options)
+            return envpool.make_gymnasium(self._env_id, seed=seed, **self._options)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

@@ -160,6 +160,15 @@ def close_quietly(name: str, envs: Sequence[Any]) -> None:
         print(f"proximo: closing {name} failed: {failures[0]}{others}", file=sys.stderr)
 
 
+def _is_gymnasiums(env: Any) -> bool:
+    """Whether an environment and all its wrappers are Gymnasium's."""
+    while isinstance(env, gym.Wrapper):
+        if not type(env).__module__.startswith("gymnasium."):
+            return False
+        env = env.env
+    return type(env).__module__.startswith("gymnasium.envs.")
+
+
 class SerialEnvs:
     """N environments in this process, stepped one after the other; no copies but one of the actions.
 
@@ -302,11 +311,9 @@ class SerialEnvs:
     def _is_gymnasiums_own(self) -> bool:
         """Whether actions may be given as Python's integers: Gymnasium's own environments check NumPy's at length.
 
-        Another's may ask an action for what NumPy's integers alone have.
+        Another's, or a wrapper of another's, may ask an action for what NumPy's integers alone have.
         """
-        modules = (type(getattr(env, "unwrapped", env)).__module__ for env in self._envs)
-        is_own = all(module.startswith("gymnasium.envs.") for module in modules)
-        return is_own and isinstance(self.action_space, spaces.Discrete)
+        return isinstance(self.action_space, spaces.Discrete) and all(map(_is_gymnasiums, self._envs))
 
     def _end_a_fork(self) -> None:
         """End this process if it is a fork that an environment let come back: only one of the two may go on."""

@@ -134,7 +134,8 @@ def _count_episodes(recorder: _Recorder, carry: Carry) -> Episodes:
     """The episodes that ended, in order of time; `carry` keeps what the open ones have so far."""
     rewards = np.where(recorder.valid, recorder.rewards, 0.0)
     lost = recorder.truncated & ~recorder.valid
-    over = [place for place in recorder.ends if place not in set(recorder.lives)] if recorder.lives else recorder.ends
+    lives = set(recorder.lives)
+    over = [place for place in recorder.ends if place not in lives]
     cuts = [*((t, i, True) for t, i in over), *((int(t), int(i), False) for t, i in np.argwhere(lost))]
     episodes = Episodes([], [], sum(bool(recorder.terminated[place]) for place in over))
     first = np.zeros(len(carry.episode_return), np.int64)

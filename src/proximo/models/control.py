@@ -90,6 +90,8 @@ class ActorCritic(nn.Module):
     """
 
     has_memory = False
+    can_be_captured = True
+    """A CUDA graph may hold its evaluation: it reads no value on the host."""
 
     observation_mean: Tensor
     observation_variance: Tensor

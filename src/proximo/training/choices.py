@@ -8,7 +8,6 @@ be the same to those).
 from __future__ import annotations
 
 import copy
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from proximo.algorithms.ppo import UpdatePath
 from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
 from proximo.collect.native import comes_back_exactly
-from proximo.errors import UserError
+from proximo.errors import UserError, in_words
 from proximo.models.control import ActorCritic
 from proximo.training.config import ControlConfig
 from proximo.training.estimate import minibatch_seconds
@@ -52,32 +51,48 @@ def with_update_chosen(
     """Replace update_path `auto` and threads 0; `say` is told where that takes long.
 
     Raises:
-        UserError: if `compiled` is asked for and numba is not installed.
+        UserError: if a path is asked for that cannot be: for this policy, on this device, or without numba.
     """
     path = config.algorithm.update_path
     if path == "auto":
         path = _path(config, policy)
-    if path == "compiled" and not can_compile():
+    if path in ("fused", "compiled") and not (policy.is_plain and config.device == "cpu"):
         raise UserError(
-            "update_path is 'compiled', which needs numba and scipy, and one is not installed. "
-            'Install them with: pip install -c constraints.txt -e ".[fast]", or use update_path fused.'
+            f"update_path is '{path}', which is for perceptrons on the CPU; this policy has an encoder of images, "
+            f"or is on {config.device}. Use auto or eager."
         )
     config = replace(config, algorithm=replace(config.algorithm, update_path=path))
+    if path == "compiled":
+        if reason := why_not_compiled():
+            raise UserError(
+                f"update_path is 'compiled', which needs numba and scipy: {reason}. "
+                'Install them with: pip install -c constraints.txt -e ".[fast]", or use update_path fused.'
+            )
+        # Compiled and loaded before the run: SciPy's BLAS must be there when its threads are set.
+        with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
+            _faster(config, policy, [1])
     if config.threads:
         return config
     threads = 1
     if path == "compiled":
-        with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
-            _faster(config, policy, [1])
         threads = min(2, n_cores())
     elif not policy.is_plain and config.device == "cpu":
         threads = _faster(config, policy, [n_cores(), 1])
     return replace(config, threads=threads)
 
 
-def can_compile() -> bool:
-    """Whether numba, and scipy, whose BLAS it calls, are installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("numba", "scipy"))
+def _load_the_compiler() -> None:
+
+    import proximo.algorithms.compiled  # noqa: F401
+
+
+def why_not_compiled() -> str:
+    """What keeps numba from compiling, in words; empty if nothing does."""
+    try:
+        _load_the_compiler()
+    except (ImportError, RuntimeError, OSError) as error:  # not installed, of a version that does not fit, no cache
+        return in_words(error)
+    return ""
 
 
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
@@ -88,7 +103,7 @@ def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
     iterations = config.total_steps // config.steps_per_iteration
     per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
     n_minibatches = iterations * config.algorithm.n_epochs * per_epoch
-    return "compiled" if n_minibatches >= MINIBATCHES_THAT_PAY and can_compile() else "fused"
+    return "compiled" if n_minibatches >= MINIBATCHES_THAT_PAY and not why_not_compiled() else "fused"
 
 
 def _faster(config: ControlConfig, policy: ActorCritic, counts: list[int]) -> int:

@@ -342,7 +342,11 @@ def _described_now(described: Any) -> Any:
     """What an older `describe_policy` wrote, with the settings that have come since at what they were before."""
     if not isinstance(described, dict) or not isinstance(described.get("network"), dict):
         return described
-    return described | {"network": settings_of(NetworkConfig()) | described["network"]}
+    return described | {"network": settings_of(NetworkConfig()) | BEFORE_ENCODERS | described["network"]}
+
+
+BEFORE_ENCODERS = {"encoder": "mlp"}
+"""What runs that say nothing of an encoder had: `auto` means more since."""
 
 
 _COUNTERS = (
@@ -467,7 +471,8 @@ def load_policy(checkpoint: Checkpoint) -> ActorCritic:
     """Rebuild the policy of a checkpoint on the CPU, for acting; nothing of the environment is imported."""
     try:
         described = checkpoint.state["policy"]
-        network = with_settings(NetworkConfig(), described["network"], where=str(checkpoint.path))
+        settings = BEFORE_ENCODERS | described["network"]
+        network = with_settings(NetworkConfig(), settings, where=str(checkpoint.path))
         observations = space_from_json(described["observation_space"])
         policy = ActorCritic(observations, space_from_json(described["action_space"]), network)
         policy.load_state_dict(checkpoint.tensors["policy"])
