@@ -118,8 +118,8 @@ def run_one(env_id: str, seed: int, runs: Path) -> None:
         "seed": seed,
         "env_steps": run.env_steps,
         "seconds": round(run.seconds, 1),
-        **{name: round(float(scores[name]), 3) for name in ("return_mean", "return_std", "return_min", "return_max")},
-        "best_in_training": round(max(m["return_mean"] for m in metrics if m["return_mean"] is not None), 3),
+        **{name: round(scores[name], 3) for name in ("return_mean", "return_std", "return_min", "return_max")},
+        "best_in_training": round(max(float(m["return_mean"]) for m in metrics if m["return_mean"] is not None), 3),
         "curve": [(m["env_steps"], None if m["return_mean"] is None else round(m["return_mean"], 2)) for m in picked],
         "settings": {k: v for k, v in settings_of(run.config).items() if k not in ("env_id", "seed")},
     }

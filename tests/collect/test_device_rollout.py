@@ -10,6 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from proximo.collect import acting
 from proximo.collect.device_envs import DeviceEnvs, DeviceStep, TorchCartPole
 from proximo.collect.device_rollout import DeviceCarry, DeviceCollector, device_rollout
 from proximo.collect.dlpack_envs import DLPackEnvs
@@ -83,7 +84,8 @@ BOTH = dict(normalize_observations=True, normalize_rewards=True)
 
 @pytest.mark.parametrize("settings", [{}, BOTH, BOTH | {"clip_reward": 0.5}], ids=["raw", "normalized", "clipped"])
 @pytest.mark.parametrize("make", [cart_poles, pixels])
-def test_the_batch_is_that_of_the_host_rollout(make, settings):
+def test_the_batch_is_that_of_the_host_rollout(make, settings, monkeypatch):
+    monkeypatch.setattr(acting, "can_act_in_numpy", lambda policy: False)  # which draws a rollout's noise at once
     on_host, on_device = make(), make()
     host_policy, policy = policy_for(on_host, **settings), policy_for(on_device, **settings)
     host_envs: Any = OnTheHost(on_host)

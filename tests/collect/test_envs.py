@@ -481,3 +481,24 @@ class TestRestore:
         walk(envs, 4, np.random.default_rng(1))
         others = SerialEnvs(lambda: Faulty("raises", at=2, episode=0), 1, seed=4)
         assert others.restore(envs.snapshot())[1] == [0]
+
+
+class AsksItsAction(gym.Wrapper):
+    """A wrapper of the user's own that wants what NumPy's integers alone have."""
+
+    def step(self, action):
+        return self.env.step(action.item())
+
+
+def test_only_gymnasiums_own_environments_are_given_pythons_integers():
+    for make, takes_ints in (
+        (lambda: gym.make("CartPole-v1"), True),
+        (lambda: AsksItsAction(gym.make("CartPole-v1")), False),
+        (lambda: gym.make("Pendulum-v1"), False),
+    ):
+        envs = SerialEnvs(make, 2, 0)
+        assert envs._takes_ints is takes_ints
+        envs.reset()
+        for _ in range(3):
+            envs.step(np.stack([envs.action_space.sample() for _ in range(2)]))
+        envs.restore(envs.snapshot())

@@ -23,8 +23,8 @@ from proximo.collect.envs import EnvironmentFault, SerialEnvs, episode_seed
 from proximo.collect.make import find_factory
 from proximo.collect.native import NativeEnvs
 from proximo.errors import UserError
-from proximo.models.control import ActorCritic
-from proximo.runs.checkpoint import load_checkpoint, named_checkpoint, newest_checkpoint
+from proximo.models.control import ActorCritic, NetworkConfig
+from proximo.runs.checkpoint import Checkpoint, load_checkpoint, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.training import control
@@ -330,7 +330,17 @@ class TestResume:
         state, fresh = restore(config, checkpoint, make_envs(config, make))
         assert fresh == []
         assert differing(tensors_of(state), tensors_of(run.state)) == []
-        assert load_policy(checkpoint).config == config.network
+        assert load_policy(checkpoint).config == replace(config.network, encoder="mlp")
+
+    def test_images_of_a_run_from_before_there_were_encoders_go_to_a_perceptron(self, tmp_path, monkeypatch):
+        space = gym.spaces.Box(0, 255, (36, 36, 3), np.uint8)
+        policy = ActorCritic(space, gym.spaces.Discrete(2), NetworkConfig(hidden_sizes=(4,), encoder="mlp"))
+        described = control.describe_policy(policy)
+        del described["network"]["encoder"]
+        checkpoint = Checkpoint(tmp_path, 0, {"policy": dict(policy.state_dict())}, {"policy": described}, {})
+        seen = space.sample()
+        assert load_policy(checkpoint).is_plain
+        assert np.array_equal(load_policy(checkpoint).value(seen), policy.value(seen))
 
     def test_a_finished_run_stays_finished(self, tmp_path):
         config, make = run_of("CartPole-v1")

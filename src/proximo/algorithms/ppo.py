@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from proximo.algorithms.adam import FlatAdam, Optimizer
 from proximo.algorithms.fused import ClipSettings, can_fuse, run_compiled_epochs, run_fused_epochs
@@ -257,7 +257,10 @@ class PPO:
             return False
         is_tensor = isinstance(everything.batch.observations, Tensor)
         possible = isinstance(optimizer, FlatAdam) and not policy.has_memory and reference_kl is None and is_tensor
-        possible = possible and getattr(policy, "can_be_captured", False)
+        # Asked for it is tried with any module; by itself only with what is known to be fit for it.
+        is_fit = self.update_path == "graphed" or getattr(policy, "can_be_captured", False)
+        possible = possible and isinstance(policy, nn.Module)
+        possible = possible and is_fit
         if not possible and self.update_path == "graphed":
             raise UserError(
                 "update_path is 'graphed', which is for control: policies without memory, one tensor of observations, "

@@ -281,7 +281,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: E
 def restore(config: ControlConfig, checkpoint: Checkpoint, envs: Envs) -> tuple[ControlState, list[int]]:
     """The state of a checkpoint, and the environments that had to begin a fresh episode (none: exact)."""
     state = start(config, envs)
-    if describe_policy(state.policy) != _described_now(checkpoint.state.get("policy")):
+    if describe_policy(state.policy) != _described_now(checkpoint.state.get("policy"), state.policy):
         raise UserError(
             f"{checkpoint.path} was made with other spaces or another network than this run's config.toml and "
             "environment have now. Bring them back to what they were, or begin a new run."
@@ -338,11 +338,12 @@ def describe_policy(policy: ActorCritic) -> dict[str, Any]:
     }
 
 
-def _described_now(described: Any) -> Any:
+def _described_now(described: Any, policy: ActorCritic) -> Any:
     """What an older `describe_policy` wrote, with the settings that have come since at what they were before."""
     if not isinstance(described, dict) or not isinstance(described.get("network"), dict):
         return described
-    return described | {"network": settings_of(NetworkConfig()) | BEFORE_ENCODERS | described["network"]}
+    before = {"encoder": policy.config.encoder} if policy.is_plain else BEFORE_ENCODERS
+    return described | {"network": settings_of(NetworkConfig()) | before | described["network"]}
 
 
 BEFORE_ENCODERS = {"encoder": "mlp"}
