@@ -156,7 +156,8 @@ def run_compiled_epochs(
 
 
 def _bad_loss(policy_loss: float, value_loss: float) -> NonFiniteUpdateError:
-    return NonFiniteUpdateError(f"the policy loss is {policy_loss}, the value loss {value_loss}")
+    name, loss = ("policy", policy_loss) if math.isfinite(value_loss) else ("value", value_loss)
+    return NonFiniteUpdateError(f"the {name} loss is {loss}")
 
 
 def _bad_gradient(norm: float, approx_kl: float) -> NonFiniteUpdateError:
