@@ -65,11 +65,12 @@ def training_device(config: ControlConfig) -> Iterator[None]:
 def training_threads(config: ControlConfig) -> Iterator[None]:
     """Give torch the run's number of threads, then back what it had.
 
-    The BLAS of NumPy and SciPy gets one where the update is theirs: of small networks, which a second one slows down.
+    Where the update is written out, torch and the BLAS of NumPy and SciPy get one: what is left for them is small, and
+    waking a second thread takes longer than it. The compiled update has threads of its own.
     """
     written_out = config.algorithm.update_path in ("fused", "compiled")
     limit = threadpool_limits(1, user_api="blas") if written_out else nullcontext()
-    with _torch_threads(max(1, config.threads)), limit:
+    with _torch_threads(1 if written_out else max(1, config.threads)), limit:
         yield
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
-from proximo.algorithms.fused import Pace
+from proximo.algorithms.compiled import Pace
 from proximo.algorithms.ppo import PPO
 from proximo.core.batch import Batch
 from proximo.errors import UserError
@@ -255,12 +255,12 @@ def test_a_fork_of_a_process_that_has_trained_trains_too(plain_policy, make_batc
 
 
 def test_nobody_waits_for_a_thread_that_does_not_come():
-    compiled = pytest.importorskip("proximo.algorithms.compiled", reason="numba is not installed")
+    kernels = pytest.importorskip("proximo.algorithms.kernels", reason="numba is not installed")
     arrived = np.zeros(128, np.int64)
-    compiled.abandon(arrived, compiled.CRITIC)
-    assert not compiled._wait(arrived, 64, 1)
+    kernels.abandon(arrived, kernels.CRITIC)
+    assert not kernels._wait(arrived, 64, 1)
     arrived[64] = 3
-    assert compiled._wait(arrived, 64, 3)
+    assert kernels._wait(arrived, 64, 3)
 
 
 def test_gradients_that_were_replaced_are_refused(plain_policy, make_batch, path):
@@ -340,21 +340,21 @@ class TestPace:
         return counts
 
     def test_it_tries_both_and_takes_the_faster(self):
-        assert self.play(Pace(), 10, one=1.0, two=0.6) == [1, 2, 1, 2] + [2] * 6
-        assert self.play(Pace(), 10, one=1.0, two=1.1) == [1, 2, 1, 2] + [1] * 6
+        assert self.play(Pace(2), 10, one=1.0, two=0.6) == [1, 2, 1, 2] + [2] * 6
+        assert self.play(Pace(2), 10, one=1.0, two=1.1) == [1, 2, 1, 2] + [1] * 6
 
     def test_it_goes_over_at_once_when_the_other_core_gets_work(self):
-        pace = Pace()
+        pace = Pace(2)
         self.play(pace, 20, one=1.0, two=0.6)
         assert self.play(pace, 5, one=1.0, two=20.0) == [2, 1, 1, 1, 1]
 
     def test_it_looks_again_and_comes_back(self):
-        pace = Pace()
+        pace = Pace(2)
         self.play(pace, 20, one=1.0, two=1.2)
         counts = self.play(pace, 2 * Pace.LOOK_AGAIN, one=1.0, two=0.6)
         assert counts.count(1) <= Pace.LOOK_AGAIN
         assert counts[-1] == 2
 
     def test_it_seldom_looks_at_what_is_far_slower(self):
-        counts = self.play(Pace(), 40 * Pace.LOOK_AGAIN, one=1.0, two=20.0)
+        counts = self.play(Pace(2), 40 * Pace.LOOK_AGAIN, one=1.0, two=20.0)
         assert 2 < counts.count(2) < 8

@@ -386,7 +386,7 @@ before = set(sys.modules)
 import proximo.core, proximo.algorithms
 for package in (proximo.core, proximo.algorithms):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if module.name != "proximo.algorithms.compiled":  # loaded where a run is compiled
+        if module.name != "proximo.algorithms.kernels":  # loaded where a run is compiled
             importlib.import_module(module.name)
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """

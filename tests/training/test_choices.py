@@ -110,9 +110,9 @@ class TestVectorization:
     def chosen(self, **settings: Any) -> str:
         return with_environments_chosen(config(**settings)).environment.vectorization
 
-    def test_many_environments_with_a_vector_version_that_resumes_are_native(self):
-        assert self.chosen(env_id="CartPole-v1", n_envs=16) == "native"
-        assert self.chosen(env_id="CartPole-v1", n_envs=15) == "serial"
+    def test_environments_with_a_vector_version_that_resumes_are_native(self):
+        assert self.chosen(env_id="CartPole-v1", n_envs=8) == "native"
+        assert self.chosen(env_id="CartPole-v1", n_envs=7) == "serial"
         assert self.chosen(env_id="Pendulum-v1", n_envs=64) == "serial"
         assert self.chosen(env_id="my_file.py:MyEnv", n_envs=64) == "serial"
 

@@ -54,8 +54,11 @@ class TestIdentity:
 
 def test_cartpole_with_its_preset(tmp_path):
     """A random policy keeps the pole up for about 22 steps."""
-    settings = PRESETS["CartPole-v1"].settings | dict(total_steps=30_720, seed=2, env_id="CartPole-v1")
-    config = config_with(**settings, hidden_sizes=[64, 64], debug=False)
-    run = train(config, lambda: gym.make("CartPole-v1"), tmp_path)
-    assert run.rows[0]["return_mean"] < 40
-    assert run.rows[-1]["return_mean"] > 100
+    reached = []
+    for seed in range(3):
+        settings = PRESETS["CartPole-v1"].settings | dict(total_steps=20_480, seed=seed, env_id="CartPole-v1")
+        config = config_with(**settings, hidden_sizes=[64, 64], debug=False)
+        run = train(config, lambda: gym.make("CartPole-v1"), tmp_path / str(seed))
+        assert run.rows[0]["return_mean"] < 40
+        reached.append(run.rows[-1]["return_mean"])
+    assert sum(reached) / len(reached) > 100, reached

@@ -56,7 +56,7 @@ class FlatAdam:
         self.eps = eps
         self.n_steps = 0
         self.pace: Any = None
-        """How many threads the compiled update takes (`fused.Pace`)."""
+        """How many threads the compiled update takes (`compiled.Pace`); None: as many as torch has."""
         self.graphed: object | None = None
         """An update that is captured over these very vectors (graphed.py), to be replayed at the next iteration."""
         parameters = [p for p in module.parameters() if p.requires_grad]

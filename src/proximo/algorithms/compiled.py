@@ -1,459 +1,216 @@
-"""The arithmetic of `fused.py`, compiled by numba: all epochs of an update in one call, on one core or two.
+"""The driver of `kernels.py`: PPO-Clip's epochs for plain perceptrons on the CPU in machine code, all in one call.
 
-The actor and the critic of a plain actor-critic share nothing but the norm that their gradient is clipped by. So
-each has a thread of its own where there are two; they meet once per minibatch, to add their squares, and stop or step
-by the same numbers. One thread does the same in turn, bit for bit.
+It does what `fused.py` does, minibatch for minibatch; the actor and the critic have a thread each where that is faster.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic, overload
-
-
-def _jit(function: Callable[..., Any], fastmath: set[str] | bool | None = None) -> Any:
-    """Machine code that needs no lock of Python's, kept on disk.
-
-    No `nnan` or `ninf`: a NaN must get through to where it is refused. Division by zero is infinity, as in NumPy: with
-    Python's exception for it no loop that divides would be vectorized.
-    """
-    loose = {"contract", "reassoc", "nsz", "arcp"} if fastmath is None else fastmath
-    return njit(fastmath=loose, error_model="numpy", nogil=True, cache=True)(function)
-
-
-KL, POLICY_LOSS, VALUE_LOSS, ENTROPY, CLIPPED, ACTOR_SQUARES, CRITIC_SQUARES, N_METRICS = range(8)
-"""Columns of the table of metrics, a row per minibatch."""
-
-ACTOR, CRITIC, BOTH = range(3)
-"""Whose part of the work a call does."""
-
-DONE, KL_STOP, BAD_LOSS, BAD_GRADIENT, ABANDONED = range(5)
-"""How an update ended."""
-
-
-class Networks(NamedTuple):
-    """Where everything is in the flat vectors: `[n_layers, 2]` places of weight and bias, `[n_layers + 1]` widths."""
-
-    actor_places: np.ndarray
-    actor_widths: np.ndarray
-    critic_places: np.ndarray
-    critic_widths: np.ndarray
-    log_std_place: int
-    """-1 for a categorical policy."""
-    critic_start: int
-    """What is before it belongs to the actor, the rest to the critic."""
-    is_tanh: bool
-
-
-class Adam(NamedTuple):
-    """The four vectors, and where the steps are."""
-
-    weights: np.ndarray
-    gradient: np.ndarray
-    first_moment: np.ndarray
-    second_moment: np.ndarray
-    n_steps: int
-
-
-class Steps(NamedTuple):
-    """A rollout's steps `[n, ...]`; `discrete` or `continuous` actions, the other one empty."""
-
-    inputs: np.ndarray
-    discrete: np.ndarray
-    continuous: np.ndarray
-    old_log_probs: np.ndarray
-    advantages: np.ndarray
-    returns: np.ndarray
-    old_values: np.ndarray
-
-
-class Numbers(NamedTuple):
-    """Settings, as floats of the weights' kind; infinity where there is no such limit."""
-
-    learning_rate: Any
-    beta1: Any
-    beta2: Any
-    eps: Any
-    clip_epsilon: Any
-    value_coef: Any
-    value_clip_epsilon: Any
-    entropy_coef: Any
-    max_grad_norm: Any
-    most_kl: Any
-    smallest_spread: Any
-    """Times the largest advantage: below it advantages differ by rounding alone; negative: never normalize."""
-
-
-@intrinsic
-def _publish(typing_context: Any, array: Any, place: Any, value: Any) -> Any:
-    """Store into an int64 array what another thread waits for, after everything that was written before."""
-
-    def write(context, builder, signature, arguments):
-        kind = signature.args[0]
-        view = context.make_array(kind)(context, builder, arguments[0])
-        pointer = cgutils.get_item_pointer(context, builder, kind, view, [arguments[1]])
-        builder.store_atomic(arguments[2], pointer, ordering="release", align=8)
-        return context.get_dummy_value()
-
-    return types.void(types.Array(types.int64, 1, "C"), types.intp, types.int64), write
-
-
-@intrinsic
-def _published(typing_context: Any, array: Any, place: Any) -> Any:
-    """Read what another thread has published, before anything that is read afterwards."""
-
-    def read(context, builder, signature, arguments):
-        kind = signature.args[0]
-        view = context.make_array(kind)(context, builder, arguments[0])
-        pointer = cgutils.get_item_pointer(context, builder, kind, view, [arguments[1]])
-        return builder.load_atomic(pointer, ordering="acquire", align=8)
-
-    return types.int64(types.Array(types.int64, 1, "C"), types.intp), read
-
-
-_give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else njit(lambda: 0)
-
-
-@_jit
-def _wait(arrived, place, count):
-    """Wait for another thread; after about 20 us let others have this core meanwhile. False: it will not come."""
-    n_looks = 0
-    there = _published(arrived, place)  # pyright: ignore[reportCallIssue]
-    while 0 <= there < count:
-        n_looks += 1
-        if n_looks > 4096:
-            _give_way()
-        there = _published(arrived, place)  # pyright: ignore[reportCallIssue]
-    return there > 0
-
-
-@_jit
-def abandon(arrived, who):
-    """Say that `who` will not come to where the other thread waits: something was raised."""
-    _publish(arrived, who * 64, -1)  # pyright: ignore[reportCallIssue]
-
-
-def _tanh(x):
-    return math.tanh(x)
-
-
-@overload(_tanh, inline="always")
-def _tanh_by_kind(x):
-    """In single precision a ratio of polynomials, which is vectorized; its error is below 4e-7."""
-    if x is not types.float32:
-        return lambda x: math.tanh(x)
-
-    f = np.float32
-    limit = f(7.90531110763549805)
-    p13, p11, p9 = f(-2.76076847742355e-16), f(2.00018790482477e-13), f(-8.60467152213735e-11)
-    p7, p5, p3, p1 = f(5.12229709037114e-08), f(1.48572235717979e-05), f(6.37261928875436e-04), f(4.89352455891786e-03)
-    q6, q4, q2, q0 = f(1.19825839466702e-06), f(1.18534705686654e-04), f(2.26843463243900e-03), f(4.89352518554385e-03)
-
-    def rational(x):
-        x = limit if x > limit else x  # a NaN stays one
-        x = -limit if x < -limit else x
-        s = x * x
-        above = x * (p1 + s * (p3 + s * (p5 + s * (p7 + s * (p9 + s * (p11 + s * p13))))))
-        return above / (q0 + s * (q2 + s * (q4 + s * q6)))
-
-    return rational
-
-
-@_jit
-def _activate(rows, bias, is_tanh):
-    zero = rows.dtype.type(0)
-    for i in range(rows.shape[0]):
-        row = rows[i]
-        if is_tanh:
-            for j in range(row.size):
-                row[j] = _tanh(row[j] + bias[j])
-        else:
-            for j in range(row.size):
-                x = row[j] + bias[j]
-                row[j] = zero if x < zero else x
-
-
-@_jit
-def _through_activation(gradient, activated, is_tanh):
-    zero, one = gradient.dtype.type(0), gradient.dtype.type(1)
-    for i in range(gradient.shape[0]):
-        g, h = gradient[i], activated[i]
-        if is_tanh:
-            for j in range(g.size):
-                g[j] *= one - h[j] * h[j]
-        else:
-            for j in range(g.size):
-                g[j] = g[j] if h[j] > zero else zero
-
-
-@_jit
-def _sum_rows(rows, sums):
-    sums[:] = 0
-    for i in range(rows.shape[0]):
-        row = rows[i]
-        for j in range(row.size):
-            sums[j] += row[j]
-
-
-@_jit
-def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
-    """Fill `hidden[layer]` and `outputs`."""
-    last = widths.size - 2
-    before = inputs
-    n = inputs.shape[0]
-    for layer in range(last + 1):
-        fan_in, fan_out = widths[layer], widths[layer + 1]
-        weight = weights[places[layer, 0] : places[layer, 0] + fan_in * fan_out].reshape(fan_out, fan_in)
-        bias = weights[places[layer, 1] : places[layer, 1] + fan_out]
-        after = outputs if layer == last else hidden[layer, : n * fan_out].reshape(n, fan_out)
-        np.dot(before, weight.T, after)
-        if layer < last:
-            _activate(after, bias, is_tanh)
-        else:
-            for i in range(n):
-                for j in range(fan_out):
-                    after[i, j] += bias[j]
-        before = after
-
-
-@_jit
-def _backward(weights, gradient, places, widths, inputs, hidden, to_outputs, spare, is_tanh):
-    """Write the gradient of every layer, from the one to the outputs; `spare` is `[2, ...]` for what is between."""
-    n = inputs.shape[0]
-    flowing = to_outputs
-    for layer in range(widths.size - 2, -1, -1):
-        fan_in, fan_out = widths[layer], widths[layer + 1]
-        first = places[layer, 0]
-        before = inputs if layer == 0 else hidden[layer - 1, : n * fan_in].reshape(n, fan_in)
-        np.dot(flowing.T, before, gradient[first : first + fan_in * fan_out].reshape(fan_out, fan_in))
-        _sum_rows(flowing, gradient[places[layer, 1] : places[layer, 1] + fan_out])
-        if layer == 0:
-            return
-        earlier = spare[layer % 2, : n * fan_in].reshape(n, fan_in)
-        np.dot(flowing, weights[first : first + fan_in * fan_out].reshape(fan_out, fan_in), earlier)
-        _through_activation(earlier, before, is_tanh)
-        flowing = earlier
-
-
-@_jit
-def _normalized(advantages, rows, smallest_spread, result):
-    """As `masked.whiten`: over the minibatch, with denominator n - 1; what differs by rounding alone becomes 0."""
-    n = rows.size
-    total, largest = 0.0, 0.0
-    for i in range(n):
-        result[i] = advantages[rows[i]]
-        total += result[i]
-        largest = max(largest, abs(result[i]))
-    if smallest_spread < 0 or n < 2:
-        return
-    mean, squares = total / n, 0.0
-    for i in range(n):
-        squares += (result[i] - mean) ** 2
-    spread = math.sqrt(squares / (n - 1))
-    if spread <= smallest_spread * largest:
-        spread = math.inf
-    for i in range(n):
-        result[i] = (result[i] - mean) / (spread + 1e-8)
-
-
-@_jit
-def _clipped(log_ratio, advantage, clip_epsilon, sums):
-    """Add to the metrics; the gradient of the clipped surrogate's negative to the log-probability."""
-    ratio = math.exp(log_ratio)
-    unclipped = ratio * advantage
-    clipped = min(max(ratio, 1 - clip_epsilon), 1 + clip_epsilon) * advantage
-    sums[KL] += math.expm1(log_ratio) - log_ratio
-    sums[POLICY_LOSS] -= clipped if clipped < unclipped else unclipped
-    sums[CLIPPED] += 1.0 if abs(ratio - 1) > clip_epsilon else 0.0
-    # Where the clipped term is the smaller one the ratio is outside the band, and the gradient zero. A NaN is never
-    # greater: it gets through.
-    return 0.0 if unclipped > clipped else -unclipped
-
-
-@_jit
-def _categorical(logits, steps, rows, advantages, numbers, sums, to_logits):
-    """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
-    n, k = logits.shape
-    for i in range(n):
-        row, p = logits[i], to_logits[i]  # probabilities first, gradients in their place at the end
-        highest = row[0]
-        for j in range(k):
-            highest = max(highest, row[j])
-        total = 0.0
-        for j in range(k):
-            p[j] = math.exp(row[j] - highest)
-            total += p[j]
-        normalizer = highest + math.log(total)
-        entropy = 0.0
-        for j in range(k):
-            p[j] /= total
-            entropy -= p[j] * (row[j] - normalizer)
-        sums[ENTROPY] += entropy
-        action = steps.discrete[rows[i]]
-        log_ratio = row[action] - normalizer - steps.old_log_probs[rows[i]]
-        weight = _clipped(log_ratio, advantages[i], numbers.clip_epsilon, sums) / n
-        for j in range(k):
-            p[j] *= numbers.entropy_coef / n * (row[j] - normalizer + entropy) - weight
-        p[action] += weight
-
-
-@_jit
-def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, to_log_std):
-    """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
-    n, k = means.shape
-    inverse_std = np.exp(-log_std)
-    constant = 0.0
-    for j in range(k):
-        constant += log_std[j] + 0.9189385332046727
-        to_log_std[j] = -numbers.entropy_coef
-    sums[ENTROPY] += n * (constant + 0.5 * k)
-    for i in range(n):
-        squares = 0.0
-        for j in range(k):
-            z = (steps.continuous[rows[i], j] - means[i, j]) * inverse_std[j]
-            squares += z * z
-        log_ratio = -0.5 * squares - constant - steps.old_log_probs[rows[i]]
-        weight = _clipped(log_ratio, advantages[i], numbers.clip_epsilon, sums) / n
-        for j in range(k):
-            z = (steps.continuous[rows[i], j] - means[i, j]) * inverse_std[j]
-            to_means[i, j] = weight * z * inverse_std[j]
-            to_log_std[j] += weight * (z * z - 1)
-
-
-@_jit
-def _value(values, steps, rows, numbers, to_values):
-    """Write the gradient of value_coef times the value loss; return the value loss."""
-    n = rows.size
-    total = 0.0
-    limit = numbers.value_clip_epsilon
-    for i in range(n):
-        target, old = steps.returns[rows[i]], steps.old_values[rows[i]]
-        error = values[i, 0] - target
-        squared, slope = error * error, error
-        if limit < math.inf:
-            change = values[i, 0] - old
-            clipped_error = old + min(max(change, -limit), limit) - target
-            if not squared >= clipped_error * clipped_error:  # one that is NaN gets through
-                squared = clipped_error * clipped_error
-                slope = clipped_error if abs(change) <= limit else 0.0 * clipped_error
-        total += squared
-        to_values[i, 0] = slope * (2 * numbers.value_coef / n)
-    return total / n
-
-
-@_jit
-def _sum_of_squares(vector):
-    total = vector.dtype.type(0)
-    for i in range(vector.size):
-        total += vector[i] * vector[i]
-    return total
-
-
-@_jit
-def _step(adam, first, last, n_steps, scale, numbers):
-    """One step of Adam on a part of the vectors, the gradient scaled first."""
-    kind = adam.weights.dtype.type
-    weights, gradient = adam.weights[first:last], adam.gradient[first:last]
-    first_moment, second_moment = adam.first_moment[first:last], adam.second_moment[first:last]
-    factor = kind(scale)
-    keep1, keep2 = numbers.beta1, numbers.beta2
-    take1, take2 = kind(1) - keep1, kind(1) - keep2
-    size = kind(numbers.learning_rate / (1 - float(keep1) ** n_steps))
-    correction = kind(1 / math.sqrt(1 - float(keep2) ** n_steps))
-    eps = numbers.eps
-    for i in range(weights.size):
-        g = gradient[i] * factor
-        m = first_moment[i] + (g - first_moment[i]) * take1
-        v = second_moment[i] * keep2 + g * g * take2
-        first_moment[i] = m
-        second_moment[i] = v
-        weights[i] -= size * m / (math.sqrt(v) * correction + eps)
-
-
-@_jit
-def _gradient(is_actor, networks, adam, steps, rows, numbers, room, row):
-    """One network's gradient, the sum of its squares, and its metrics of one minibatch."""
-    inputs, hidden, spare, outputs, to_outputs, advantages = room
-    places = networks.actor_places if is_actor else networks.critic_places
-    widths = networks.actor_widths if is_actor else networks.critic_widths
-    n, k = rows.size, widths[-1]
-    some = inputs[:n]
-    for i in range(n):
-        for j in range(some.shape[1]):
-            some[i, j] = steps.inputs[rows[i], j]
-    outs = outputs[: n * k].reshape(n, k)
-    slopes = to_outputs[: n * k].reshape(n, k)
-    _forward(adam.weights, places, widths, some, hidden, outs, networks.is_tanh)
-    if is_actor:
-        _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes, row)
+import torch
+from torch import Tensor
+
+from proximo.algorithms.adam import FlatAdam
+from proximo.algorithms.fused import (
+    METRICS,
+    ROUNDING,
+    ClipSettings,
+    Columns,
+    bad_gradient,
+    bad_loss,
+    columns_of,
+    parameters_of,
+    summary,
+    vectors_of,
+    views,
+)
+from proximo.algorithms.update import Minibatch
+from proximo.core.batch import minibatch_indices
+from proximo.core.policy import PlainActorCritic
+
+if TYPE_CHECKING:  # numba is an extra
+    from proximo.algorithms import kernels
+
+
+def run_compiled_epochs(
+    plain: PlainActorCritic,
+    optimizer: FlatAdam,
+    everything: Minibatch,
+    settings: ClipSettings,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Do what `run_fused_epochs` does; `optimizer.pace` says on how many threads."""
+    from proximo.algorithms import kernels
+
+    optimizer.check_gradients()
+    columns = columns_of(plain, everything, optimizer)
+    rows, states = [], []
+    for _ in range(settings.n_epochs):
+        states.append(generator.get_state())
+        rows.append(minibatch_indices(len(columns.inputs), settings.batch_size, generator))
+    sizes = np.array([len(part) for part in rows[0]])
+    metrics = np.zeros((len(sizes) * settings.n_epochs, kernels.N_METRICS))
+    networks, dtype = compiled_networks(plain, optimizer), columns.inputs.dtype
+    arguments = (
+        networks,
+        kernels.Adam(*views(*vectors_of(optimizer)), optimizer.n_steps),  # pyright: ignore[reportCallIssue]
+        _compiled_steps(columns, plain.log_std is None),
+        torch.cat([part for epoch in rows for part in epoch]).numpy(),
+        np.cumsum(np.tile(sizes, settings.n_epochs)),
+        _numbers(settings, optimizer, dtype),
+        _room(networks.actor_widths, int(sizes.max()), dtype),
+        _room(networks.critic_widths, int(sizes.max()), dtype),
+        metrics,
+        np.zeros(128, np.int64),
+    )
+    verdict, n_seen = _run(optimizer, arguments)
+    seen, last_epoch = metrics[:n_seen], (n_seen - 1) // len(sizes)
+    n_steps = n_seen if verdict == kernels.DONE else n_seen - 1
+    optimizer.n_steps += n_steps
+    if last_epoch + 1 < settings.n_epochs:  # the reference draws no order that it does not use
+        generator.set_state(states[last_epoch + 1])
+    norms = np.sqrt(seen[:, kernels.ACTOR_SQUARES] + seen[:, kernels.CRITIC_SQUARES])
+    if verdict == kernels.BAD_LOSS:
+        raise bad_loss(*seen[-1, kernels.POLICY_LOSS : kernels.VALUE_LOSS + 1])
+    if verdict == kernels.BAD_GRADIENT:
+        raise bad_gradient(norms[-1], seen[-1, kernels.KL])
+    stopped = verdict == kernels.KL_STOP
+    return summary(seen[:, : len(METRICS)], last_epoch * len(sizes), norms[:n_steps].tolist(), stopped)
+
+
+def _run(optimizer: FlatAdam, arguments: tuple[Any, ...]) -> tuple[int, int]:
+    """How it ended, and how many minibatches were looked at."""
+    from proximo.algorithms import kernels
+
+    if optimizer.pace is None:
+        optimizer.pace = Pace(torch.get_num_threads())
+    n_threads = optimizer.pace.n_threads()
+    began = perf_counter()
+    if n_threads == 1:
+        verdict, n_seen = kernels.run(kernels.BOTH, *arguments)
     else:
-        row[VALUE_LOSS] = _value(outs, steps, rows, numbers, slopes)
-    _backward(adam.weights, adam.gradient, places, widths, some, hidden, slopes, spare, networks.is_tanh)
-    first = 0 if is_actor else networks.critic_start
-    last = networks.critic_start if is_actor else adam.gradient.size
-    row[ACTOR_SQUARES if is_actor else CRITIC_SQUARES] = _sum_of_squares(adam.gradient[first:last])
+        # Whoever ends by an exception (Ctrl-C in between) must not leave the other one waiting.
+        critic = _second_thread().submit(_unless_raised, kernels.CRITIC, arguments)
+        verdict, n_seen = _unless_raised(kernels.ACTOR, arguments)
+        critic.result()
+    optimizer.pace.took(n_threads, (perf_counter() - began) / n_seen)
+    return verdict, n_seen
 
 
-@_jit
-def _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes, row):
-    """The gradient to the actor's outputs, and the metrics."""
-    n, k = outs.shape
-    _normalized(steps.advantages, rows, numbers.smallest_spread, advantages)
-    row[KL] = row[POLICY_LOSS] = row[ENTROPY] = row[CLIPPED] = 0.0
-    place = networks.log_std_place
-    if place < 0:
-        _categorical(outs, steps, rows, advantages, numbers, row, slopes)
-    else:
-        log_std, to_log_std = adam.weights[place : place + k], adam.gradient[place : place + k]
-        _gaussian(outs, log_std, steps, rows, advantages, numbers, row, slopes, to_log_std)
-    row[KL] /= n
-    row[POLICY_LOSS] /= n
-    row[ENTROPY] /= n
-    row[CLIPPED] /= n
+def _unless_raised(who: int, arguments: tuple[Any, ...]) -> tuple[int, int]:
+    from proximo.algorithms import kernels
+
+    try:
+        return kernels.run(who, *arguments)
+    except BaseException:
+        kernels.abandon(arguments[-1], who)
+        raise
 
 
-@partial(_jit, fastmath=False)  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
-def _verdict(row, most_kl):
-    if not (row[VALUE_LOSS] < math.inf and abs(row[POLICY_LOSS]) < math.inf):
-        return BAD_LOSS
-    if row[KL] > most_kl:
-        return KL_STOP
-    # A ratio that is infinite where its advantage is above 0 is clipped, and has a gradient that is no number.
-    is_good = row[KL] < math.inf and row[ACTOR_SQUARES] + row[CRITIC_SQUARES] < math.inf
-    return DONE if is_good else BAD_GRADIENT
+class Pace:
+    """Which of one thread and two is faster, looked at again now and then: the other core may get other work.
 
-
-@_jit
-def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_room, metrics, arrived):
-    """Go through minibatches `order[ends[k - 1]:ends[k]]`; return how it ended, and how many were looked at.
-
-    `who` is ACTOR, CRITIC (at the same time, from two threads, over the same arrays) or BOTH.
+    The numbers of an update do not hang on it.
     """
-    for k in range(ends.size):
-        rows = order[(ends[k - 1] if k else 0) : ends[k]]
-        row = metrics[k]
-        for part in range(ACTOR, CRITIC + 1):
-            if who in (part, BOTH):
-                room = actor_room if part == ACTOR else critic_room
-                _gradient(part == ACTOR, networks, adam, steps, rows, numbers, room, row)
-        if who != BOTH:
-            _publish(arrived, who * 64, k + 1)  # pyright: ignore[reportCallIssue]
-            if not _wait(arrived, (1 - who) * 64, k + 1):
-                return ABANDONED, k + 1
-        verdict = _verdict(row, numbers.most_kl)
-        if verdict != DONE:
-            return verdict, k + 1
-        norm = math.sqrt(row[ACTOR_SQUARES] + row[CRITIC_SQUARES])
-        scale = min(1.0, numbers.max_grad_norm / (norm + 1e-6))
-        first = networks.critic_start if who == CRITIC else 0
-        last = networks.critic_start if who == ACTOR else adam.weights.size
-        _step(adam, first, last, adam.n_steps + k + 1, scale, numbers)
-    return DONE, ends.size
+
+    LOOK_AGAIN = 64
+    """Updates from one look at the slower way to the next; 16 times as many where it takes more than half longer."""
+
+    def __init__(self, most: int) -> None:
+        """Try both twice, if so many are allowed: the first time warms up."""
+        self._most = most
+        self._due = [1, 2, 1, 2]
+        self._times: dict[int, float] = {}
+        self._n_until_look = self.LOOK_AGAIN
+
+    def n_threads(self) -> int:
+        """How many threads the next update takes."""
+        if self._most < 2:
+            return 1
+        if self._due:
+            return self._due.pop(0)
+        faster, slower = sorted((1, 2), key=lambda count: self._times.get(count, math.inf))
+        self._n_until_look -= 1
+        if self._n_until_look > 0:
+            return faster
+        is_far = self._times.get(slower, math.inf) > 1.5 * self._times.get(faster, math.inf)
+        self._n_until_look = self.LOOK_AGAIN * (16 if is_far else 1)
+        return slower
+
+    def took(self, n_threads: int, seconds: float) -> None:
+        """Note how long a minibatch took."""
+        self._times[n_threads] = seconds
+
+
+@cache
+def _second_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "proximo-critic")
+
+
+if hasattr(os, "register_at_fork"):  # a fork has the executor without its thread, and would wait for it for ever
+    os.register_at_fork(after_in_child=_second_thread.cache_clear)
+
+
+def _compiled_steps(columns: Columns, is_discrete: bool) -> kernels.Steps:
+    from proximo.algorithms import kernels
+
+    nothing = np.zeros((1, 1), columns.inputs.dtype)
+    discrete = columns.actions.astype(np.int64) if is_discrete else np.zeros(1, np.int64)
+    return kernels.Steps(columns.inputs, discrete, nothing if is_discrete else columns.actions, *columns[2:])
+
+
+def compiled_networks(plain: PlainActorCritic, optimizer: FlatAdam) -> kernels.Networks:
+    """Where the networks are in the optimizer's vectors."""
+    from proximo.algorithms import kernels
+
+    def place(parameter: Tensor) -> int:
+        return (parameter.data_ptr() - optimizer.weights.data_ptr()) // optimizer.weights.element_size()
+
+    def places(layers: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+        return np.array([[place(weight), place(bias)] for weight, bias in layers])
+
+    def widths(layers: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
+        return np.array([layers[0][0].shape[1], *(len(bias) for _, bias in layers)])
+
+    return kernels.Networks(
+        places(plain.actor),
+        widths(plain.actor),
+        places(plain.critic),
+        widths(plain.critic),
+        -1 if plain.log_std is None else place(plain.log_std),
+        min(map(place, parameters_of(plain.critic))),
+        plain.activation == "tanh",
+    )
+
+
+def _numbers(settings: ClipSettings, optimizer: FlatAdam, dtype: np.dtype) -> kernels.Numbers:
+    from proximo.algorithms import kernels
+
+    spread = ROUNDING * np.finfo(dtype).eps if settings.normalize_advantages else -1.0
+    numbers = (
+        optimizer.learning_rate,
+        *optimizer.betas,
+        optimizer.eps,
+        settings.clip_epsilon,
+        settings.value_coef,
+        math.inf if settings.value_clip_epsilon is None else settings.value_clip_epsilon,
+        settings.entropy_coef,
+        settings.max_grad_norm,
+        math.inf if settings.target_kl is None else 1.5 * settings.target_kl,
+        spread,
+    )
+    return kernels.Numbers(*(dtype.type(number) for number in numbers))
+
+
+def _room(widths: np.ndarray, n: int, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """Arrays for one network to work in: inputs, hidden layers, gradients between them, outputs, theirs, advantages."""
+    widest, n_hidden = int(widths[1:-1].max(initial=1)), max(len(widths) - 2, 1)
+    shapes = ((n, widths[0]), (n_hidden, n * widest), (2, n * widest), (n * widths[-1],), (n * widths[-1],), (n,))
+    return tuple(np.empty(shape, dtype) for shape in shapes)

@@ -46,7 +46,7 @@ class ClipSettings(NamedTuple):
     target_kl: float | None
 
 
-class _Steps(NamedTuple):
+class Columns(NamedTuple):
     """What one minibatch needs; all `[n]` but `inputs` `[n, F]` and `actions` `[n]` or `[n, A]`."""
 
     inputs: np.ndarray
@@ -57,7 +57,7 @@ class _Steps(NamedTuple):
     old_values: np.ndarray
 
 
-_NAMES = ("approx_kl", "policy_loss", "value_loss", "entropy", "clip_fraction")
+METRICS = ("approx_kl", "policy_loss", "value_loss", "entropy", "clip_fraction")
 Metrics = tuple[float, float, float, float, float]
 
 
@@ -65,7 +65,7 @@ def can_fuse(plain: PlainActorCritic, optimizer: object) -> bool:
     """Whether the networks are all that a `FlatAdam` on the CPU optimizes, the critic's weights after the actor's."""
     if not isinstance(optimizer, FlatAdam) or optimizer.weights.device.type != "cpu":
         return False
-    actor, critic = _parameters(plain.actor), _parameters(plain.critic)
+    actor, critic = parameters_of(plain.actor), parameters_of(plain.critic)
     actor += [] if plain.log_std is None else [plain.log_std]
     n_weights = sum(parameter.numel() for parameter in actor + critic)
     in_order = max(map(Tensor.data_ptr, actor)) < min(map(Tensor.data_ptr, critic))
@@ -81,8 +81,8 @@ def run_fused_epochs(
 ) -> dict[str, float]:
     """Do what `update.run_epochs` does with the loss of PPO-Clip; see there for metrics, KL stop and errors."""
     optimizer.check_gradients()
-    columns = _columns(plain, everything, optimizer)
-    networks, vectors = _Networks.of(plain), _views(*_vectors(optimizer))
+    columns = columns_of(plain, everything, optimizer)
+    networks, vectors = _Networks.of(plain), views(*vectors_of(optimizer))
     seen: list[Metrics] = []
     grad_norms: list[float] = []
     first_of_epoch, stopped = 0, False
@@ -91,160 +91,34 @@ def run_fused_epochs(
             first_of_epoch = len(seen)
             rows = [part.numpy() for part in minibatch_indices(len(columns.inputs), settings.batch_size, generator)]
             for part in rows:
-                steps = _Steps(*[column.take(part, 0) for column in columns])
+                steps = Columns(*[column.take(part, 0) for column in columns])
                 seen.append(networks.write_gradient(steps, settings))
                 approx_kl, policy_loss, value_loss = seen[-1][:3]
                 if not math.isfinite(policy_loss + value_loss):  # an overflown square has a finite gradient
-                    raise _bad_loss(policy_loss, value_loss)
+                    raise bad_loss(policy_loss, value_loss)
                 stopped = settings.target_kl is not None and approx_kl > 1.5 * settings.target_kl
                 if stopped:
                     break
                 if not math.isfinite(approx_kl):  # where the advantage is above 0 the surrogate hides it
-                    raise _bad_gradient(0.0, approx_kl)
+                    raise bad_gradient(0.0, approx_kl)
                 grad_norms.append(_clipped_step(optimizer, vectors, settings.max_grad_norm))
             if stopped:
                 break
-    return _summary(np.array(seen), first_of_epoch, grad_norms, stopped)
+    return summary(np.array(seen), first_of_epoch, grad_norms, stopped)
 
 
-def run_compiled_epochs(
-    plain: PlainActorCritic,
-    optimizer: FlatAdam,
-    everything: Minibatch,
-    settings: ClipSettings,
-    generator: torch.Generator,
-    *,
-    most_threads: int,
-) -> dict[str, float]:
-    """The same in machine code, the actor and the critic on a thread each where two are allowed and faster."""
-    from proximo.algorithms import compiled
-
-    optimizer.check_gradients()
-    columns = _columns(plain, everything, optimizer)
-    rows, states = [], []
-    for _ in range(settings.n_epochs):
-        states.append(generator.get_state())
-        rows.append(minibatch_indices(len(columns.inputs), settings.batch_size, generator))
-    sizes = np.array([len(part) for part in rows[0]])
-    metrics = np.zeros((len(sizes) * settings.n_epochs, compiled.N_METRICS))
-    networks, dtype = compiled_networks(plain, optimizer), columns.inputs.dtype
-    arguments = (
-        networks,
-        compiled.Adam(*_views(*_vectors(optimizer)), optimizer.n_steps),  # pyright: ignore[reportCallIssue]
-        _compiled_steps(columns, plain.log_std is None),
-        torch.cat([part for epoch in rows for part in epoch]).numpy(),
-        np.cumsum(np.tile(sizes, settings.n_epochs)),
-        _numbers(settings, optimizer, dtype),
-        _room(networks.actor_widths, int(sizes.max()), dtype),
-        _room(networks.critic_widths, int(sizes.max()), dtype),
-        metrics,
-        np.zeros(128, np.int64),
-    )
-    verdict, n_seen = _run_compiled(optimizer, arguments, most_threads)
-    seen, last_epoch = metrics[:n_seen], (n_seen - 1) // len(sizes)
-    n_steps = n_seen if verdict == compiled.DONE else n_seen - 1
-    optimizer.n_steps += n_steps
-    if last_epoch + 1 < settings.n_epochs:  # the reference draws no order that it does not use
-        generator.set_state(states[last_epoch + 1])
-    norms = np.sqrt(seen[:, compiled.ACTOR_SQUARES] + seen[:, compiled.CRITIC_SQUARES])
-    if verdict == compiled.BAD_LOSS:
-        raise _bad_loss(*seen[-1, compiled.POLICY_LOSS : compiled.VALUE_LOSS + 1])
-    if verdict == compiled.BAD_GRADIENT:
-        raise _bad_gradient(norms[-1], seen[-1, compiled.KL])
-    stopped = verdict == compiled.KL_STOP
-    return _summary(seen[:, : len(_NAMES)], last_epoch * len(sizes), norms[:n_steps].tolist(), stopped)
-
-
-def _bad_loss(policy_loss: float, value_loss: float) -> NonFiniteUpdateError:
+def bad_loss(policy_loss: float, value_loss: float) -> NonFiniteUpdateError:
     name, loss = ("policy", policy_loss) if math.isfinite(value_loss) else ("value", value_loss)
     return NonFiniteUpdateError(f"the {name} loss is {loss}")
 
 
-def _bad_gradient(norm: float, approx_kl: float) -> NonFiniteUpdateError:
+def bad_gradient(norm: float, approx_kl: float) -> NonFiniteUpdateError:
     if math.isfinite(norm):
         return NonFiniteUpdateError(f"the KL to the policy of before is {approx_kl}: a probability ratio overflows")
     return NonFiniteUpdateError(f"the gradient's norm is {norm}")
 
 
-def _run_compiled(optimizer: FlatAdam, arguments: tuple[Any, ...], most_threads: int) -> tuple[int, int]:
-    """How it ended, and how many minibatches were looked at."""
-    from proximo.algorithms import compiled
-
-    if optimizer.pace is None:
-        optimizer.pace = Pace()
-    n_threads = optimizer.pace.n_threads() if most_threads > 1 else 1
-    began = perf_counter()
-    if n_threads == 1:
-        verdict, n_seen = compiled.run(compiled.BOTH, *arguments)
-    else:
-        # Whoever ends by an exception (Ctrl-C in between) must not leave the other one waiting.
-        critic = _second_thread().submit(_unless_raised, compiled.CRITIC, arguments)
-        verdict, n_seen = _unless_raised(compiled.ACTOR, arguments)
-        critic.result()
-    optimizer.pace.took(n_threads, (perf_counter() - began) / n_seen)
-    return verdict, n_seen
-
-
-def _unless_raised(who: int, arguments: tuple[Any, ...]) -> tuple[int, int]:
-    from proximo.algorithms import compiled
-
-    try:
-        return compiled.run(who, *arguments)
-    except BaseException:
-        compiled.abandon(arguments[-1], who)
-        raise
-
-
-class Pace:
-    """Which of one thread and two is faster; looked at again now and then, since the other core may get work to do.
-
-    The numbers of an update do not hang on it.
-    """
-
-    LOOK_AGAIN = 64
-    """Updates from one look at the slower way to the next; 16 times as many where it takes more than half longer."""
-
-    def __init__(self) -> None:
-        """Try both twice: the first time warms up."""
-        self._due = [1, 2, 1, 2]
-        self._times: dict[int, float] = {}
-        self._n_until_look = self.LOOK_AGAIN
-
-    def n_threads(self) -> int:
-        """How many threads the next update takes."""
-        if self._due:
-            return self._due.pop(0)
-        faster, slower = sorted((1, 2), key=lambda count: self._times.get(count, math.inf))
-        self._n_until_look -= 1
-        if self._n_until_look > 0:
-            return faster
-        is_far = self._times.get(slower, math.inf) > 1.5 * self._times.get(faster, math.inf)
-        self._n_until_look = self.LOOK_AGAIN * (16 if is_far else 1)
-        return slower
-
-    def took(self, n_threads: int, seconds: float) -> None:
-        """Note how long a minibatch took."""
-        self._times[n_threads] = seconds
-
-
-@cache
-def _second_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "proximo-critic")
-
-
-if hasattr(os, "register_at_fork"):  # a fork has the executor without its thread, and would wait for it for ever
-    os.register_at_fork(after_in_child=_second_thread.cache_clear)
-
-
-def _compiled_steps(columns: _Steps, is_discrete: bool) -> compiled.Steps:
-    from proximo.algorithms import compiled
-
-    nothing = np.zeros((1, 1), columns.inputs.dtype)
-    discrete = columns.actions.astype(np.int64) if is_discrete else np.zeros(1, np.int64)
-    return compiled.Steps(columns.inputs, discrete, nothing if is_discrete else columns.actions, *columns[2:])
-
-
-def _columns(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAdam) -> _Steps:
+def columns_of(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAdam) -> Columns:
     batch, dtype = everything.batch, optimizer.weights.dtype
     assert everything.returns is not None
     assert batch.values is not None
@@ -253,72 +127,16 @@ def _columns(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAdam
         actions = actions.flatten(1).to(dtype)
     numbers = (batch.log_probs, everything.advantages, everything.returns, batch.values)
     columns = (plain.inputs.to(dtype), actions, *(column.flatten().to(dtype) for column in numbers))
-    return _Steps(*(column.detach().contiguous().numpy() for column in columns))
+    return Columns(*(column.detach().contiguous().numpy() for column in columns))
 
 
-def _summary(seen: np.ndarray, first_of_epoch: int, grad_norms: list[float], stopped: bool) -> dict[str, float]:
-    return dict(zip(_NAMES, seen[first_of_epoch:].mean(0).tolist(), strict=True)) | {
+def summary(seen: np.ndarray, first_of_epoch: int, grad_norms: list[float], stopped: bool) -> dict[str, float]:
+    return dict(zip(METRICS, seen[first_of_epoch:].mean(0).tolist(), strict=True)) | {
         "approx_kl_max": float(seen[:, 0].max()),
         "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
         "n_updates": len(grad_norms),
         "kl_stopped": float(stopped),
     }
-
-
-# --- for the compiled one ---------------------------------------------------------------------------------
-
-
-def compiled_networks(plain: PlainActorCritic, optimizer: FlatAdam) -> compiled.Networks:
-    """Where the networks are in the optimizer's vectors."""
-    from proximo.algorithms import compiled
-
-    def place(parameter: Tensor) -> int:
-        return (parameter.data_ptr() - optimizer.weights.data_ptr()) // optimizer.weights.element_size()
-
-    def places(layers: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
-        return np.array([[place(weight), place(bias)] for weight, bias in layers])
-
-    def widths(layers: Sequence[tuple[Tensor, Tensor]]) -> np.ndarray:
-        return np.array([layers[0][0].shape[1], *(len(bias) for _, bias in layers)])
-
-    return compiled.Networks(
-        places(plain.actor),
-        widths(plain.actor),
-        places(plain.critic),
-        widths(plain.critic),
-        -1 if plain.log_std is None else place(plain.log_std),
-        min(map(place, _parameters(plain.critic))),
-        plain.activation == "tanh",
-    )
-
-
-def _numbers(settings: ClipSettings, optimizer: FlatAdam, dtype: np.dtype) -> compiled.Numbers:
-    from proximo.algorithms import compiled
-
-    spread = ROUNDING * np.finfo(dtype).eps if settings.normalize_advantages else -1.0
-    numbers = (
-        optimizer.learning_rate,
-        *optimizer.betas,
-        optimizer.eps,
-        settings.clip_epsilon,
-        settings.value_coef,
-        math.inf if settings.value_clip_epsilon is None else settings.value_clip_epsilon,
-        settings.entropy_coef,
-        settings.max_grad_norm,
-        math.inf if settings.target_kl is None else 1.5 * settings.target_kl,
-        spread,
-    )
-    return compiled.Numbers(*(dtype.type(number) for number in numbers))
-
-
-def _room(widths: np.ndarray, n: int, dtype: np.dtype) -> tuple[np.ndarray, ...]:
-    """Arrays for one network to work in: inputs, hidden layers, gradients between them, outputs, theirs, advantages."""
-    widest, n_hidden = int(widths[1:-1].max(initial=1)), max(len(widths) - 2, 1)
-    shapes = ((n, widths[0]), (n_hidden, n * widest), (2, n * widest), (n * widths[-1],), (n * widths[-1],), (n,))
-    return tuple(np.empty(shape, dtype) for shape in shapes)
-
-
-# --- in NumPy ---------------------------------------------------------------------------------------------
 
 
 class _Layer(NamedTuple):
@@ -341,14 +159,14 @@ class _Networks(NamedTuple):
     def of(plain: PlainActorCritic) -> _Networks:
         """Views of the live weights and their gradients."""
         actor, critic = (
-            [_Layer(*_views(weight, bias), *_views(weight.grad, bias.grad)) for weight, bias in layers]
+            [_Layer(*views(weight, bias), *views(weight.grad, bias.grad)) for weight, bias in layers]
             for layers in (plain.actor, plain.critic)
         )
-        log_std = None if plain.log_std is None else _views(plain.log_std)[0]
-        gradient = None if plain.log_std is None else _views(plain.log_std.grad)[0]
+        log_std = None if plain.log_std is None else views(plain.log_std)[0]
+        gradient = None if plain.log_std is None else views(plain.log_std.grad)[0]
         return _Networks(actor, critic, log_std, gradient, plain.activation == "tanh")
 
-    def write_gradient(self, steps: _Steps, settings: ClipSettings) -> Metrics:
+    def write_gradient(self, steps: Columns, settings: ClipSettings) -> Metrics:
         """Write the gradient of eq. 9 (Schulman et al. 2017) into the optimizer's; return the metrics."""
         advantages = _normalized(steps.advantages) if settings.normalize_advantages else steps.advantages
         hidden, outputs = _forward(self.actor, steps.inputs, self.is_tanh)
@@ -364,7 +182,7 @@ class _Networks(NamedTuple):
         return float((change - log_ratio).sum()) / n, -float(surrogate.sum()) / n, value_loss, entropy, clip_fraction
 
     def _gaussian(
-        self, means: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings
+        self, means: np.ndarray, steps: Columns, advantages: np.ndarray, settings: ClipSettings
     ) -> _PolicyStep:
         """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
         assert self.log_std is not None
@@ -386,11 +204,11 @@ _PolicyStep = tuple[np.ndarray, np.ndarray, np.ndarray, float]
 _LOG_2_PI = 1.8378770664093453
 
 
-def _parameters(layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+def parameters_of(layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [parameter for layer in layers for parameter in layer]
 
 
-def _views(*tensors: Tensor | None) -> list[np.ndarray]:
+def views(*tensors: Tensor | None) -> list[np.ndarray]:
     return [tensor.detach().numpy() for tensor in tensors if tensor is not None]
 
 
@@ -444,7 +262,7 @@ def _clipped(log_ratio: np.ndarray, advantages: np.ndarray, clip_epsilon: float)
     return np.minimum(unclipped, clipped), gradient.astype(advantages.dtype, copy=False)
 
 
-def _categorical(logits: np.ndarray, steps: _Steps, advantages: np.ndarray, settings: ClipSettings) -> _PolicyStep:
+def _categorical(logits: np.ndarray, steps: Columns, advantages: np.ndarray, settings: ClipSettings) -> _PolicyStep:
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
     log_p = logits - logits.max(1, keepdims=True)
     p = np.exp(log_p)
@@ -462,7 +280,7 @@ def _categorical(logits: np.ndarray, steps: _Steps, advantages: np.ndarray, sett
     return p, log_ratio, surrogate, float(entropy.sum()) / len(logits)
 
 
-def _value(values: np.ndarray, steps: _Steps, settings: ClipSettings) -> tuple[np.ndarray, float]:
+def _value(values: np.ndarray, steps: Columns, settings: ClipSettings) -> tuple[np.ndarray, float]:
     """Gradient of value_coef times the value loss to the values, and the loss itself."""
     error = values - steps.returns
     squared = error * error
@@ -477,7 +295,7 @@ def _value(values: np.ndarray, steps: _Steps, settings: ClipSettings) -> tuple[n
     return error * (2.0 * settings.value_coef / len(values)), float(squared.sum()) / len(values)
 
 
-def _vectors(optimizer: FlatAdam) -> tuple[Tensor, ...]:
+def vectors_of(optimizer: FlatAdam) -> tuple[Tensor, ...]:
     return optimizer.weights, optimizer.gradient, optimizer.first_moment, optimizer.second_moment
 
 

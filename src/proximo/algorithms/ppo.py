@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from proximo.algorithms.adam import FlatAdam, Optimizer
-from proximo.algorithms.fused import ClipSettings, can_fuse, run_compiled_epochs, run_fused_epochs
+from proximo.algorithms.compiled import run_compiled_epochs
+from proximo.algorithms.fused import ClipSettings, can_fuse, run_fused_epochs
 from proximo.algorithms.graphed import GraphedSettings, run_graphed_epochs
 from proximo.algorithms.update import Epochs, Loss, Minibatch, run_epochs
 from proximo.core.advantages import gae
@@ -222,11 +223,8 @@ class PPO:
             if plain is not None and can_fuse(plain, optimizer):
                 assert isinstance(optimizer, FlatAdam)
                 arguments = (plain, optimizer, everything, self._clip_settings, generator)
-                if self.update_path == "compiled":
-                    metrics = run_compiled_epochs(*arguments, most_threads=torch.get_num_threads())
-                else:
-                    metrics = run_fused_epochs(*arguments)
-                return metrics | {"explained_variance": quality}
+                run = run_compiled_epochs if self.update_path == "compiled" else run_fused_epochs
+                return run(*arguments) | {"explained_variance": quality}
             if self.update_path != "auto":
                 raise UserError(
                     f"update_path is '{self.update_path}', but this policy is no plain perceptron on the CPU; use "

@@ -38,6 +38,9 @@ class SpaceCheck:
             ends = np.iinfo(space.dtype)
             all_of = space.dtype if (space.low == ends.min).all() and (space.high == ends.max).all() else None
         slack_low, slack_high = low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high))
+        if space.dtype.kind == "f":  # of the observations' kind, which need not be converted to be compared
+            with np.errstate(over="ignore"):
+                slack_low, slack_high = (slack.astype(np.float32) for slack in (slack_low, slack_high))
         return SpaceCheck(low, high, bounded, slack_low, slack_high, all_of)
 
     def fits(self, observations: np.ndarray) -> bool:

@@ -28,7 +28,7 @@ from proximo.training.estimate import minibatch_seconds
 MINIBATCHES_THAT_PAY = 20_000
 """Compiling takes 6 to 8 s the first time, and saves about 0.3 ms a minibatch (docs/performance.md)."""
 
-NATIVE_FROM = 16
+NATIVE_FROM = 8
 """Environments from which a vector version pays: below, its own overhead is as large as that of so many steps."""
 
 
@@ -83,7 +83,7 @@ def with_update_chosen(
 
 def _load_the_compiler() -> None:
 
-    import proximo.algorithms.compiled  # noqa: F401
+    import proximo.algorithms.kernels  # noqa: F401
 
 
 def why_not_compiled() -> str:

@@ -41,7 +41,7 @@ class EnvironmentConfig:
     vectorization: Vectorization = "auto"
     """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
     about 1 ms a step; `native`: the environment's own vector version; `envpool`: EnvPool's, in threads of C++;
-    `device`: one that lives on --device; `auto`: native from 16 environments on where that is the same task and a run
+    `device`: one that lives on --device; `auto`: native from 8 environments on where that is the same task and a run
     can go on from it exactly, else serial."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""

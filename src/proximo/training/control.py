@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
+from proximo.algorithms.compiled import Pace
 from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
 from proximo.collect.device_envs import DeviceEnvs, make_device_envs
@@ -167,6 +168,7 @@ def iterate(
         UserError: if too many updates in a row are not finite, or the disk refuses too often.
     """
     keeper, stopped = Keeper(run.metrics_path), False
+    state.optimizer.pace = Pace(config.threads)
     clock = Clock()
     collect = _collector(config, state, envs, clock)
     updated = time.perf_counter()
