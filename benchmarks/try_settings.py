@@ -10,6 +10,7 @@ import ast
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,15 +37,15 @@ def main() -> None:
             "env_id": arguments.env_id,
             "seed": seed,
             "changes": changes,
-            "return_mean": round(scores["return_mean"], 2),
-            "return_std": round(scores["return_std"], 2),
+            "return_mean": round(float(scores["return_mean"]), 2),
+            "return_std": round(float(scores["return_std"]), 2),
             "curve": [None if value is None else round(value, 1) for value in picked],
             "seconds": round(run.seconds, 1),
         }
         print(json.dumps(row), flush=True)
 
 
-def _literal(text: str) -> object:
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

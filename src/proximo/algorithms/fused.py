@@ -8,12 +8,8 @@ parameters that agree with it to rounding (tests/algorithms/test_fused.py). `com
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +21,7 @@ from proximo.core.batch import minibatch_indices
 from proximo.core.policy import PlainActorCritic
 
 if TYPE_CHECKING:
-    from proximo.algorithms import compiled
+    pass
 
 ROUNDING = 16
 """Times the float's precision: advantages that spread by less of their size differ by rounding alone (as
@@ -108,17 +104,20 @@ def run_fused_epochs(
 
 
 def bad_loss(policy_loss: float, value_loss: float) -> NonFiniteUpdateError:
+    """Say which of the two losses is not finite."""
     name, loss = ("policy", policy_loss) if math.isfinite(value_loss) else ("value", value_loss)
     return NonFiniteUpdateError(f"the {name} loss is {loss}")
 
 
 def bad_gradient(norm: float, approx_kl: float) -> NonFiniteUpdateError:
+    """Say what makes a gradient useless: its own norm, or a ratio that is infinite."""
     if math.isfinite(norm):
         return NonFiniteUpdateError(f"the KL to the policy of before is {approx_kl}: a probability ratio overflows")
     return NonFiniteUpdateError(f"the gradient's norm is {norm}")
 
 
 def columns_of(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAdam) -> Columns:
+    """Every step of a rollout as a row, in the kind of float that the weights are of."""
     batch, dtype = everything.batch, optimizer.weights.dtype
     assert everything.returns is not None
     assert batch.values is not None
@@ -131,6 +130,7 @@ def columns_of(plain: PlainActorCritic, everything: Minibatch, optimizer: FlatAd
 
 
 def summary(seen: np.ndarray, first_of_epoch: int, grad_norms: list[float], stopped: bool) -> dict[str, float]:
+    """The metrics of an update: means over the last epoch that was begun, and what was counted over all."""
     return dict(zip(METRICS, seen[first_of_epoch:].mean(0).tolist(), strict=True)) | {
         "approx_kl_max": float(seen[:, 0].max()),
         "grad_norm": sum(grad_norms) / max(len(grad_norms), 1),
@@ -205,10 +205,12 @@ _LOG_2_PI = 1.8378770664093453
 
 
 def parameters_of(layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Weights and biases, layer by layer."""
     return [parameter for layer in layers for parameter in layer]
 
 
 def views(*tensors: Tensor | None) -> list[np.ndarray]:
+    """Views of tensors that are there."""
     return [tensor.detach().numpy() for tensor in tensors if tensor is not None]
 
 
@@ -296,6 +298,7 @@ def _value(values: np.ndarray, steps: Columns, settings: ClipSettings) -> tuple[
 
 
 def vectors_of(optimizer: FlatAdam) -> tuple[Tensor, ...]:
+    """Weights, gradient, first and second moments."""
     return optimizer.weights, optimizer.gradient, optimizer.first_moment, optimizer.second_moment
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of `fused.py`, compiled by numba for `compiled.py`: all epochs of an update in one call, on one core or two.
+"""The arithmetic of `fused.py` in machine code by numba: all epochs of an update in one call, on one core or two.
 
 The actor and the critic of a plain actor-critic share nothing but the norm that their gradient is clipped by. So
 each has a thread of its own where there are two; they meet once per minibatch, to add their squares, and stop or step
