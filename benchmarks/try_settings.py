@@ -30,15 +30,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
             run = proximo.train(arguments.env_id, seed=seed, run_dir=path, quiet=True, **changes)
-            scores = proximo.evaluate(run, episodes=100, seed=0)
+            scores: dict[str, Any] = dict(proximo.evaluate(run, episodes=100, seed=0))
             curve = [row["return_mean"] for row in read_metrics(RunDirectory(path).metrics_path)]
         picked = [curve[int(i)] for i in np.linspace(0, len(curve) - 1, 8)]
         row = {
             "env_id": arguments.env_id,
             "seed": seed,
             "changes": changes,
-            "return_mean": round(float(scores["return_mean"]), 2),
-            "return_std": round(float(scores["return_std"]), 2),
+            "return_mean": round(scores["return_mean"], 2),
+            "return_std": round(scores["return_std"], 2),
             "curve": [None if value is None else round(value, 1) for value in picked],
             "seconds": round(run.seconds, 1),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.update import Minibatch
 from proximo.core.batch import minibatch_indices
 from proximo.core.policy import PlainActorCritic
-
-if TYPE_CHECKING:
-    pass
 
 ROUNDING = 16
 """Times the float's precision: advantages that spread by less of their size differ by rounding alone (as
