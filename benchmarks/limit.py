@@ -200,14 +200,22 @@ def multiplies_bfloat16() -> bool:
 
 
 def tanh_seconds(batch_size: int, seconds: float) -> float:
-    """Seconds per tanh, of a minibatch of hidden units."""
+    """Seconds per tanh, of a minibatch of hidden units, in the fastest way there is: torch's, NumPy's or ours."""
     import numpy as np
     import torch
 
     values, out = torch.randn(batch_size, HIDDEN[0]), torch.empty(batch_size, HIDDEN[0])
     arrays = values.numpy(), out.numpy()
     ways = [lambda: torch.tanh(values, out=out), lambda: np.tanh(arrays[0], out=arrays[1])]
-    return min(fastest(way, seconds / 2) for way in ways) / values.numel()
+    try:
+        from proximo.algorithms.kernels import activate
+    except ImportError:  # without the extra
+        pass
+    else:
+        nothing = np.zeros(HIDDEN[0], np.float32)
+        activate(arrays[1], nothing, True)  # compiled
+        ways.append(lambda: activate(arrays[1], nothing, True))
+    return min(fastest(way, seconds / len(ways)) for way in ways) / values.numel()
 
 
 def cache_rate(n_parameters: int, seconds: float) -> float:

@@ -30,7 +30,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run"
             run = proximo.train(arguments.env_id, seed=seed, run_dir=path, quiet=True, **changes)
-            scores: dict[str, Any] = dict(proximo.evaluate(run, episodes=100, seed=0))
+            scores = proximo.evaluate(run, episodes=100, seed=0)
             curve = [row["return_mean"] for row in read_metrics(RunDirectory(path).metrics_path)]
         picked = [curve[int(i)] for i in np.linspace(0, len(curve) - 1, 8)]
         row = {
@@ -39,7 +39,7 @@ def main() -> None:
             "changes": changes,
             "return_mean": round(scores["return_mean"], 2),
             "return_std": round(scores["return_std"], 2),
-            "curve": [None if value is None else round(value, 1) for value in picked],
+            "curve": [None if value is None else round(float(value), 1) for value in picked],
             "seconds": round(run.seconds, 1),
         }
         print(json.dumps(row), flush=True)

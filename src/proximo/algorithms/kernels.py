@@ -168,7 +168,8 @@ def _tanh_by_kind(x):
 
 
 @_jit
-def _activate(rows, bias, is_tanh):
+def activate(rows, bias, is_tanh):
+    """Add the bias to each row and apply tanh, or ReLU, in place."""
     zero = rows.dtype.type(0)
     for i in range(rows.shape[0]):
         row = rows[i]
@@ -216,7 +217,7 @@ def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
         after = outputs if layer == last else hidden[layer, : n * fan_out].reshape(n, fan_out)
         np.dot(before, weight.T, after)
         if layer < last:
-            _activate(after, bias, is_tanh)
+            activate(after, bias, is_tanh)
         else:
             for i in range(n):
                 for j in range(fan_out):
