@@ -117,4 +117,4 @@ def check_device(name: str) -> None:
         torch.zeros(1, dtype=torch.float64, device=name).item()
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device is {name!r}, which cannot be used here: {reason} Use cpu.") from error
+        raise UserError(f"device is {name!r}, which cannot be used here: {reason.rstrip('.')}. Use cpu.") from error

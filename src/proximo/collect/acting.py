@@ -1,7 +1,7 @@
 """Acting during a rollout: in NumPy for small perceptrons on the CPU, in torch for everything else.
 
-Torch takes 100 us to dispatch what one observation asks of a small network, NumPy 15. The weights are the same
-memory, so nothing is copied when they change.
+Torch takes several times as long as NumPy to dispatch what one observation asks of a small network
+(docs/performance.md). The weights are the same memory, so nothing is copied when they change.
 """
 
 from __future__ import annotations
