@@ -74,18 +74,19 @@ def main() -> None:
 
 
 def rows() -> list[dict]:
-    """The results of the presets as they are now."""
+    """The results of the presets as they are now; of a seed that was run again, the last one."""
     from proximo.presets import PRESETS
 
     def is_current(row: dict) -> bool:
         settings = json.loads(json.dumps(PRESETS[row["env_id"]].settings))
         return all(row["settings"].get(name) == value for name, value in settings.items())
 
-    return [row for row in read_rows(RESULTS) if is_current(row)]
+    return list({(row["env_id"], row["seed"]): row for row in read_rows(RESULTS) if is_current(row)}.values())
 
 
 def finished() -> set[tuple[str, int]]:
-    return {(row["env_id"], row["seed"]) for row in rows()}
+    """What need not be run; results of before paths of the update were chosen (`auto`) count on the page alone."""
+    return {(row["env_id"], row["seed"]) for row in rows() if row["settings"]["update_path"] != "auto"}
 
 
 def run_in_subprocess(env_id: str, seed: int, runs: Path) -> None:
