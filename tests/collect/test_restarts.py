@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from proximo.collect import workers
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Step, episode_seed
+from proximo.collect.envs import EnvironmentFault, Step, episode_seed
 from proximo.collect.rollout import Carry, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.collect.workers import WorkerEnvs
 from proximo.core.advantages import gae
 from proximo.errors import UserError

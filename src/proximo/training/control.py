@@ -20,10 +20,11 @@ from proximo.collect.child_process import n_cores
 from proximo.collect.device_envs import DeviceEnvs, make_device_envs
 from proximo.collect.device_rollout import DeviceCarry, DeviceCollector
 from proximo.collect.envpool_envs import EnvPoolEnvs
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
+from proximo.collect.envs import EnvironmentFault, Snapshot, VectorEnvs
 from proximo.collect.make import EnvFactory, make_env
 from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.rollout import Carry, Clock, Episodes, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.collect.workers import WorkerEnvs
 from proximo.core.batch import Batch
 from proximo.errors import DiskError, UserError, tell
