@@ -85,43 +85,35 @@ _WIDE = (
 _AS_LONG = {"update_path": "compiled"}
 _ONE, _EIGHT = dict(n_envs=1, rollout_length=2048), dict(n_envs=8, rollout_length=256)
 
+_CARTPOLE_8X32: dict[str, Any] = dict(env_id="CartPole-v1", settings=_CARTPOLE, steps=100_000, nominal_seconds=40.0)
+_CHEETAH_STEADY: dict[str, Any] = dict(env_id="HalfCheetah-v5", only_ours=_AS_LONG, nominal_seconds=50.0)
+
 TASKS: dict[str, Task] = {
     "cartpole_cold": Task(
-        env_id="CartPole-v1",
-        settings=_CARTPOLE,
-        steps=100_000,
+        **_CARTPOLE_8X32,
         about="CartPole-v1, 8 x 32, whole command, nothing compiled before",
         required={"sb3": 4.0},
         is_whole=True,
         cache="empty",
-        nominal_seconds=40.0,
     ),
     "cartpole_cold_cached": Task(
-        env_id="CartPole-v1",
-        settings=_CARTPOLE,
-        steps=100_000,
+        **_CARTPOLE_8X32,
         about="CartPole-v1, 8 x 32, whole command, compiled by an earlier one",
         is_whole=True,
         cache="kept",
-        nominal_seconds=40.0,
     ),
     "cartpole_steady": Task(
-        env_id="CartPole-v1",
-        settings=_CARTPOLE,
-        steps=100_000,
+        **_CARTPOLE_8X32,
         about="CartPole-v1, 8 x 32, steady",
         required={"sb3": 8.0},
         only_ours=_AS_LONG,
-        nominal_seconds=40.0,
     ),
     "halfcheetah_1x2048": Task(
-        env_id="HalfCheetah-v5",
+        **_CHEETAH_STEADY,
         settings=_CHEETAH | _ONE,
         steps=40_960,
         about="HalfCheetah-v5, 1 x 2048, steady",
         required={"sb3": 6.0},
-        only_ours=_AS_LONG,
-        nominal_seconds=50.0,
     ),
     "halfcheetah_1x2048_whole": Task(
         env_id="HalfCheetah-v5",
@@ -135,13 +127,11 @@ TASKS: dict[str, Task] = {
         nominal_seconds=900.0,
     ),
     "halfcheetah_8x256": Task(
-        env_id="HalfCheetah-v5",
+        **_CHEETAH_STEADY,
         settings=_CHEETAH | _EIGHT,
         steps=81_920,
         about="HalfCheetah-v5, 8 x 256, steady",
         required={"sb3": 5.0, "sbx": 3.5},
-        only_ours=_AS_LONG,
-        nominal_seconds=50.0,
     ),
     "pong_8x128": Task(
         env_id="ALE/Pong-v5",

@@ -252,7 +252,7 @@ def _patch_work(counter: _Counter) -> None:
     """Count steps of the environments, minibatches, and tokens."""
     from proximo.algorithms import fused
     from proximo.algorithms.adam import FlatAdam
-    from proximo.collect.envs import SerialEnvs
+    from proximo.collect.serial_envs import SerialEnvs
     from proximo.collect.workers import WorkerEnvs
 
     counted: list[tuple[Any, str, str]] = [

@@ -235,7 +235,8 @@ def _dispatch(words: list[str]) -> Outcome:
 
 def _train(words: list[str]) -> Outcome:
     """`proximo train ENV [--config FILE.toml] [flags]`: flags go over the file, the file over tuned settings."""
-    from proximo.api import environment_source, make_to_look_at, train_with
+    from proximo.api import make_to_look_at, train_with
+    from proximo.collect.make import environment_source
     from proximo.presets import resolve_settings
     from proximo.terminal import Display
     from proximo.training.config import ControlConfig, TrainArguments, with_settings
@@ -291,10 +292,10 @@ def _resume(words: list[str]) -> Outcome:
 
 def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) -> Outcome:
     """Draw the pictures, show the result, and say what may be typed next."""
-    from proximo.api import needs_trust
     from proximo.report.report import write_report
     from proximo.runs.checkpoint import newest_checkpoint
     from proximo.runs.directory import RunDirectory
+    from proximo.saved_run import needs_trust
 
     directory = RunDirectory(run.path)
     facts = _result_facts(run)
@@ -374,7 +375,8 @@ def _evaluate(words: list[str]) -> Outcome:
         from proximo.cli_models import compare_command
 
         return compare_command(words)
-    from proximo.api import evaluate_opened, open_policy, skipped_in_words
+    from proximo.runs.directory import open_run
+    from proximo.saved_run import evaluate_opened, open_policy, skipped_in_words
 
     given = _parse(EvaluateArguments, words, "evaluate")
     if _is_language_run(given.run):
@@ -382,7 +384,7 @@ def _evaluate(words: list[str]) -> Outcome:
             f"{given.run} is a language run, and is compared with another model: proximo evaluate {given.run} "
             "--against MODEL --reward REWARD --prompts FILE"
         )
-    _, config, policy, checkpoint = open_policy(given.run, given.checkpoint)
+    config, policy, checkpoint = open_policy(open_run(given.run), given.checkpoint)
     if checkpoint.skipped:
         tell(f"proximo: {skipped_in_words(checkpoint)}")
     result = evaluate_opened(
@@ -408,12 +410,14 @@ def _evaluate(words: list[str]) -> Outcome:
 
 
 def _watch(words: list[str]) -> Outcome:
-    from proximo.api import make_for, open_policy, run_environment, skipped_in_words
     from proximo.report.video import record_video
+    from proximo.runs.directory import open_run
+    from proximo.saved_run import make_for, open_policy, run_environment, skipped_in_words
     from proximo.training.evaluate import check_same_spaces
 
     given = _parse(WatchArguments, words, "watch")
-    directory, config, policy, checkpoint = open_policy(given.run, given.checkpoint)
+    directory = open_run(given.run)
+    config, policy, checkpoint = open_policy(directory, given.checkpoint)
     if checkpoint.skipped:
         tell(f"proximo: {skipped_in_words(checkpoint)}")
     env_id, factory = run_environment(config, given.env, allow_import=given.allow_import)

@@ -13,7 +13,8 @@ from typing import Any, overload
 import torch
 
 from proximo import api
-from proximo.api import Env, Run
+from proximo.api import Run
+from proximo.collect.make import Env
 from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest, shown, tell
 from proximo.models.folders import tokenizer_in_words

@@ -20,14 +20,7 @@ from proximo.algorithms.ppo import PPO
 from proximo.core.batch import Batch
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
-
-COMMON = dict(learning_rate=0.03, n_epochs=3, batch_size=13, gamma=0.97, gae_lambda=0.9, max_grad_norm=1.0)
-
-
-def updated(policy, batch: Batch, **settings) -> tuple[dict[str, float], FlatAdam]:
-    optimizer = FlatAdam(policy, learning_rate=0.0)
-    algorithm = PPO(**(COMMON | settings))
-    return algorithm.update(policy, optimizer, batch, torch.Generator().manual_seed(3)), optimizer
+from tests.algorithms.paths import CASES, COMMON, both_ways, updated
 
 
 @pytest.fixture(params=["fused", "compiled", "compiled on two threads"])
@@ -43,36 +36,15 @@ def path(request, monkeypatch) -> Iterator[str]:
     torch.set_num_threads(before)
 
 
-def both_ways(make_policy, make_batch, path: str, *, shape: tuple[int, int] = (4, 13), **settings):
-    """The policy and metrics after one update on the eager path, and on another one."""
-    results = []
-    for way in ("eager", path):
-        policy = make_policy()
-        metrics, _ = updated(policy, make_batch(policy, *shape), update_path=way, **settings)
-        assert (policy.n_evaluations == 0) == (way != "eager")
-        results.append((policy, metrics))
-    return results
-
-
-CASES = [
-    {},
-    {"entropy_coef": 0.3},
-    {"value_clip_epsilon": 0.05},
-    {"value_clip_epsilon": 0.3, "value_coef": 2.0, "entropy_coef": 0.01},
-    {"normalize_advantages": False, "max_grad_norm": 1e6},
-    {"clip_epsilon": 0.02},
-    {"batch_size": 1000},
-    {"batch_size": 2, "n_epochs": 1},
-]
-
-
 @pytest.mark.parametrize("activation", ["tanh", "relu"])
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 @pytest.mark.parametrize("settings", CASES, ids=lambda settings: ",".join(settings) or "plain")
 def test_a_whole_update_agrees_with_the_eager_one(plain_policy, make_batch, path, kind, activation, settings):
-    (eager, expected), (fused, metrics) = both_ways(
+    (eager, expected, _), (fused, metrics, _) = both_ways(
         lambda: plain_policy(kind, activation=activation), make_batch, path, **settings
     )
+    assert eager.n_evaluations > 0
+    assert fused.n_evaluations == 0
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
     assert metrics.keys() == expected.keys()
     assert metrics == pytest.approx(expected, abs=1e-10)
@@ -83,7 +55,7 @@ def test_a_whole_update_agrees_with_the_eager_one(plain_policy, make_batch, path
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 def test_single_precision_agrees_to_its_rounding(plain_policy, make_batch, path, kind):
-    (eager, expected), (fused, metrics) = both_ways(
+    (eager, expected, _), (fused, metrics, _) = both_ways(
         lambda: plain_policy(kind, dtype=torch.float32), make_batch, path, entropy_coef=0.01, value_clip_epsilon=0.2
     )
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=2e-3)
@@ -92,7 +64,7 @@ def test_single_precision_agrees_to_its_rounding(plain_policy, make_batch, path,
 
 @pytest.mark.parametrize("target_kl", [1e-6, 0.005, 0.01, 0.02])
 def test_the_kl_stop_is_the_same(plain_policy, make_batch, path, target_kl):
-    (eager, expected), (fused, metrics) = both_ways(plain_policy, make_batch, path, target_kl=target_kl)
+    (eager, expected, _), (fused, metrics, _) = both_ways(plain_policy, make_batch, path, target_kl=target_kl)
     assert metrics["n_updates"] == expected["n_updates"] < 12
     assert metrics["kl_stopped"] == expected["kl_stopped"] == 1.0
     assert metrics["approx_kl_max"] > 1.5 * target_kl
@@ -273,7 +245,9 @@ def test_gradients_that_were_replaced_are_refused(plain_policy, make_batch, path
 
 @pytest.mark.parametrize("kind", ["discrete", "continuous"])
 def test_minibatches_of_one_step_agree_and_make_no_nan(plain_policy, make_batch, path, kind):
-    (eager, _), (fused, metrics) = both_ways(lambda: plain_policy(kind), make_batch, path, shape=(1, 6), batch_size=1)
+    (eager, *_), (fused, metrics, _) = both_ways(
+        lambda: plain_policy(kind), make_batch, path, shape=(1, 6), batch_size=1
+    )
     torch.testing.assert_close(fused.flat(), eager.flat(), rtol=0, atol=1e-11)
     assert all(math.isfinite(value) for value in metrics.values())
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from proximo.collect.atari import AtariGame, register_games
-from proximo.collect.envs import SerialEnvs, episode_seed
+from proximo.collect.envs import episode_seed
 from proximo.collect.make import find_factory, make_env
 from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.rollout import Carry, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.presets import resolve_settings

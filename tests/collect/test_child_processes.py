@@ -14,7 +14,8 @@ import cloudpickle  # noqa: TID251
 import numpy as np
 import pytest
 
-from proximo.collect import child_process, workers
+from proximo.collect import child_process
+from proximo.collect.worker_handle import Worker
 from proximo.collect.workers import WorkerEnvs
 from tests.collect.test_workers import gone
 from tests.environments import Faulty, Forever
@@ -44,7 +45,7 @@ def kept():
 
 
 def test_a_worker_that_still_starts_hears_no_signal_and_later_all(monkeypatch):
-    begun = workers._Worker.begin
+    begun = Worker.begin
 
     def begin_among_signals(*place):
         worker = begun(*place)
@@ -52,7 +53,7 @@ def test_a_worker_that_still_starts_hears_no_signal_and_later_all(monkeypatch):
             os.kill(worker.process.pid or 0, sent)  # Python itself has hardly begun
         return worker
 
-    monkeypatch.setattr(workers._Worker, "begin", staticmethod(begin_among_signals))
+    monkeypatch.setattr(Worker, "begin", staticmethod(begin_among_signals))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     try:
         envs = WorkerEnvs(Forever, 1, 3)

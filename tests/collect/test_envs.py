@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from proximo.collect import envs as envs_module
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, episode_seed
+from proximo.collect import serial_envs
+from proximo.collect.envs import EnvironmentFault, Snapshot, episode_seed
 from proximo.collect.returned_values import SpaceCheck
+from proximo.collect.serial_envs import SerialEnvs
 from tests.environments import Counting, Faulty, Forever, Noisy, Recording, Scripted
 
 
@@ -360,7 +361,7 @@ class TestRestore:
         assert same(walk(others, 800, np.random.default_rng(2)), walk(envs, 800, np.random.default_rng(2)))
 
     def test_an_episode_without_an_end_is_forgotten_and_begun_afresh(self, monkeypatch):
-        monkeypatch.setattr(envs_module, "LONGEST_REPLAY", 5000)
+        monkeypatch.setattr(serial_envs, "LONGEST_REPLAY", 5000)
         numbers = count()
 
         def make() -> gym.Env:

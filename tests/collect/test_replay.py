@@ -10,8 +10,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from proximo.collect.envs import EnvironmentFault, SerialEnvs
+from proximo.collect.envs import EnvironmentFault
 from proximo.collect.replay import load_record, replay_record
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError
 from tests.environments import Faulty, Recording
 

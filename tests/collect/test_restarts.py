@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from proximo.collect import workers
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Step, episode_seed
+from proximo.collect.envs import EnvironmentFault, Step, episode_seed
 from proximo.collect.rollout import Carry, rollout
+from proximo.collect.serial_envs import SerialEnvs
+from proximo.collect.worker_handle import Worker
 from proximo.collect.workers import WorkerEnvs
 from proximo.core.advantages import gae
 from proximo.errors import UserError
@@ -256,14 +257,14 @@ class Panicking(Faulty):
 def test_a_worker_lost_before_it_does_anything_is_not_laid_to_what_the_one_before_did(monkeypatch):
     envs = WorkerEnvs(lambda: seeded("kills its process", episode_seed(3, 0, 0)), 2, 3, n_workers=1, max_restarts=3)
     envs.reset()
-    begun = workers._Worker.begin
+    begun = Worker.begin
 
     def stillborn(*place):
         worker = begun(*place)
         worker.process.kill()
         return worker
 
-    monkeypatch.setattr(workers._Worker, "begin", staticmethod(stillborn))
+    monkeypatch.setattr(Worker, "begin", staticmethod(stillborn))
     with pytest.raises(UserError, match="SIGKILL while none of its environments was at work") as raised:
         play(envs, 3)
     assert not isinstance(raised.value, EnvironmentFault)

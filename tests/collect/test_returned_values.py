@@ -8,7 +8,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, SpacePolicy
+from proximo.collect.envs import EnvironmentFault, SpacePolicy
+from proximo.collect.serial_envs import SerialEnvs
 from tests.environments import Returning
 
 

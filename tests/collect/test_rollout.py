@@ -15,9 +15,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from proximo.algorithms.adam import FlatAdam
 from proximo.algorithms.ppo import PPO
-from proximo.collect.envs import SerialEnvs, VectorEnvs
+from proximo.collect.envs import VectorEnvs
 from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.rollout import Carry, Episodes, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic, NetworkConfig

@@ -18,8 +18,9 @@ import pytest
 from gymnasium import spaces
 
 from proximo.collect import workers
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs, episode_seed
+from proximo.collect.envs import EnvironmentFault, Snapshot, VectorEnvs, episode_seed
 from proximo.collect.make import find_factory, make_env
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.collect.workers import WorkerEnvs
 from proximo.errors import UserError
 from tests.environments import Forever

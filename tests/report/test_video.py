@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from proximo.collect.envs import SerialEnvs, evaluation_episode_seed
+from proximo.collect.envs import evaluation_episode_seed
 from proximo.collect.make import find_factory, make_env
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.report import video

@@ -19,9 +19,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, episode_seed
+from proximo.collect.envs import EnvironmentFault, episode_seed
 from proximo.collect.make import find_factory
 from proximo.collect.native import NativeEnvs
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.runs.checkpoint import Checkpoint, load_checkpoint, named_checkpoint, newest_checkpoint

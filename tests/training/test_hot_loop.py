@@ -21,8 +21,8 @@ import torch
 
 from proximo.algorithms.adam import FlatAdam
 from proximo.algorithms.ppo import PPO
-from proximo.collect.envs import SerialEnvs
 from proximo.collect.rollout import Carry, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.models.control import ActorCritic, NetworkConfig
 
 

@@ -16,8 +16,8 @@ from gymnasium import spaces
 
 from proximo.algorithms.adam import FlatAdam
 from proximo.algorithms.ppo import PPO
-from proximo.collect.envs import SerialEnvs
 from proximo.collect.rollout import Carry, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.core.batch import Batch, minibatch_indices
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.training import control

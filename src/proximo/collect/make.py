@@ -16,6 +16,9 @@ from gymnasium.error import DependencyNotInstalled
 from proximo.collect.atari import AtariGame, is_atari, register_games
 from proximo.errors import UserError, in_words, nearest
 
+Env = str | type[gym.Env] | Callable[..., Any]
+"""A Gymnasium id, `my_file.py:MyEnv`, `package.module:MyEnv`, an environment class, or a factory."""
+
 EnvFactory = Callable[..., gym.Env]
 """Makes one environment; takes `render_mode=` and whatever `env_kwargs` holds."""
 
@@ -26,6 +29,21 @@ EXTRA_OF_MODULE = {"ale_py": "atari", "Box2D": "box2d", "mujoco": "mujoco", "pyg
 def names_code(env_id: str) -> bool:
     """Whether making `env_id` imports code that the name points to (a file or a module)."""
     return ":" in env_id
+
+
+def environment_source(env: Env | None) -> tuple[str, EnvFactory]:
+    """A name to write down and a factory, for whatever stands for an environment."""
+    if env is None:
+        raise UserError("No environment: name one, such as CartPole-v1.")
+    if isinstance(env, str):
+        return env, find_factory(env)
+    if not callable(env):
+        raise UserError(
+            f"An environment is named by a string, a class or a function that makes one, not by {type(env).__name__}. "
+            "Give the class, or lambda: MyEnv(...)."
+        )
+    module, name = getattr(env, "__module__", "?"), getattr(env, "__qualname__", type(env).__name__)
+    return f"{module}:{name}", env
 
 
 def find_factory(env_id: str) -> EnvFactory:

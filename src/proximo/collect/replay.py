@@ -12,8 +12,9 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from proximo.collect.envs import EnvironmentFault, SerialEnvs
+from proximo.collect.envs import EnvironmentFault
 from proximo.collect.returned_values import shown
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError, nearest
 from proximo.runs.files import expanded
 

@@ -28,7 +28,8 @@ import gymnasium as gym
 import numpy as np
 
 from proximo.collect.child_process import begin_group, end_with, hear_signals, kill_group
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, SpacePolicy
+from proximo.collect.envs import EnvironmentFault, Snapshot, SpacePolicy
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError, in_words, with_traceback
 
 _ORPHAN_SECONDS = 2.0

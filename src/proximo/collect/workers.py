@@ -5,28 +5,20 @@ from __future__ import annotations
 import atexit
 import itertools
 import math
-import multiprocessing
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
-import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from multiprocessing.reduction import send_handle
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import cloudpickle  # noqa: TID251 (spaces, on their way from our own worker processes; never to or from a file)
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.child_process import as_parent, kill_group, n_cores, signals_held_back
+from proximo.collect.child_process import n_cores
 from proximo.collect.envs import (
     LONGEST_REPLAY,
     EnvironmentFault,
@@ -37,18 +29,13 @@ from proximo.collect.envs import (
     episode_seed,
     too_many_restarts,
 )
-from proximo.collect.worker_process import Layout, Made, Memory, Reply, Restarted, pack, work
+from proximo.collect.worker_handle import CLOSE_SECONDS, Worker
+from proximo.collect.worker_process import Layout, Made, Memory, Reply, Restarted, pack
 from proximo.errors import UserError, in_range
 
 START_SECONDS = 120.0
 """How long a worker may take to start Python, import what it needs, and make its environments."""
 
-CLOSE_SECONDS = 5.0
-"""How long the workers may take to close their environments before they are killed."""
-
-_ONE_THREAD: dict[str, str] = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"
-)
 _HINTS = {
     "SIGKILL": "It was killed from outside; often that is the system, out of memory: use fewer n_envs.",
     "SIGSEGV": "Native code that the environment calls has crashed; standard error may show where.",
@@ -92,7 +79,7 @@ class WorkerEnvs:
         Raises:
             UserError: if the factory cannot be sent, or an environment cannot be made.
         """
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._memory: Memory | None = None
         self._descriptor: int | None = None
         self._owner = os.getpid()
@@ -254,7 +241,7 @@ class WorkerEnvs:
         sizes = [self.n_envs // n_workers + (i < self.n_envs % n_workers) for i in range(n_workers)]
         bounds = [0, *itertools.accumulate(sizes)]
         for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            self._workers.append(_Worker.begin(number, start, stop))
+            self._workers.append(Worker.begin(number, start, stop))
         tasks = [self._task(worker) for worker in self._workers]
         made = [Made(*values) for values in self._ask("make", tasks)]
         first = made[0]
@@ -275,12 +262,12 @@ class WorkerEnvs:
             self._descriptor = None
         self._layout, self._memory = layout, memory
 
-    def _task(self, worker: _Worker) -> tuple[Any, ...]:
+    def _task(self, worker: Worker) -> tuple[Any, ...]:
         """What a worker needs to make its environments."""
         n_envs, policy = worker.stop - worker.start, self._on_space_violation
         return self._parcel, n_envs, self._seed, self._name, worker.start, policy, self._max_restarts
 
-    def _note(self, worker: _Worker, restarted: Restarted) -> None:
+    def _note(self, worker: Worker, restarted: Restarted) -> None:
         """Take over what a worker says of environments that it restarted.
 
         Raises:
@@ -307,7 +294,7 @@ class WorkerEnvs:
             self._episodes[index] = max(int(self._episodes[index]), answer.record["episode"] + 1)
             self._workers[number].end(0.0)
             memory.pulses[number, :2] = 0, -1  # what was done before is nothing that the fresh worker can be lost in
-            self._workers[number] = fresh = _Worker.begin(number, own.start, own.stop)
+            self._workers[number] = fresh = Worker.begin(number, own.start, own.stop)
             self._ask("make", [self._task(fresh)], workers=[fresh], timeout=max(self._timeout, START_SECONDS))
             self._ask("share", [self._layout], workers=[fresh], descriptor=self._descriptor)
             (answer,) = self._ask("begin_at", [self._episodes[own]], workers=[fresh], may_lose=True)
@@ -327,7 +314,7 @@ class WorkerEnvs:
         payloads: list[Any] | None = None,
         *,
         descriptor: int | None = None,
-        workers: list[_Worker] | None = None,
+        workers: list[Worker] | None = None,
         timeout: float | None = None,
         may_lose: bool = False,
     ) -> list[Any]:
@@ -357,7 +344,7 @@ class WorkerEnvs:
                 raise RuntimeError(f"{worker} failed:\n{reply.failure}")
         return [reply.value for reply in replies]
 
-    def _gather(self, workers: list[_Worker], timeout: float, *, may_lose: bool) -> list[Reply]:
+    def _gather(self, workers: list[Worker], timeout: float, *, may_lose: bool) -> list[Reply]:
         """Wait for the reply of every worker, as long as each of them begins a new call within `timeout`."""
         replies: dict[int, Reply] = {}
         pending = list(workers)
@@ -388,7 +375,7 @@ class WorkerEnvs:
                     pending.remove(worker)
         return [replies[worker.number] for worker in workers]
 
-    def _without(self, worker: _Worker, what: str, *, may_lose: bool) -> Reply:
+    def _without(self, worker: Worker, what: str, *, may_lose: bool) -> Reply:
         """The reply of a worker that is lost: its fault; raises that where none may be lost."""
         fault = self._lost(worker, what)
         if not may_lose:
@@ -398,11 +385,11 @@ class WorkerEnvs:
             fault = EnvironmentFault(str(fault), record | {"seed": None, "actions": [], "problem": what})
         return Reply(fault, [], None)
 
-    def _beat(self, worker: _Worker) -> int:
+    def _beat(self, worker: Worker) -> int:
         """How many calls of its environments the worker has begun."""
         return int(self._memory.pulses[worker.number, 0]) if self._memory else 0
 
-    def _lost(self, worker: _Worker, what: str) -> UserError:
+    def _lost(self, worker: Worker, what: str) -> UserError:
         """Say which worker is gone, how, and what it did; with a record if an environment was at work."""
         hint = next((f"\n{text}" for name, text in _HINTS.items() if name in what), "")
         if self._memory is None:
@@ -440,80 +427,6 @@ def _close_open() -> None:
         envs.close()
 
 
-@dataclass
-class _Worker:
-    """A worker process and the slice of environments in it, `start` to `stop - 1`."""
-
-    number: int
-    start: int
-    stop: int
-    process: SpawnProcess
-    connection: Connection
-    was_waited_for: bool = False
-
-    @staticmethod
-    def begin(number: int, start: int, stop: int) -> _Worker:
-        """Start a process that waits for commands."""
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads' locks, held or not
-        ours, theirs = context.Pipe()
-        with theirs, _clean_start():
-            process = context.Process(target=work, args=(number, theirs, as_parent()), name=f"proximo-worker-{number}")
-            process.start()
-        return _Worker(number, start, stop, process, ours)
-
-    def __str__(self) -> str:
-        if self.stop - self.start == 1:
-            return f"worker {self.number} (environment {self.start})"
-        return f"worker {self.number} (environments {self.start} to {self.stop - 1})"
-
-    def send(self, command: str, payload: Any = None) -> None:
-        """Send a command; that the worker is gone is found out when its reply is waited for."""
-        with suppress(OSError):
-            self.connection.send((command, payload))
-
-    def send_descriptor(self, descriptor: int) -> None:
-        """Send a file descriptor."""
-        with suppress(OSError):
-            send_handle(self.connection, descriptor, self.process.pid)
-
-    def receive(self) -> Reply | None:
-        """The reply that is there, or None from a dead worker."""
-        try:
-            return self.connection.recv() if self.connection.poll() else None
-        except (EOFError, OSError):
-            return None
-
-    def death(self) -> str:
-        """How the process ended, in words."""
-        ended = wait([self.process.sentinel], CLOSE_SECONDS)
-        self.kill()
-        if not ended:
-            return "closed its pipe"
-        self.process.join()
-        self.was_waited_for = True
-        code = self.process.exitcode or 0
-        if code < 0:
-            known = {s.value: s.name for s in signal.Signals}
-            return f"was ended by {known.get(-code, f'signal {-code}')}"
-        return f"ended with exit code {code}"
-
-    def kill(self) -> None:
-        """Kill the process, unless it has ended, and whatever its environments have started and left behind."""
-        if not self.was_waited_for:  # its number may be another process's by now
-            kill_group(self.process.pid)
-        self.process.kill()  # one that is only being started has no group yet
-
-    def end(self, deadline: float) -> None:
-        """Wait for the process until `deadline`, then kill it (SIGTERM it ignores); leave nothing of it."""
-        if self.connection.closed:  # it has ended, and another was to be begun in its place
-            return
-        wait([self.process.sentinel], max(0.0, deadline - time.monotonic()))
-        self.kill()
-        self.process.join()
-        self.process.close()
-        self.connection.close()
-
-
 def _unnamed_file(size: int) -> int:
     """A descriptor of memory that no name leads to: it is gone with the last process that has it."""
     if hasattr(os, "memfd_create"):
@@ -523,30 +436,3 @@ def _unnamed_file(size: int) -> int:
             descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, size)
     return descriptor
-
-
-_START_LOCK = threading.Lock()
-
-
-@contextmanager
-def _clean_start() -> Iterator[None]:
-    """Let processes start with one thread each, deaf to signals, and without running the main module again.
-
-    Python's spawn runs the main module a second time in each child, for pickles that refer to it; cloudpickle
-    sends what is defined there by value. And threads must be limited before numpy loads its BLAS, so before
-    the child's first line that is ours; before that line it would die of a signal to the group, too.
-    """
-    with _START_LOCK:
-        main, before = sys.modules["__main__"], {key: os.environ.get(key) for key in _ONE_THREAD}
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        os.environ.update(_ONE_THREAD)
-        try:
-            with signals_held_back():
-                yield
-        finally:
-            sys.modules["__main__"] = main
-            for key, value in before.items():
-                if value is None:
-                    del os.environ[key]
-                else:
-                    os.environ[key] = value

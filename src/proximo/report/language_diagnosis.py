@@ -1,18 +1,17 @@
 """What is wrong with an alignment run, in words: pure rules over its metrics, as in `diagnosis.py`.
 
-Every mean here is over a window of a tenth of the run, and is held against the noise of such a mean. The noise is
-read off the steps from one iteration to the next, which are mostly luck: each iteration answers other prompts.
+Every mean here is over a window of a tenth of the run, and is held against its noise: `course.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from proximo.report.course import RISEN_NOISE, Course, course_of
 from proximo.report.diagnosis import (
     COLLAPSED_ENTROPY,
     EARLY_SHARE,
@@ -26,12 +25,6 @@ from proximo.report.evidence import FEWEST_ITERATIONS, FLAT_AFTER_SHARE, Evidenc
 from proximo.report.records import Row
 from proximo.report.words import number, percent, plural
 
-WINDOW_SHARE = 0.10
-"""A mean over a tenth of the run has a third of an iteration's noise at 100 iterations, and still follows the curve."""
-SMALLEST_WINDOW = 3
-"""A single iteration says more about its prompts than about the policy."""
-RISEN_NOISE = 3.0
-"""Three standard deviations between two means are luck less than one time in three hundred."""
 FALLEN_NOISE = 4.0
 """A peak is the luckiest of many means, about two standard deviations too high, so it takes more than a rise does."""
 FALLEN_SHARE = 0.10
@@ -64,64 +57,6 @@ MANY_ALIKE = 0.70
 """With more than two thirds of the groups without a difference, three times the responses are sampled that teach."""
 HIGH_CLIP_FRACTION = 0.30
 """Tokens are clipped more rarely than actions of control tasks: sound updates stay under a tenth."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a metric went: means over windows of `window` iterations, and the noise of such a mean."""
-
-    early: float
-    late: float
-    peak: float
-    peak_row: int
-    first_row: int
-    last_row: int
-    window: int
-    noise: float
-    means: np.ndarray
-    """The mean over each window, `[n]`."""
-    rows: np.ndarray
-    """The row in the middle of each window, `[n]`."""
-
-    @property
-    def chance(self) -> float:
-        """A difference of two means that luck does not make."""
-        return RISEN_NOISE * math.sqrt(2.0) * self.noise + 1e-9 * max(abs(self.early), abs(self.late))
-
-    @property
-    def has_risen(self) -> bool:
-        """Whether the end lies above the beginning by more than chance."""
-        return self.late - self.early > self.chance
-
-    def at(self, row: int) -> float:
-        """The mean of the window around a row."""
-        return float(self.means[np.abs(self.rows - row).argmin()])
-
-
-def course_of(evidence: Evidence, name: str, known: np.ndarray | None = None) -> Course | None:
-    """How a metric went over the rows in which it is `known`; None where these are too few to say."""
-    values = evidence.column(name)
-    rows = np.flatnonzero(np.isfinite(values) if known is None else known)
-    if len(rows) < FEWEST_ITERATIONS:
-        return None
-    window = max(SMALLEST_WINDOW, round(WINDOW_SHARE * len(rows)))
-    means = np.convolve(values[rows], np.full(window, 1 / window), mode="valid")
-    middles = rows[window // 2 : window // 2 + len(means)]
-    # The median of the absolute difference of two draws is 0.6745 sqrt(2) standard deviations.
-    noise = float(np.median(np.abs(np.diff(values[rows])))) / (0.6745 * math.sqrt(2.0)) / math.sqrt(window)
-    best = int(means.argmax())
-    return Course(
-        early=float(means[0]),
-        late=float(means[-1]),
-        peak=float(means[best]),
-        peak_row=int(middles[best]),
-        first_row=int(rows[0]),
-        last_row=int(rows[-1]),
-        window=window,
-        noise=noise,
-        means=means,
-        rows=middles,
-    )
 
 
 def diagnose_align(rows: Sequence[Row], settings: dict[str, Any]) -> list[Finding]:

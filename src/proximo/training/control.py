@@ -16,15 +16,17 @@ import torch
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.compiled import Pace
+from proximo.algorithms.ppo import PPO
 from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
 from proximo.collect.device_envs import DeviceEnvs, make_device_envs
 from proximo.collect.device_rollout import DeviceCarry, DeviceCollector
 from proximo.collect.envpool_envs import EnvPoolEnvs
-from proximo.collect.envs import EnvironmentFault, SerialEnvs, Snapshot, VectorEnvs
+from proximo.collect.envs import EnvironmentFault, Snapshot, VectorEnvs
 from proximo.collect.make import EnvFactory, make_env
 from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.rollout import Carry, Clock, Episodes, rollout
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.collect.workers import WorkerEnvs
 from proximo.core.batch import Batch
 from proximo.errors import DiskError, UserError, tell
@@ -180,34 +182,14 @@ def iterate(
         clock.restart()
         batch, episodes = _collect(config, run, envs, collect)
         collected = time.perf_counter()
-        first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
-        try:
-            metrics: Metrics = algorithm.update(state.policy, state.optimizer, batch, state.shuffle_generator)
-        except NonFiniteUpdateError as error:
-            metrics = _left_out(config, run, state, batch, error, moments)
-        else:
-            state.skipped_in_a_row = 0
-            state.kl_coef = algorithm.next_kl_coef(metrics)
-            if config.network.normalize_observations:
-                assert isinstance(batch.observations, torch.Tensor)
-                state.policy.update_observation_moments(batch.observations[batch.mask])
+        metrics = _learn(config, run, state, algorithm, batch, moments)
         _count(state, batch, episodes)
         updated = time.perf_counter()
         state.seconds += updated - began
-        if first_ratio_error is not None:
-            metrics["first_ratio_error"] = first_ratio_error
-        metrics |= {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
         if config.environment.restarts_allowed:
             metrics["env_restarts"] = envs.n_restarts
-        clocks = dict(
-            zip(
-                PHASES, (clock.acting, clock.environment, collected - began, updated - collected, overhead), strict=True
-            )
-        )
-        for name, passed in clocks.items():
-            state.phases[name] = state.phases.get(name, 0.0) + passed
-        speed = batch.n_valid / max(updated - began, 1e-9)
-        row = _progress(state) | metrics | {"seconds": state.seconds, "steps_per_second": speed} | clocks
+        clocks = _clocks(state, clock, batch.n_valid, overhead, began, collected, updated)
+        row = _progress(state) | metrics | clocks
         stopped, ended = bool(stopping()), finished(config, state)
         due = state.env_steps - state.saved_at_step >= config.checkpoint_interval
         keeper.keep(
@@ -428,6 +410,35 @@ def _ratio_error(policy: ActorCritic, batch: Batch) -> float:
     return error
 
 
+def _learn(
+    config: ControlConfig,
+    run: RunDirectory,
+    state: ControlState,
+    algorithm: PPO,
+    batch: Batch,
+    moments: dict[str, torch.Tensor],
+) -> Metrics:
+    """Update the policy on a rollout, then its observation normalizer; an update that is not finite is left out.
+
+    Raises:
+        UserError: if it was one too many in a row.
+    """
+    first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
+    try:
+        metrics: Metrics = algorithm.update(state.policy, state.optimizer, batch, state.shuffle_generator)
+    except NonFiniteUpdateError as error:
+        metrics = _left_out(config, run, state, batch, error, moments)
+    else:
+        state.skipped_in_a_row = 0
+        state.kl_coef = algorithm.next_kl_coef(metrics)
+        if config.network.normalize_observations:
+            assert isinstance(batch.observations, torch.Tensor)
+            state.policy.update_observation_moments(batch.observations[batch.mask])
+    if first_ratio_error is not None:
+        metrics["first_ratio_error"] = first_ratio_error
+    return metrics | {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
+
+
 def _count(state: ControlState, batch: Batch, episodes: Episodes) -> None:
     state.iteration += 1
     state.env_steps += batch.n_valid
@@ -445,6 +456,18 @@ def _progress(state: ControlState) -> Metrics:
         "return_mean": float(np.mean(returns)) if returns else None,
         "length_mean": float(np.mean(lengths)) if lengths else None,
     }
+
+
+def _clocks(
+    state: ControlState, clock: Clock, n_steps: int, overhead: float, began: float, collected: float, updated: float
+) -> Metrics:
+    """What the clocks say of an iteration, which is counted into the phases of `state`."""
+    passed = (clock.acting, clock.environment, collected - began, updated - collected, overhead)
+    phases = dict(zip(PHASES, passed, strict=True))
+    for name, seconds in phases.items():
+        state.phases[name] = state.phases.get(name, 0.0) + seconds
+    speed = n_steps / max(updated - began, 1e-9)
+    return {"seconds": state.seconds, "steps_per_second": speed} | phases
 
 
 def _left_out(

@@ -9,7 +9,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from proximo.collect.envs import EVALUATION_ENVS, EVALUATION_STREAM, SerialEnvs, episode_seed
+from proximo.collect.envs import EVALUATION_ENVS, EVALUATION_STREAM, episode_seed
+from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError, in_range
 from proximo.models.control import ActorCritic
 
