@@ -263,20 +263,21 @@ def _clipped(log_ratio: np.ndarray, advantages: np.ndarray, clip_epsilon: float)
 
 def _categorical(logits: np.ndarray, steps: Columns, advantages: np.ndarray, settings: ClipSettings) -> _PolicyStep:
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
-    log_p = logits - logits.max(1, keepdims=True)
+    log_p = np.ascontiguousarray(logits.T)  # [k, n]: NumPy is slow at sums of a few numbers in a row
+    log_p -= log_p.max(0)
     p = np.exp(log_p)
-    log_p -= np.log(p.sum(1, keepdims=True))
+    log_p -= np.log(p.sum(0))
     np.exp(log_p, out=p)
-    entropy = -(p * log_p).sum(1)
-    rows = np.arange(len(logits))
-    log_ratio = log_p[rows, steps.actions] - steps.old_log_probs
+    entropy = -(p * log_p).sum(0)
+    taken = steps.actions, np.arange(len(logits))
+    log_ratio = log_p[taken] - steps.old_log_probs
     surrogate, gradient = _clipped(log_ratio, advantages, settings.clip_epsilon)
-    weight = -gradient[:, None]
+    weight = -gradient
     if settings.entropy_coef:
-        weight = weight + (log_p + entropy[:, None]) * (settings.entropy_coef / len(logits))
+        weight = weight + (log_p + entropy) * (settings.entropy_coef / len(logits))
     p *= weight
-    p[rows, steps.actions] += gradient
-    return p, log_ratio, surrogate, float(entropy.sum()) / len(logits)
+    p[taken] += gradient
+    return p.T, log_ratio, surrogate, float(entropy.sum()) / len(logits)
 
 
 def _value(values: np.ndarray, steps: Columns, settings: ClipSettings) -> tuple[np.ndarray, float]:
