@@ -48,19 +48,19 @@ def gae(
 
 def _decayed_sums(delta: np.ndarray, decay: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """`A_t = delta_t + decay_t * A_{t+1}` over valid steps `[B, T]`, 0 at others, in NumPy: torch takes far longer."""
+    is_whole = bool(mask.all())
+    if not is_whole:  # A_t = 0 + 1 * A_{t+1} passes over what is masked
+        delta, decay = np.where(mask, delta, 0), np.where(mask, decay, 1)
     sums = np.zeros(delta.shape[::-1], delta.dtype)
-    columns = (np.ascontiguousarray(array.T[::-1]) for array in (delta, decay, mask))
+    columns = (np.ascontiguousarray(array.T[::-1]) for array in (delta, decay))
     following, product = np.zeros_like(sums[0]), np.zeros_like(sums[0])
-    if mask.all() and np.isfinite(delta).all():  # 0 times infinity would leak over the end of an episode
-        for own, factor, _, row in zip(*columns, sums[::-1], strict=True):
-            np.multiply(factor, following, out=product)
-            following = np.add(own, product, out=row)
-        return np.ascontiguousarray(sums.T)
-    for own, factor, valid, row in zip(*columns, sums[::-1], strict=True):
-        carried = np.multiply(factor, following, out=np.zeros_like(following), where=factor != 0)
-        following = np.where(valid, own + carried, following)
-        row[valid] = following[valid]
-    return np.ascontiguousarray(sums.T)
+    leaks = not np.isfinite(delta).all()  # 0 times infinity would leak over the end of an episode
+    for own, factor, row in zip(*columns, sums[::-1], strict=True):
+        np.multiply(factor, following, out=product)
+        if leaks:
+            product[factor == 0] = 0
+        following = np.add(own, product, out=row)
+    return np.ascontiguousarray(sums.T if is_whole else np.where(mask, sums.T, 0))
 
 
 def group_relative(
