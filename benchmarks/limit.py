@@ -8,8 +8,9 @@ With W the weights of actor and critic, E epochs, M steps per minibatch, n param
 
 2 W FLOP to act and 6 W per epoch (2 W forward, 4 W backward); P, the FLOP/s of matrix products of the very shapes of a
 minibatch; n_tanh units, each with a tanh per pass at t_tanh; 28 bytes that Adam has to read and write per parameter at
-B bytes/s. t_environment: the bare environments stepped with random actions. Where one environment's step takes longer
-than `SPLIT_FROM` and there are several, their time is divided by the number of cores, as if splitting were free; a
+B bytes/s. Tanh and Adam are timed on one core and divided by the number of cores, as if splitting were free.
+t_environment: the bare environments stepped with random actions. Where one environment's step takes longer than
+`SPLIT_FROM` and there are several, their time is divided by the number of cores, as if splitting were free; a
 vector version of the environment's own is taken as it is. The smaller of the two counts.
 
 Left out is all that a program could in principle do without: copies, sampling, log-probabilities, GAE, bookkeeping.
@@ -247,8 +248,12 @@ def serial_seconds(env_id: str, n_steps: int) -> float:
 
 
 def native_seconds(env_id: str, n_envs: int, n_steps: int) -> float | None:
-    """The same of the environment's own vector version, per step of one environment; None where there is none."""
+    """The same of the environment's own vector version, per step of one environment; None where there is none.
+
+    A step that only resets is none.
+    """
     import gymnasium as gym
+    from gymnasium.vector import AutoresetMode
 
     spec = gym.registry.get(env_id)
     if spec is None or spec.vector_entry_point is None:
@@ -260,10 +265,15 @@ def native_seconds(env_id: str, n_envs: int, n_steps: int) -> float | None:
     stretches = []
     length = max(1, n_steps // (5 * n_envs))
     for _ in range(5):
+        ends = []
         began = time.perf_counter()
         for step in range(length):
-            envs.step(actions[step % 100])
-        stretches.append((time.perf_counter() - began) / (length * n_envs))
+            ends.append(envs.step(actions[step % 100])[2:4])
+        passed = time.perf_counter() - began
+        n_resets = 0
+        if envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP) is AutoresetMode.NEXT_STEP:
+            n_resets = sum(int((terminated | truncated).sum()) for terminated, truncated in ends[:-1])
+        stretches.append(passed / (length * n_envs - n_resets))
     envs.close()
     return min(stretches)
 
@@ -317,9 +327,9 @@ def measure(task: dict[str, Any], *, seconds: float = 0.3, n_steps: int = 20_000
         environment=environment_seconds(serial, native, n_envs=task["n_envs"], cores=cores),
         flops=flops,
         n_parameters=n_parameters,
-        bytes_per_second=cache_rate(n_parameters, seconds),
+        bytes_per_second=cores * cache_rate(n_parameters, seconds),
         n_tanh=n_tanh,
-        tanh_seconds=tanh_seconds(task["batch_size"], seconds) if n_tanh else 0.0,
+        tanh_seconds=tanh_seconds(task["batch_size"], seconds) / cores if n_tanh else 0.0,
     )
     parts = {
         precision: seconds_per_step(

@@ -8,7 +8,9 @@
     python benchmarks/speed.py --quick --peers none             # does it run? (seconds; writes down nothing)
 
 Both programs of a pair run one after the other, each in a fresh process: ours first in one round, the peer in the next.
-They get the same environment and wrappers, network, `n_envs`, `rollout_length`, `batch_size`, `n_epochs` and schedules.
+They get the same task, network, `n_envs`, `rollout_length`, `batch_size`, `n_epochs` and schedules. Each steps it in
+its own way: the peers Gymnasium's environments one after the other, with their wrappers; ours what `auto` takes, which
+is Gymnasium's own vector version of CartPole and ale-py's of Pong (in `cartpole_steady_serial` one by one too).
 A whole run is timed from the start of its process to its end: imports, compiling, training, saving, and with us the
 pictures of the report. The steady state is what is left when the first tenth of the iterations has been left out.
 
@@ -81,7 +83,7 @@ _WIDE = (
     LEARNING | _PLAIN | dict(n_envs=64, rollout_length=128, batch_size=2048, n_epochs=4, gamma=0.99, gae_lambda=0.95)
 )
 
-# What `auto` takes for the long runs whose steady state this is; the few steps that are timed would not repay it.
+# What `auto` takes for long runs, whose steady state this is: the few steps that are timed would not repay it.
 _AS_LONG = {"update_path": "compiled"}
 _ONE, _EIGHT = dict(n_envs=1, rollout_length=2048), dict(n_envs=8, rollout_length=256)
 
@@ -96,17 +98,23 @@ TASKS: dict[str, Task] = {
         is_whole=True,
         cache="empty",
     ),
-    "cartpole_cold_cached": Task(
+    "cartpole_warm": Task(
         **_CARTPOLE_8X32,
-        about="CartPole-v1, 8 x 32, whole command, compiled by an earlier one",
+        about="CartPole-v1, 8 x 32, whole command, update_path compiled by an earlier one",
+        only_ours=_AS_LONG,
         is_whole=True,
         cache="kept",
     ),
     "cartpole_steady": Task(
         **_CARTPOLE_8X32,
-        about="CartPole-v1, 8 x 32, steady",
+        about="CartPole-v1, 8 x 32, steady, update_path compiled",
         required={"sb3": 8.0},
         only_ours=_AS_LONG,
+    ),
+    "cartpole_steady_serial": Task(
+        **_CARTPOLE_8X32,
+        about="CartPole-v1, 8 x 32, steady, update_path compiled, ours serial too",
+        only_ours=_AS_LONG | {"vectorization": "serial"},
     ),
     "halfcheetah_1x2048": Task(
         **_CHEETAH_STEADY,
@@ -222,11 +230,13 @@ def run_ours(task: Task, steps: int, seed: int, cache: Path | None) -> dict[str,
     phases = [phases_of(row) for row in without_warm_up(rows)]
     totals = {phase: sum(one.get(phase, 0.0) for one in phases) for phase in phases[0]}
     chosen = ("update_path", "vectorization", "threads", "precision", "device")
+    # A step that only resets is none: env_steps leaves it out.
+    steady_steps = rows[-1]["env_steps"] - rows[-len(phases) - 1]["env_steps"]
     return {
         "seconds": seconds,
         "steps": told["env_steps"],
         "whole_steps_per_second": told["env_steps"] / seconds,
-        "steady_steps_per_second": len(phases) * task.steps_per_iteration / sum(totals.values()),
+        "steady_steps_per_second": steady_steps / sum(totals.values()),
         "phases": {phase: total / sum(totals.values()) for phase, total in totals.items()},
         "threads": config.get("threads"),
         "chosen": {name: config[name] for name in chosen if name in config},
@@ -326,12 +336,20 @@ def missing_peer(peer: str, python: str) -> str:
     return f"{peer} is left out: {python} cannot import it ({reason}). To mend it: {MEND}"
 
 
-def measure_limit(session: Session, name: str, series: int) -> None:
-    task = TASKS[name]
-    wanted = {"env_id": task.env_id, "cnn": task.cnn, **({"seconds": 0.02, "n_steps": 500} if session.quick else {})}
-    wanted |= {key: task.settings[key] for key in ("n_envs", "batch_size", "n_epochs")}
+def shapes_of(task: Task) -> dict[str, Any]:
+    """What a limit hangs on."""
+    return {"env_id": task.env_id, "cnn": task.cnn} | {
+        key: task.settings[key] for key in ("n_envs", "batch_size", "n_epochs")
+    }
+
+
+def measure_limit(session: Session, name: str, series: dict[str, int], number: int) -> None:
+    """Once per round, for all tasks of these shapes: the machine is not always as fast."""
+    wanted = shapes_of(TASKS[name]) | ({"seconds": 0.02, "n_steps": 500} if session.quick else {})
     _, limit = timed_process([sys.executable, str(HERE / "limit.py"), json.dumps(wanted)], clean_environment(None))
-    session.write(name, series, {"kind": "limit", "limit": limit})
+    for other in series:
+        if shapes_of(TASKS[other]) == shapes_of(TASKS[name]):
+            session.write(other, series[other], {"kind": "limit", "round": number, "limit": limit})
 
 
 def best_threads(session: Session, name: str, peer: str, series: int) -> int | None:
@@ -407,8 +425,8 @@ def measure(session: Session, names: list[str], peers: list[str]) -> None:
         print(f"{progress(done, planned, took)}: {name}, {peer}, round {number + 1}", file=sys.stderr, flush=True)
         try:
             took.setdefault((name, peer), []).append(measure_pair(session, name, peer, series[name], number))
-            if not read_rows(session.results, task=name, series=series[name], kind="limit"):
-                measure_limit(session, name, series[name])
+            if not read_rows(session.results, task=name, series=series[name], kind="limit", round=number):
+                measure_limit(session, name, series, number)
         except RuntimeError as error:
             print(f"{name} with {peer} is left out: {error}", file=sys.stderr, flush=True)
             refused.add((name, peer))

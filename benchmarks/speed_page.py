@@ -63,11 +63,29 @@ def rates(task: Task, pairs: list[dict[str, Any]], side: str) -> list[float]:
     return [pair[side][kind] for pair in pairs]
 
 
+def best_limit(limits: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of measurements of one limit, the least of each part and the highest of each rate."""
+    parts = {
+        precision: {part: min(limit["parts"][precision][part] for limit in limits) for part in first}
+        for precision, first in limits[0]["parts"].items()
+    }
+    rates = {
+        precision: {
+            threads: max(limit["flops_per_second"][precision][threads] for limit in limits) for threads in first
+        }
+        for precision, first in limits[0]["flops_per_second"].items()
+    }
+    per_second = {precision: 1 / sum(part.values()) for precision, part in parts.items()}
+    return limits[0] | {"parts": parts, "flops_per_second": rates, "steps_per_second": per_second}
+
+
 def limit_of(rows: list[dict[str, Any]], pairs: list[dict[str, Any]]) -> float | None:
     """The limit in the precision that ours ran in."""
-    limits = [row["limit"]["steps_per_second"] for row in rows if row["kind"] == "limit"]
-    precision = pairs[-1]["ours"]["chosen"].get("precision", "float32")
-    return limits[-1].get(precision, limits[-1]["float32"]) if limits else None
+    limits = [row["limit"] for row in rows if row["kind"] == "limit"]
+    if not limits:
+        return None
+    found, precision = best_limit(limits)["steps_per_second"], pairs[-1]["ours"]["chosen"].get("precision", "float32")
+    return found.get(precision, found["float32"])
 
 
 def summary(name: str, task: Task, peer: str, rows: list[dict[str, Any]]) -> Summary:
@@ -222,7 +240,8 @@ def write_page(results: Path, found: list[Summary]) -> None:
     shares = markdown(["task", *names, "chosen"], [phase_cells(one, names) for one in alone])
     write_between("where our time goes", shares, page)
     limits = [
-        (one, [row["limit"] for row in rows if row["kind"] == "limit" and row["task"] == one.name]) for one in alone
+        (one, [row["limit"] for row in newest_rows(results, one.name, one.peer) if row["kind"] == "limit"])
+        for one in alone
     ]
     head = [
         "task",
@@ -234,7 +253,9 @@ def write_page(results: Path, found: list[Summary]) -> None:
         "GFLOP/s (threads)",
         "kFLOP/step",
     ]
-    write_between("limits", markdown(head, [limit_cells(one, limit[-1]) for one, limit in limits if limit]), page)
+    write_between(
+        "limits", markdown(head, [limit_cells(one, best_limit(limit)) for one, limit in limits if limit]), page
+    )
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------

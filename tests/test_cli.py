@@ -136,9 +136,8 @@ def wait_for_checkpoint_or_metrics(process: subprocess.Popen[str], run: Path) ->
 
 def test_train_evaluate_report_from_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    code, out, _ = said_by(
-        capsys, "train", "CartPole-v1", "--total-steps", "1024", "--run-dir", str(run), "--quiet", "--json"
-    )
+    words = ["train", "CartPole-v1", "--vectorization", "serial", "--total-steps", "1024", "--quiet", "--json"]
+    code, out, _ = said_by(capsys, *words, "--run-dir", str(run))
     assert code == 0
     assert json.loads(out)["env_steps"] == 1024
     assert (run / "report" / "overview.png").stat().st_size > 10_000

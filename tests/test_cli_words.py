@@ -19,7 +19,8 @@ from proximo.runs.checkpoint import newest_checkpoint
 from proximo.runs.directory import RunDirectory
 from tests.test_cli import BROKEN_ENV, proximo, said_by, wait_for_checkpoint_or_metrics
 
-SMALL = ["train", "CartPole-v1", "--total-steps", "512", "--checkpoint-every", "256", "--quiet", "--run-dir"]
+SMALL = ["train", "CartPole-v1", "--vectorization", "serial", "--total-steps", "512", "--checkpoint-every", "256"]
+SMALL += ["--quiet", "--run-dir"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -63,14 +63,16 @@ def training_device(config: ControlConfig) -> Iterator[None]:
 
 @contextmanager
 def training_threads(config: ControlConfig) -> Iterator[None]:
-    """Give torch the run's number of threads, then back what it had.
+    """Give torch and the BLAS of NumPy and SciPy the run's number of threads, then back what they had.
 
-    Where the update is written out, torch and the BLAS of NumPy and SciPy get one: what is left for them is small, and
-    waking a second thread takes longer than it. The compiled update has threads of its own.
+    What is small for them gets one, since waking a second thread takes longer than it: torch where the update is
+    written out, the BLAS where it only acts. The compiled update has threads of its own.
     """
-    written_out = config.algorithm.update_path in ("fused", "compiled")
-    limit = threadpool_limits(1, user_api="blas") if written_out else nullcontext()
-    with _torch_threads(1 if written_out else max(1, config.threads)), limit:
+    path, threads = config.algorithm.update_path, max(1, config.threads)
+    with (
+        threadpool_limits(threads if path == "fused" else 1, user_api="blas"),
+        _torch_threads(1 if path in ("fused", "compiled") else threads),
+    ):
         yield
 
 

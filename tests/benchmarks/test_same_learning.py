@@ -27,7 +27,7 @@ def test_a_curve_is_read_at_the_grid_and_begins_with_the_first_episode() -> None
 
 def test_bands_over_seeds() -> None:
     rows = [{"curve": [value, 5.0]} for value in (0.0, 1.0, 2.0, 3.0, 100.0)]
-    found = Band.of("auto", rows)
+    found = Band.of("fused", rows)
     assert found.mean.tolist() == [2.0, 5.0]
     assert found.low[0] < 2.0 < found.high[0]
     assert (found.low[1], found.high[1], found.n_seeds) == (5.0, 5.0, 5)
@@ -53,12 +53,12 @@ def test_a_run_that_fails_says_why(tmp_path) -> None:
 
 def test_the_verdict_of_a_task_is_printed(tmp_path, capsys: pytest.CaptureFixture) -> None:
     results = tmp_path / "results.jsonl"
-    assert not same_learning.tell(results, ["eager", "auto"], write=False)
-    for path, shift in (("eager", 0.0), ("auto", 0.5)):
+    assert not same_learning.tell(results, ["eager", "fused"], write=False)
+    for path, shift in (("eager", 0.0), ("fused", 0.5)):
         for seed in range(5):
             curve = [seed + shift] * same_learning.N_POINTS
             about = dict(env_id="CartPole-v1", update_path=path, seed=seed, total_steps=100_000)
             same_learning.add_row(results, about | {"curve": curve})
     capsys.readouterr()
-    assert same_learning.tell(results, ["eager", "auto"], write=False)
-    assert "| CartPole-v1 | 2.0 [" in capsys.readouterr().out
+    assert same_learning.tell(results, ["eager", "fused"], write=False)
+    assert "| CartPole-v1 | fused | 2.0 [" in capsys.readouterr().out

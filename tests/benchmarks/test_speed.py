@@ -88,13 +88,33 @@ def test_the_table_has_the_median_of_paired_ratios_and_the_newest_series(session
         for number, (ours, theirs) in enumerate(rates):
             both = {"ours": run_of(ours), "theirs": run_of(theirs), "ratio": ours / theirs}
             session.write(name, series, {"kind": "pair", "peer": "sb3", "round": number, **both})
-        session.write(name, series, {"kind": "limit", "limit": {"steps_per_second": {"float32": 360.0}}})
+        for environment, products in ((1 / 720, 1 / 720), (0.5 / 720, 2 / 720)):  # one was held up here, one there
+            parts = {"float32": {"environment": environment, "products": products}}
+            rates = {"float32": {"1": 5e10}}
+            session.write(name, series, {"kind": "limit", "limit": {"parts": parts, "flops_per_second": rates}})
     (found,) = speed_page.summaries(session.results, speed.TASKS)
     assert found.ours == (90, 80, 100)
     assert found.theirs == (10, 10, 20)
     assert found.ratio == (8.0, 5.0, 9.0)
-    assert found.fraction == pytest.approx(0.25)
+    assert found.limit == pytest.approx(480)
+    assert found.fraction == pytest.approx(90 / 480)
     assert "8.00 (5.00 to 9.00)" in "\n".join(speed_page.plain_table([found]))
+
+
+def test_steps_that_only_reset_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_a_run(command: list[str], environment: dict[str, str]) -> tuple[float, dict]:
+        folder = Path(command[command.index("--run-dir") + 1])
+        folder.mkdir()
+        seconds = dict(seconds_acting=0.5, seconds_environment=0.5, seconds_collecting=1.5, seconds_updating=0.5)
+        rows = [dict(env_steps=steps, **seconds) for steps in (250, 490, 730, 960)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "config.toml").write_text('update_path = "fused"\n')
+        return 10.0, {"env_steps": 960, "return_mean": 20.0}
+
+    monkeypatch.setattr(speed, "timed_process", write_a_run)
+    found = speed.run_ours(speed.TASKS["cartpole_steady"], 1024, 0, None)
+    assert found["steady_steps_per_second"] == pytest.approx((960 - 490) / 4.0)
+    assert found["whole_steps_per_second"] == pytest.approx(96.0)
 
 
 def test_a_missing_peer_says_what_mends_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import subprocess
@@ -13,10 +14,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 import proximo
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
+from proximo.process import training_threads
 from proximo.training import choices, control
 from proximo.training.choices import MINIBATCHES_THAT_PAY, with_environments_chosen, with_update_chosen
 from proximo.training.config import ControlConfig, with_settings
@@ -116,6 +119,24 @@ class TestVectorization:
         assert self.chosen(env_id="Pendulum-v1", n_envs=64) == "serial"
         assert self.chosen(env_id="my_file.py:MyEnv", n_envs=64) == "serial"
 
+    def test_of_a_rollout_of_one_step_all_could_be_resets(self):
+        assert self.chosen(env_id="CartPole-v1", n_envs=8, rollout_length=1, batch_size=8) == "serial"
+
+    def test_a_class_of_the_same_name_is_another_task(self, monkeypatch):
+        spec = copy.deepcopy(gym.spec("CartPole-v1"))
+        for changes in (
+            dict(id="Mine-v0", vector_entry_point="mine:CartPoleVectorEnv"),
+            dict(id="Mine-v1", entry_point="mine:CartPoleEnv"),
+            dict(id="Mine-v2", additional_wrappers=(gym.wrappers.TimeAwareObservation.wrapper_spec(),)),
+            dict(id="Mine-v3", vector_entry_point=None),
+        ):
+            mine = replace(spec, **changes)
+            monkeypatch.setitem(gym.registry, mine.id, mine)
+            assert self.chosen(env_id=mine.id, n_envs=64) == "serial", mine.id
+        same = replace(spec, id="Same-v0")
+        monkeypatch.setitem(gym.registry, same.id, same)
+        assert self.chosen(env_id=same.id, n_envs=64) == "native"
+
     def test_environments_that_may_be_restarted_are_not(self):
         assert self.chosen(env_id="CartPole-v1", n_envs=64, on_environment_fault="restart") == "serial"
 
@@ -192,3 +213,33 @@ def test_a_compiled_run_is_resumed_exactly_by_another_process(tmp_path):
     resumed = proximo.load(tmp_path / "half")
     for one, two in zip(whole.policy.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_rollouts_of_nothing_but_resets_are_refused(tmp_path):
+    settings = dict(n_envs=8, rollout_length=1, batch_size=8, total_steps=160, max_episode_steps=5)
+    with pytest.raises(UserError, match=r"rollout_length is 1.*spends a step on each reset.*--vectorization serial"):
+        proximo.train("CartPole-v1", vectorization="native", run_dir=tmp_path / "native", **settings)
+    run = proximo.train("CartPole-v1", run_dir=tmp_path / "chosen", quiet=True, **settings)
+    assert run.env_steps == 160
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_a_learning_rate_that_leads_nowhere_is_told_by_the_run_and_not_while_choosing(tmp_path):
+    settings = dict(total_steps=2048, learning_rate=1e30, update_path="compiled", quiet=True)
+    with pytest.raises(UserError, match=r"Usual mends: a lower learning_rate"):
+        proximo.train("CartPole-v1", run_dir=tmp_path / "run", **settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "threads", "of_torch", "of_blas"),
+    [("fused", 2, 1, 2), ("fused", 1, 1, 1), ("compiled", 2, 1, 1), ("eager", 2, 2, 1)],
+)
+def test_threads_go_to_whom_the_update_belongs(path, threads, of_torch, of_blas):
+    def blas() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    before = torch.get_num_threads(), blas()
+    with training_threads(config(update_path=path, threads=threads)):
+        assert torch.get_num_threads() == of_torch
+        assert blas() == {min(of_blas, max(before[1]))}
+    assert (torch.get_num_threads(), blas()) == before

@@ -56,14 +56,31 @@ def make_native(
         raise UserError(f"The vector version of {env_id} could not be made: {in_words(error)}") from error
 
 
-_STATE = {"CartPoleVectorEnv": ("state", "steps", "prev_done")}
+_CARTPOLE = "gymnasium.envs.classic_control.cartpole"
+_STATE = {(_CARTPOLE, "CartPoleVectorEnv"): ("state", "steps", "prev_done")}
 """Vector environments whose moment is known to be in these arrays and their random generator, and nowhere else."""
+_SAME = {f"{_CARTPOLE}:CartPoleVectorEnv": f"{_CARTPOLE}:CartPoleEnv"}
+"""The environment that each of them is the same task as."""
 
 
 def comes_back_exactly(env_id: str) -> bool:
-    """Whether an id has a vector version that can be brought back to a moment within an episode."""
+    """Whether an id has a vector version that is the same task, and can be brought back to a moment in an episode."""
     spec = gym.registry.get(env_id)
-    return spec is not None and str(spec.vector_entry_point).rpartition(":")[2] in _STATE
+    if spec is None or spec.additional_wrappers or not isinstance(spec.vector_entry_point, str):
+        return False
+    return spec.entry_point is not None and _SAME.get(spec.vector_entry_point) == spec.entry_point
+
+
+def _known_state(inner: Any) -> tuple[str, ...]:
+    """The names of the arrays with the state of vector environments, none where that is not known."""
+    kind = type(inner)
+    return _STATE.get((kind.__module__, kind.__qualname__), ())
+
+
+def _like(array: np.ndarray, name: str, own: np.ndarray) -> np.ndarray:
+    if (array.shape, array.dtype) != (own.shape, own.dtype):
+        raise ValueError(f"its {name} are {array.dtype} of shape {array.shape}, not {own.dtype} of {own.shape}")
+    return array.copy()
 
 
 class NativeEnvs:
@@ -95,6 +112,8 @@ class NativeEnvs:
         self._seed = seed
         self._name = name
         self._mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self.resets_take_steps = self._mode is AutoresetMode.NEXT_STEP
+        """Whether the step after an episode's end is none of the next one."""
         self.n_envs = envs.num_envs
         self.observation_space = envs.single_observation_space
         self.action_space = envs.single_action_space
@@ -157,9 +176,9 @@ class NativeEnvs:
         """How far it got, and what is inside where that is known."""
         values: dict[str, Any] = {"n_steps": self._n_steps}
         inner: Any = self._envs.unwrapped
-        if type(inner).__name__ not in _STATE:
+        if not _known_state(inner):
             return Snapshot({}, values)
-        arrays = {name: np.array(getattr(inner, name)) for name in _STATE[type(inner).__name__]}
+        arrays = {name: np.array(getattr(inner, name)) for name in _known_state(inner)}
         arrays["reset_due"] = self._reset_due.copy()
         arrays["observations"] = self._observations.copy()
         values["random"] = inner.np_random.bit_generator.state
@@ -172,14 +191,13 @@ class NativeEnvs:
         if "random" not in snapshot.values:
             return observations, list(range(self.n_envs))
         inner: Any = self._envs.unwrapped
-        for name in _STATE[type(inner).__name__]:
-            array = snapshot.arrays[name]
-            if array.shape != getattr(inner, name).shape:
-                raise ValueError(f"its {name} are of shape {array.shape}, not {getattr(inner, name).shape}")
-            setattr(inner, name, array.copy())
+        own = {name: getattr(inner, name) for name in _known_state(inner)}
+        own |= {"reset_due": self._reset_due, "observations": self._observations}
+        kept = {name: _like(snapshot.arrays[name], name, array) for name, array in own.items()}
+        for name in _known_state(inner):
+            setattr(inner, name, kept[name])
         inner.np_random.bit_generator.state = snapshot.values["random"]
-        self._reset_due = snapshot.arrays["reset_due"].copy()
-        self._observations = snapshot.arrays["observations"].copy()
+        self._reset_due, self._observations = kept["reset_due"], kept["observations"]
         return self._observations, []
 
     def close(self) -> None:

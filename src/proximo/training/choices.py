@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from proximo.algorithms.adam import NonFiniteUpdateError
 from proximo.algorithms.ppo import UpdatePath
 from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
@@ -25,11 +26,11 @@ from proximo.models.control import ActorCritic
 from proximo.training.config import ControlConfig
 from proximo.training.estimate import minibatch_seconds
 
-MINIBATCHES_THAT_PAY = 20_000
-"""Compiling takes 6 to 8 s the first time, and saves about 0.3 ms a minibatch (docs/performance.md)."""
+MINIBATCHES_THAT_PAY = 30_000
+"""From about here compiling has paid the first time already (docs/performance.md); later runs have it from the disk."""
 
 NATIVE_FROM = 8
-"""Environments from which a vector version pays: below, its own overhead is as large as that of so many steps."""
+"""Environments from which a vector version pays (docs/performance.md)."""
 
 
 def with_environments_chosen(config: ControlConfig) -> ControlConfig:
@@ -41,7 +42,8 @@ def with_environments_chosen(config: ControlConfig) -> ControlConfig:
     if task.vectorization != "auto":
         return config
     exact = task.n_envs >= NATIVE_FROM and comes_back_exactly(task.env_id)
-    native = not task.restarts_allowed and (exact or is_atari(task.env_id))
+    # Of a single step all may be resets.
+    native = not task.restarts_allowed and config.rollout_length > 1 and (exact or is_atari(task.env_id))
     return replace(config, environment=replace(task, vectorization="native" if native else "serial"))
 
 
@@ -114,11 +116,15 @@ def _faster(config: ControlConfig, policy: ActorCritic, counts: list[int]) -> in
     seen = torch.from_numpy(np.zeros((1, *policy.observation_space.shape), policy.observation_space.dtype))
     before = torch.get_num_threads()
     times = {}
-    for count in counts:
-        if count <= n_cores():
-            torch.set_num_threads(count)
-            times[count] = minibatch_seconds(copy.deepcopy(policy), seen, config)
-    torch.set_num_threads(before)
+    try:
+        for count in counts:
+            if count <= n_cores():
+                torch.set_num_threads(count)
+                times[count] = minibatch_seconds(copy.deepcopy(policy), seen, config)
+    except NonFiniteUpdateError:  # the run will say so, and what may mend it
+        return counts[0]
+    finally:
+        torch.set_num_threads(before)
     return min(times, key=lambda count: times[count] * (1.0 if count == counts[0] else 1.1))
 
 

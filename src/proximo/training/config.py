@@ -119,8 +119,9 @@ class ControlConfig:
     device: str = "cpu"
     """Where the networks are: cpu, cuda, cuda:1, ... Small networks are fastest on the CPU."""
     threads: int = 0
-    """CPU threads for torch, and at most so many for the compiled update, which measures as it goes whether two are
-    faster and is the same on one. 0: chosen before the run starts: one for small networks, measured for images."""
+    """CPU threads of the update: torch's, NumPy's where it is `fused`, and of the compiled one at most so many: it
+    measures as it goes whether two are faster, and is the same on one. 0: chosen before the run starts: one for
+    small networks, measured for images."""
     debug: bool = False
     """Check at each iteration that every probability ratio is 1 before the first update."""
 

@@ -78,7 +78,7 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
     """Make the vector environment that the config asks for."""
     task = config.environment
     if task.vectorization == "native":
-        return NativeEnvs(
+        native = NativeEnvs(
             make_native(
                 task.env_id,
                 task.n_envs,
@@ -91,13 +91,14 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
             on_space_violation=task.on_space_violation,
             atari=is_atari(task.env_id),
         )
-
+        return _with_steps_to_learn_from(native, config)
     if task.vectorization == "envpool":
         options = dict(task.env_kwargs)
         if task.max_episode_steps is not None:
             options["max_episode_steps"] = task.max_episode_steps
         pool = EnvPoolEnvs(task.env_id, task.n_envs, min(n_cores(), task.n_envs), options)
-        return NativeEnvs(pool, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
+        native = NativeEnvs(pool, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
+        return _with_steps_to_learn_from(native, config)
     if task.vectorization == "device":
         return make_device_envs(
             task.env_id,
@@ -119,6 +120,18 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
             make_one, task.n_envs, config.seed, n_workers=task.n_workers, timeout=task.step_timeout, **shared
         )
     return SerialEnvs(make_one, task.n_envs, config.seed, **shared)
+
+
+def _with_steps_to_learn_from(envs: NativeEnvs, config: ControlConfig) -> NativeEnvs:
+    if envs.resets_take_steps and config.rollout_length < 2:
+        envs.close()
+        task = config.environment
+        raise UserError(
+            f"rollout_length is 1, but {task.env_id} with vectorization {task.vectorization} spends a step on each "
+            "reset: a rollout could hold nothing to learn from. Give a rollout_length of 2 or more, or --vectorization "
+            "serial."
+        )
+    return envs
 
 
 def start(config: ControlConfig, envs: Envs) -> ControlState:
