@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -69,11 +69,35 @@ def training_threads(config: ControlConfig) -> Iterator[None]:
     written out, the BLAS where it only acts. The compiled update has threads of its own.
     """
     path, threads = config.algorithm.update_path, max(1, config.threads)
-    with (
-        threadpool_limits(threads if path == "fused" else 1, user_api="blas"),
-        _torch_threads(1 if path in ("fused", "compiled") else threads),
-    ):
+    with _limits.held(blas=threads if path == "fused" else 1, of_torch=1 if path in ("fused", "compiled") else threads):
         yield
+
+
+class _Limits:
+    """Numbers of threads are the process's: of runs side by side the first one sets them, the last one undoes it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._n_runs = 0
+        self._undo = ExitStack()
+
+    @contextmanager
+    def held(self, *, blas: int, of_torch: int) -> Iterator[None]:
+        with self._lock:
+            if self._n_runs == 0:
+                self._undo.enter_context(threadpool_limits(blas, user_api="blas"))
+                self._undo.enter_context(_torch_threads(of_torch))
+            self._n_runs += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_runs -= 1
+                if self._n_runs == 0:
+                    self._undo.close()
+
+
+_limits = _Limits()
 
 
 @contextmanager

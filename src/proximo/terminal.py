@@ -222,7 +222,8 @@ def _how(config: ControlConfig) -> str:
         "graphed": "a CUDA graph",
     }
     path = config.algorithm.update_path
-    threads = f"{config.threads} thread{'s' * (config.threads != 1)}"
+    count = min(config.threads, 2) if path == "compiled" else config.threads
+    threads = f"{count} thread{'s' * (count != 1)}"
     task = config.environment
     return f"update {path} ({kinds.get(path, path)}), {threads}; {task.n_envs} environments, {task.vectorization}"
 

@@ -8,12 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from proximo.algorithms import compiled
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.compiled import Pace
 from proximo.algorithms.ppo import PPO
@@ -233,6 +235,31 @@ def test_nobody_waits_for_a_thread_that_does_not_come():
     assert not kernels._wait(arrived, 64, 1)
     arrived[64] = 3
     assert kernels._wait(arrived, 64, 3)
+
+
+def test_an_interrupt_before_the_actor_begins_leaves_no_critic_waiting(plain_policy, make_batch, monkeypatch):
+    pytest.importorskip("numba", reason="numba is not installed")
+    policy = plain_policy()
+    optimizer, batch, ppo = (
+        FlatAdam(policy, learning_rate=0.0),
+        make_batch(policy),
+        PPO(**COMMON, update_path="compiled"),
+    )
+    monkeypatch.setattr(Pace, "n_threads", lambda pace: 2)
+    second = compiled._second_thread()
+
+    class Interrupted:
+        def submit(self, *call: Any) -> Any:
+            waiting.append(second.submit(*call))
+            raise KeyboardInterrupt
+
+    waiting: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_second_thread", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.update(policy, optimizer, batch, torch.Generator())
+    waiting[0].result(timeout=60)
+    assert ppo.update(policy, optimizer, batch, torch.Generator())["n_updates"] > 0
 
 
 def test_gradients_that_were_replaced_are_refused(plain_policy, make_batch, path):

@@ -82,6 +82,19 @@ class TestSteps:
         assert envs.reset().dtype == np.float32
         assert envs.step(zeros(envs)).observations.dtype == np.float32
 
+    def test_the_same_step_without_a_final_observation_is_a_fault_that_says_so(self):
+        class NoFinal(SyncVectorEnv):
+            def step(self, actions):
+                *rest, info = super().step(actions)
+                info.pop("final_obs", None)
+                return (*rest, info)
+
+        numbers = count()
+        vector = NoFinal([lambda: Counting(next(numbers))] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+        envs = NativeEnvs(vector, 1, name="Arm-v0")
+        with pytest.raises(EnvironmentFault, match=r"Arm-v0.*SAME_STEP, and info has no final_obs"):
+            run(envs, 60)
+
 
 class TestSeeds:
     @pytest.mark.parametrize("mode", MODES)

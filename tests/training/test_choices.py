@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.process import training_threads
 from proximo.training import choices, control
 from proximo.training.choices import MINIBATCHES_THAT_PAY, with_environments_chosen, with_update_chosen
-from proximo.training.config import ControlConfig, with_settings
+from proximo.training.config import ControlConfig, changed_settings, recorded, with_settings
 
 # 256 steps an iteration in 4 minibatches, 10 epochs: 40 minibatches an iteration.
 LONG = dict(n_envs=1, rollout_length=256, batch_size=64, n_epochs=10, total_steps=256 * MINIBATCHES_THAT_PAY // 40)
@@ -54,7 +55,10 @@ class TestUpdatePath:
         with pytest.raises(UserError, match=r"needs numba and scipy: ImportError: no llvmlite.*\[fast\]"):
             path_of(update_path="compiled")
 
-    @pytest.mark.parametrize("raised", [ImportError("numpy is too new"), RuntimeError("cannot cache function")])
+    @pytest.mark.parametrize(
+        "raised",
+        [ImportError("numpy is too new"), RuntimeError("cannot cache function"), SystemError("_internal failed")],
+    )
     def test_numba_that_is_there_and_does_not_work_is_as_if_it_were_not(self, monkeypatch, raised):
         def fail() -> None:
             raise raised
@@ -221,6 +225,44 @@ def test_rollouts_of_nothing_but_resets_are_refused(tmp_path):
         proximo.train("CartPole-v1", vectorization="native", run_dir=tmp_path / "native", **settings)
     run = proximo.train("CartPole-v1", run_dir=tmp_path / "chosen", quiet=True, **settings)
     assert run.env_steps == 160
+
+
+def test_numba_that_fails_while_it_compiles(monkeypatch, has_numba):
+    def fail(*_: object) -> int:
+        raise EOFError("Ran out of input")
+
+    said: list[str] = []
+    monkeypatch.setattr(choices, "_faster", fail)
+    chosen = with_update_chosen(config(threads=1, **LONG), POLICY, said.append)
+    assert chosen.algorithm.update_path == "fused"
+    assert "EOFError: Ran out of input" in said[0]
+    assert "This run takes the fused update" in said[0]
+    with pytest.raises(UserError, match=r"could not be compiled: EOFError: Ran out of input.*or use update_path fused"):
+        with_update_chosen(config(threads=1, update_path="compiled"), POLICY)
+
+
+def test_runs_side_by_side_do_not_take_each_others_threads():
+    """The first one out must neither give threads back to the other one, nor leave the process without."""
+    before = torch.get_num_threads(), threadpool_info()
+    long, short = (training_threads(config(update_path="compiled", threads=1)) for _ in range(2))
+    with ExitStack() as first:
+        first.enter_context(long)
+        with short:
+            pass
+        assert torch.get_num_threads() == 1
+        assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
+        second = ExitStack()
+        second.enter_context(training_threads(config(update_path="compiled", threads=1)))
+    assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
+    second.close()
+    assert (torch.get_num_threads(), threadpool_info()) == before
+
+
+def test_a_changed_number_of_threads_changes_no_compiled_run():
+    before = recorded(config(update_path="compiled", threads=2))
+    assert changed_settings(before, config(update_path="compiled", threads=1)) == ""
+    before = recorded(config(update_path="eager", threads=2))
+    assert "threads was 2 and is 1" in changed_settings(before, config(update_path="eager", threads=1))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")

@@ -96,9 +96,12 @@ def _run(optimizer: FlatAdam, arguments: tuple[Any, ...]) -> tuple[int, int]:
     if n_threads == 1:
         verdict, n_seen = kernels.run(kernels.BOTH, *arguments)
     else:
-        # Whoever ends by an exception (Ctrl-C in between) must not leave the other one waiting.
-        critic = _second_thread().submit(_unless_raised, kernels.CRITIC, arguments)
-        verdict, n_seen = _unless_raised(kernels.ACTOR, arguments)
+        try:  # whoever ends by an exception (Ctrl-C in between) must not leave the other one waiting
+            critic = _second_thread().submit(_unless_raised, kernels.CRITIC, arguments)
+            verdict, n_seen = kernels.run(kernels.ACTOR, *arguments)
+        except BaseException:
+            kernels.abandon(arguments[-1], kernels.ACTOR)
+            raise
         critic.result()
     optimizer.pace.took(n_threads, (perf_counter() - began) / n_seen)
     return verdict, n_seen

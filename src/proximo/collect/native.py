@@ -156,7 +156,7 @@ class NativeEnvs:
         elif over.any() and self._mode is AutoresetMode.SAME_STEP:
             final = observations.copy()
             for index in np.flatnonzero(over):
-                final[index] = info["final_obs"][index]
+                final[index] = self._final_observation(info, int(index), actions)
         elif over.any():
             final = observations.copy()
             try:
@@ -219,6 +219,13 @@ class NativeEnvs:
         self._refuse_bad_values(observations, np.zeros(self.n_envs), ~self._reset_due, None)
         self._observations = observations
         return observations
+
+    def _final_observation(self, info: dict[str, Any], index: int, actions: np.ndarray) -> Any:
+        try:
+            return info["final_obs"][index]
+        except Exception as error:
+            problem = "its autoreset mode is SAME_STEP, and info has no final_obs where an episode ended"
+            raise self._fault(index, problem, actions) from error
 
     def _lives_lost(self, terminated: np.ndarray, info: dict[str, Any]) -> np.ndarray | None:
         """Where an end is only that of a life. A new game has counted fewer frames than the last one had."""

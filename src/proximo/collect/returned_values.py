@@ -49,9 +49,9 @@ class SpaceCheck:
             return True
         if observations.dtype.kind == "f":
             flat = observations.ravel()
-            # One operation where all is well: a sum of squares is finite, or has a number in it that is not or is huge
-            # (which in half precision is soon).
-            is_sound = flat.dtype.itemsize > 2 and math.isfinite(np.dot(flat, flat))
+            # One operation where all is well: a sum of squares is finite, or has a number in it that is not or is huge.
+            with np.errstate(over="ignore"):
+                is_sound = math.isfinite(np.dot(flat, flat))
             if not is_sound and not np.isfinite(flat).all():
                 return False
         if not self.bounded:

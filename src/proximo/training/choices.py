@@ -8,6 +8,7 @@ be the same to those).
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +56,7 @@ def with_update_chosen(
     Raises:
         UserError: if a path is asked for that cannot be: for this policy, on this device, or without numba.
     """
-    path = config.algorithm.update_path
+    asked = path = config.algorithm.update_path
     if path == "auto":
         path = _path(config, policy)
     if path in ("fused", "compiled") and not (policy.is_plain and config.device == "cpu"):
@@ -71,8 +72,13 @@ def with_update_chosen(
                 'Install them with: pip install -c constraints.txt -e ".[fast]", or use update_path fused.'
             )
         # Compiled and loaded before the run: SciPy's BLAS must be there when its threads are set.
-        with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
-            _faster(config, policy, [1])
+        try:
+            with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
+                _faster(config, policy, [1])
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            return _without_the_compiler(config, policy, error, was_asked=asked == "compiled", say=say)
     if config.threads:
         return config
     threads = 1
@@ -81,6 +87,21 @@ def with_update_chosen(
     elif not policy.is_plain and config.device == "cpu":
         threads = _faster(config, policy, [n_cores(), 1])
     return replace(config, threads=threads)
+
+
+def _without_the_compiler(
+    config: ControlConfig, policy: ActorCritic, error: Exception, *, was_asked: bool, say: Callable[[str], object]
+) -> ControlConfig:
+    """What to do where numba is there and fails."""
+    folder = os.environ.get("NUMBA_CACHE_DIR", "__pycache__ beside proximo/algorithms/kernels.py")
+    said = (
+        f"the update could not be compiled: {in_words(error)}. If NUMBA_DISABLE_JIT is set, unset it; otherwise what "
+        f"numba keeps in {folder} may be damaged: delete it"
+    )
+    if was_asked:
+        raise UserError(f"update_path is 'compiled', but {said}, or use update_path fused.") from error
+    say(f"{said[0].upper()}{said[1:]}. This run takes the fused update.")
+    return with_update_chosen(replace(config, algorithm=replace(config.algorithm, update_path="fused")), policy)
 
 
 def _load_the_compiler() -> None:
@@ -92,7 +113,7 @@ def why_not_compiled() -> str:
     """What keeps numba from compiling, in words; empty if nothing does."""
     try:
         _load_the_compiler()
-    except (ImportError, RuntimeError, OSError) as error:  # not installed, of a version that does not fit, no cache
+    except Exception as error:  # not installed, of a version that does not fit NumPy's, no cache: it may be anything
         return in_words(error)
     return ""
 
