@@ -85,8 +85,23 @@ def rows() -> list[dict]:
 
 
 def finished() -> set[tuple[str, int]]:
-    """What need not be run; results of before paths of the update were chosen (`auto`) count on the page alone."""
-    return {(row["env_id"], row["seed"]) for row in rows() if row["settings"]["update_path"] != "auto"}
+    """What need not be run: results of other paths or environments than `auto` takes now count on the page alone."""
+    found = [row for row in rows() if row["settings"]["update_path"] != "auto"]
+    return {
+        (row["env_id"], row["seed"])
+        for row in found
+        if row["settings"]["vectorization"] == vectorization_of(row["env_id"])
+    }
+
+
+def vectorization_of(env_id: str) -> str:
+    from proximo.presets import PRESETS
+    from proximo.training.choices import with_environments_chosen
+    from proximo.training.config import ControlConfig, with_settings
+
+    settings = {"env_id": env_id, **PRESETS[env_id].settings}
+    config = with_settings(ControlConfig(), settings, where="the presets")
+    return with_environments_chosen(config).environment.vectorization
 
 
 def run_in_subprocess(env_id: str, seed: int, runs: Path) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from gymnasium import spaces
 from records import add_row, in_words, read_rows, write_between
 
 from proximo.algorithms.adam import FlatAdam
-from proximo.algorithms.ppo import PPO
+from proximo.algorithms.ppo import PPO, UpdatePath
 from proximo.collect.acting import NumpyNetwork
 from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import find_factory
@@ -37,12 +38,12 @@ from proximo.training.config import ControlConfig, with_settings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "update_paths.jsonl"
-TASKS = {
+TASKS: dict[str, tuple[spaces.Box, spaces.Space]] = {
     "CartPole-v1": (spaces.Box(-5, 5, (4,)), spaces.Discrete(2)),
     "HalfCheetah-v5": (spaces.Box(-9, 9, (17,)), spaces.Box(-1, 1, (6,))),
 }
 BATCH_SIZES = (64, 256, 1024)
-WAYS = {
+WAYS: dict[str, tuple[UpdatePath, int]] = {
     "eager": ("eager", 1),
     "fused": ("fused", 1),
     "compiled": ("compiled", 1),
@@ -85,9 +86,10 @@ def minibatches(task: str, batch_size: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     ways = {}
     for name, (path, threads) in WAYS.items():
-        policy = ActorCritic(*TASKS[task], NetworkConfig(), torch.Generator().manual_seed(0))
+        observed, acted_on = TASKS[task]
+        policy = ActorCritic(observed, acted_on, NetworkConfig(), torch.Generator().manual_seed(0))
         optimizer = FlatAdam(policy, learning_rate=3e-4)
-        observations = torch.randn(1, n, *TASKS[task][0].shape, generator=generator)
+        observations = torch.randn(1, n, *observed.shape, generator=generator)
         acted = policy.act(observations[0], generator)
         flags = torch.zeros(1, n, dtype=torch.bool)
         numbers = torch.randn(3, 1, n, generator=generator)
@@ -149,7 +151,7 @@ def seconds_to_first_update(path: str, cache: str) -> float:
     return time.perf_counter() - began
 
 
-def first_update(path: str) -> None:
+def first_update(path: UpdatePath) -> None:
     global WAYS, N_BLOCKS
     WAYS, N_BLOCKS = {path: (path, 1)}, 1
     minibatches("HalfCheetah-v5", 64)
@@ -157,7 +159,8 @@ def first_update(path: str) -> None:
 
 def acting(n_envs: int) -> dict:
     """An actor of 17-64-64-6 at `n_envs` observations."""
-    policy = ActorCritic(*TASKS["HalfCheetah-v5"], NetworkConfig(), torch.Generator().manual_seed(0))
+    observed, acted_on = TASKS["HalfCheetah-v5"]
+    policy = ActorCritic(observed, acted_on, NetworkConfig(), torch.Generator().manual_seed(0))
     seen = np.random.default_rng(0).normal(size=(n_envs, 17)).astype(np.float32)
     network = NumpyNetwork(policy, policy.actor)
 
@@ -175,7 +178,7 @@ def environments(n_envs: int) -> dict:
     for kind in ("serial", "native"):
         settings = {"env_id": "CartPole-v1", "n_envs": n_envs, "vectorization": kind, "rollout_length": 64}
         config = with_settings(ControlConfig(), settings, where="this benchmark")
-        envs = control.make_envs(config, find_factory("CartPole-v1"))
+        envs = cast(VectorEnvs, control.make_envs(config, find_factory("CartPole-v1")))
         envs.reset()
         ways[kind] = partial(some_steps, envs, np.random.default_rng(0))
     shares = {kind: np.mean([way() for _ in range(20)]) for kind, way in ways.items()}
