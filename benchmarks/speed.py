@@ -44,6 +44,8 @@ MEND = 'pip install -c constraints.txt -e ".[peers]"'
 MODULES = {"sb3": "stable_baselines3", "sbx": "sbx"}
 WARM_SHARE, WARM_LEAST = 0.1, 2
 LEARNING = dict(entropy_coef=0.0, value_coef=0.5, max_grad_norm=0.5)
+PERCEPTRONS = "--hidden-sizes 64 64 --activation tanh --orthogonal-init".split()
+"""What the peers have where nothing else is said; ours would take the networks of its presets."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ TASKS: dict[str, Task] = {
 
 def flags_of(task: Task) -> list[str]:
     """Our command's flags for the settings of a task."""
-    words = []
+    words = [] if task.cnn else list(PERCEPTRONS)
     for name, value in (task.settings | task.only_ours).items():
         flag = name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]

@@ -45,9 +45,10 @@ def test_the_first_iterations_do_not_count(n: int, left: int) -> None:
 
 def test_flags() -> None:
     task = replace(TASK, settings=dict(n_envs=8, normalize_rewards=True), only_ours=dict(update_path="compiled"))
-    assert speed.flags_of(task) == ["--n-envs", "8", "--normalize-rewards", "--update-path", "compiled"]
+    network = ["--hidden-sizes", "64", "64", "--activation", "tanh", "--orthogonal-init"]  # and not a preset's
+    assert speed.flags_of(task) == [*network, "--n-envs", "8", "--normalize-rewards", "--update-path", "compiled"]
     switched_off = replace(TASK, settings=dict(normalize_rewards=False), only_ours={})
-    assert speed.flags_of(switched_off) == ["--no-normalize-rewards"]
+    assert speed.flags_of(switched_off) == [*network, "--no-normalize-rewards"]
 
 
 def test_a_series_goes_on_until_something_changes(session: speed.Session) -> None:
