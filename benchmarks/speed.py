@@ -44,7 +44,7 @@ MEND = 'pip install -c constraints.txt -e ".[peers]"'
 MODULES = {"sb3": "stable_baselines3", "sbx": "sbx"}
 WARM_SHARE, WARM_LEAST = 0.1, 2
 LEARNING = dict(entropy_coef=0.0, value_coef=0.5, max_grad_norm=0.5)
-PERCEPTRONS = "--hidden-sizes 64 64 --activation tanh --orthogonal-init".split()
+PERCEPTRONS = ["--hidden-sizes", "64", "64", "--activation", "tanh", "--orthogonal-init"]
 """What the peers have where nothing else is said; ours would take the networks of its presets."""
 
 
