@@ -226,6 +226,21 @@ def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
 
 
 @_jit
+def outputs_of(weights, places, widths, observations, shift, scale, limit, is_tanh):
+    """Logits, means or values `[n, k]` at `observations` `[n, F]`, shifted, scaled and clipped before."""
+    n, n_inputs = observations.shape
+    inputs, outputs = np.empty((n, n_inputs), weights.dtype), np.empty((n, widths[-1]), weights.dtype)
+    for i in range(n):
+        for j in range(n_inputs):
+            x = (observations[i, j] - shift[j]) * scale[j]
+            x = limit if x > limit else x  # a NaN stays one
+            inputs[i, j] = -limit if x < -limit else x
+    hidden = np.empty((widths.size, n * widths.max()), weights.dtype)
+    _forward(weights, places, widths, inputs, hidden, outputs, is_tanh)
+    return outputs
+
+
+@_jit
 def _backward(weights, gradient, places, widths, inputs, hidden, to_outputs, spare, is_tanh):
     """Write the gradient of every layer, from the one to the outputs; `spare` is `[2, ...]` for what is between."""
     n = inputs.shape[0]

@@ -25,6 +25,10 @@ _AT_ONCE = 8192
 """Observations that the critic sees at a time, so that a long rollout needs no more memory than itself."""
 
 
+MakeNetwork = Callable[[ActorCritic, nn.Sequential], Callable[[np.ndarray], np.ndarray]]
+"""The actor or the critic of a policy as a function of raw observations."""
+
+
 class Acting(Protocol):
     """Chooses the actions of one rollout, and remembers how."""
 
@@ -37,10 +41,15 @@ class Acting(Protocol):
         ...
 
 
-def acting(policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator) -> Acting:
-    """The way of acting that fits the policy; its weights must not change before `acted` is called."""
+def acting(
+    policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator, network: MakeNetwork | None = None
+) -> Acting:
+    """The way of acting that fits the policy; its weights must not change before `acted` is called.
+
+    `network` makes the actor of a small perceptron; by default it is a `NumpyNetwork`.
+    """
     if can_act_in_numpy(policy):
-        return _NumpyActing(policy, n_envs, length, generator)
+        return _NumpyActing(policy, n_envs, length, generator, network or NumpyNetwork)
     return _TorchActing(policy, generator)
 
 
@@ -114,9 +123,11 @@ def for_environment(policy: ActorCritic) -> Callable[[np.ndarray], np.ndarray]:
 class _NumpyActing:
     """Draws the rollout's noise at once; what the environments do not wait for is left to the end."""
 
-    def __init__(self, policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator, network: MakeNetwork
+    ) -> None:
         self._policy = policy
-        self._actor = NumpyNetwork(policy, policy.actor)
+        self._actor = network(policy, policy.actor)
         self._convert = for_environment(policy)
         n_outputs = policy.layers(policy.actor)[-1][0].shape[0]
         self._parameters = np.empty((length, n_envs, n_outputs), np.float32)

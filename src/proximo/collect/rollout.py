@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from proximo.collect.acting import Acting, acting
+from proximo.collect.acting import Acting, MakeNetwork, acting
 from proximo.collect.envs import Step, VectorEnvs
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
@@ -65,12 +65,13 @@ def rollout(
     *,
     gamma: float,
     clock: Clock | None = None,
+    network: MakeNetwork | None = None,
 ) -> tuple[Batch, Episodes]:
     """Take `length` steps in each environment with the policy as it is; advance `carry`.
 
     The normalizers of the policy do not change while this collects. Afterwards the reward scale, which no
     action depends on, takes in the rollout's discounted returns, and then scales the rewards of the batch. `clock`
-    adds up where the time goes.
+    adds up where the time goes; `network` is that of `acting`.
 
     Returns:
         The batch, `[N, length]`, and the episodes that ended in it.
@@ -80,7 +81,7 @@ def rollout(
     """
     clock = clock or Clock()
     recorder = _Recorder.empty(envs.n_envs, length, carry.observations)
-    actor = acting(policy, envs.n_envs, length, generator)
+    actor = acting(policy, envs.n_envs, length, generator, network)
     for t in range(length):
         observations = recorder.observations[t]
         np.copyto(observations, carry.observations)

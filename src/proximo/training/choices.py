@@ -24,6 +24,7 @@ from proximo.collect.child_process import n_cores
 from proximo.collect.native import comes_back_exactly
 from proximo.errors import UserError, in_words
 from proximo.models.control import ActorCritic
+from proximo.training.compiled_acting import CompiledNetwork
 from proximo.training.config import ControlConfig
 from proximo.training.estimate import minibatch_seconds
 
@@ -75,6 +76,7 @@ def with_update_chosen(
         try:
             with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
                 _faster(config, policy, [1])
+                CompiledNetwork(policy, policy.actor)(np.zeros((1, *policy.observation_space.shape), np.float32))
         except (UserError, MemoryError):
             raise
         except Exception as error:

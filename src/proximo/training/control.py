@@ -37,6 +37,7 @@ from proximo.runs.contents import take_counters
 from proximo.runs.directory import RunDirectory
 from proximo.runs.keeping import Keeper
 from proximo.runs.metrics import sync_metrics
+from proximo.training.compiled_acting import network_for
 from proximo.training.config import ControlConfig, recorded, settings_of, with_settings
 from proximo.training.skipping import leave_out
 
@@ -367,7 +368,9 @@ def _collector(
     length, gamma = config.rollout_length, config.algorithm.gamma
     if isinstance(carry, DeviceCarry):
         return DeviceCollector(policy, cast(DeviceEnvs, envs), carry, length, generator, gamma=gamma).collect
-    return partial(rollout, policy, cast(VectorEnvs, envs), carry, length, generator, gamma=gamma, clock=clock)
+    network = network_for(config)
+    steps = cast(VectorEnvs, envs)
+    return partial(rollout, policy, steps, carry, length, generator, gamma=gamma, clock=clock, network=network)
 
 
 def _collect(

@@ -16,6 +16,7 @@ from proximo.collect.acting import acting
 from proximo.collect.envs import VectorEnvs, episode_seed
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
+from proximo.training.compiled_acting import network_for
 from proximo.training.config import ControlConfig
 
 _MOST_STEPS = 50
@@ -44,7 +45,7 @@ def _time_collecting(policy: ActorCritic, envs: VectorEnvs, config: ControlConfi
     """Seconds per vector step, the median of some, within about a quarter of a second."""
     generator = torch.Generator(config.device).manual_seed(episode_seed(config.seed, 0, 0))
     observations = envs.reset()
-    actor = acting(policy, envs.n_envs, _MOST_STEPS, generator)
+    actor = acting(policy, envs.n_envs, _MOST_STEPS, generator, network_for(config))
     times: list[float] = []
     began = time.perf_counter()
     while not times or (len(times) < _MOST_STEPS and time.perf_counter() - began < 0.25):
