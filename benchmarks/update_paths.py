@@ -153,7 +153,8 @@ def seconds_to_first_update(path: str, cache: str) -> float:
 
 def first_update(path: UpdatePath) -> None:
     global WAYS, N_BLOCKS
-    WAYS, N_BLOCKS = {path: (path, 1)}, 1
+    way: tuple[UpdatePath, int] = (path, 1)
+    WAYS, N_BLOCKS = {path: way}, 1
     minibatches("HalfCheetah-v5", 64)
 
 
