@@ -152,9 +152,10 @@ def seconds_to_first_update(path: str, cache: str) -> float:
 
 
 def first_update(path: UpdatePath) -> None:
-    global WAYS, N_BLOCKS
-    way: tuple[UpdatePath, int] = (path, 1)
-    WAYS, N_BLOCKS = {path: way}, 1
+    global N_BLOCKS
+    N_BLOCKS = 1
+    for other in [name for name in WAYS if name != path]:
+        del WAYS[other]
     minibatches("HalfCheetah-v5", 64)
 
 
