@@ -29,7 +29,8 @@ from proximo.training.config import ControlConfig
 from proximo.training.estimate import minibatch_seconds
 
 MINIBATCHES_THAT_PAY = 30_000
-"""From about here compiling has paid the first time already (docs/performance.md); later runs have it from the disk."""
+"""From about here, sooner with large minibatches, compiling has paid the first time already; later runs have it from
+the disk (docs/performance.md)."""
 
 NATIVE_FROM = 8
 """Environments from which a vector version pays (docs/performance.md)."""
