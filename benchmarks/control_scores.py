@@ -192,7 +192,9 @@ def draw(by_task: dict[str, list[dict]]) -> None:
     n_columns = 4
     n_rows = -(-len(by_task) // n_columns)
     figure = Figure(figsize=(3.2 * n_columns, 2.5 * n_rows), layout="constrained")
-    axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
+    axes = list(figure.subplots(n_rows, n_columns, squeeze=False).flat)
+    for axis in axes[len(by_task) :]:
+        axis.remove()
     for axis, (env_id, done) in zip(axes, by_task.items(), strict=False):
         steps = np.array([point[0] for point in done[0]["curve"]])
         curves = np.array([np.interp(steps, *_known(row["curve"])) for row in done])
