@@ -144,6 +144,7 @@ _HEAD = (
     "ours of it",
     "peer of it",
     "pairs",
+    "commit",
 )
 
 
@@ -168,6 +169,7 @@ def cells(one: Summary) -> list[str]:
         share(one.fraction),
         share(one.peer_fraction),
         str(one.n_pairs),
+        ", ".join(sorted({pair["commit"] for pair in one.pairs})),
     ]
 
 

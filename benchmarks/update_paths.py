@@ -32,9 +32,9 @@ from proximo.collect.make import find_factory
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.process import training_threads
-from proximo.training import control
 from proximo.training.choices import MINIBATCHES_THAT_PAY, NATIVE_FROM
 from proximo.training.config import ControlConfig, with_settings
+from proximo.training.environments import make_envs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "update_paths.jsonl"
@@ -180,7 +180,7 @@ def environments(n_envs: int) -> dict:
     for kind in ("serial", "native"):
         settings = {"env_id": "CartPole-v1", "n_envs": n_envs, "vectorization": kind, "rollout_length": 64}
         config = with_settings(ControlConfig(), settings, where="this benchmark")
-        envs = cast(VectorEnvs, control.make_envs(config, find_factory("CartPole-v1")))
+        envs = cast(VectorEnvs, make_envs(config, find_factory("CartPole-v1")))
         envs.reset()
         ways[kind] = partial(some_steps, envs, np.random.default_rng(0))
     shares = {kind: np.mean([way() for _ in range(20)]) for kind, way in ways.items()}

@@ -40,6 +40,7 @@ from proximo.terminal import Display
 from proximo.training import control
 from proximo.training.choices import with_environments_chosen, with_update_chosen
 from proximo.training.config import ControlConfig, EnvironmentConfig, changed_settings, settings_of, with_settings
+from proximo.training.environments import make_envs
 from proximo.training.estimate import estimated_seconds
 
 
@@ -316,7 +317,7 @@ def _estimate(
     if display.console.quiet or task.vectorization in ("workers", "device") or names_code(task.env_id):
         return None
     try:
-        return estimated_seconds(config, state.policy, lambda: cast(VectorEnvs, control.make_envs(config, factory)))
+        return estimated_seconds(config, state.policy, lambda: cast(VectorEnvs, make_envs(config, factory)))
     except Exception:  # a second set of environments may be impossible where the first one works
         return None
 
@@ -389,7 +390,7 @@ def _check_environment(task: EnvironmentConfig) -> None:
 
 @contextmanager
 def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[control.Envs]:
-    envs = control.make_envs(config, factory)
+    envs = make_envs(config, factory)
     try:
         yield envs
     finally:

@@ -25,7 +25,8 @@ from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.runs.checkpoint import named_checkpoint
 from proximo.training.config import EnvironmentConfig
-from proximo.training.control import iterate, make_envs, restore
+from proximo.training.control import iterate, restore
+from proximo.training.environments import make_envs
 from tests.environments import FAULTS_IN_A_RESET, FAULTS_IN_A_STEP, FAULTS_OF_THE_PROCESS, Faulty
 from tests.training.running import begin, config_with, differing, tensors_of, train
 

@@ -14,7 +14,8 @@ import torch
 from proximo.collect.envs import VectorEnvs
 from proximo.runs.directory import RunDirectory
 from proximo.training.config import ControlConfig, with_settings
-from proximo.training.control import ControlState, iterate, make_envs, start
+from proximo.training.control import ControlState, iterate, start
+from proximo.training.environments import make_envs
 
 Make = Callable[..., gym.Env]
 

@@ -30,7 +30,8 @@ from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics, truncate_metrics
 from proximo.training import control
 from proximo.training.config import ControlConfig, changed_settings
-from proximo.training.control import CLOCK_METRICS, iterate, load_policy, make_envs, restore, save, start
+from proximo.training.control import CLOCK_METRICS, iterate, load_policy, restore, save, start
+from proximo.training.environments import make_envs
 from tests.environments import Counting, Identity, Noisy, Recording, Scripted
 from tests.training.running import Trained, begin, config_with, differing, tensors_of, train
 

@@ -22,7 +22,8 @@ from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
 from proximo.training import control, sft
 from proximo.training.config import EnvironmentConfig
-from proximo.training.control import CLOCK_METRICS, iterate, make_envs, restore
+from proximo.training.control import CLOCK_METRICS, iterate, restore
+from proximo.training.environments import make_envs
 from proximo.training.sft import SFTConfig
 from tests.environments import Identity, Scripted
 from tests.tiny_language import save_tiny

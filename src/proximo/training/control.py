@@ -17,17 +17,10 @@ import torch
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.compiled import Pace
 from proximo.algorithms.ppo import PPO
-from proximo.collect.atari import is_atari
-from proximo.collect.child_process import n_cores
-from proximo.collect.device_envs import DeviceEnvs, make_device_envs
+from proximo.collect.device_envs import DeviceEnvs
 from proximo.collect.device_rollout import DeviceCarry, DeviceCollector
-from proximo.collect.envpool_envs import EnvPoolEnvs
 from proximo.collect.envs import EnvironmentFault, Snapshot, VectorEnvs
-from proximo.collect.make import EnvFactory, make_env
-from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.rollout import Carry, Clock, Episodes, rollout
-from proximo.collect.serial_envs import SerialEnvs
-from proximo.collect.workers import WorkerEnvs
 from proximo.core.batch import Batch
 from proximo.errors import DiskError, UserError, tell
 from proximo.models.control import ActorCritic, NetworkConfig
@@ -39,10 +32,10 @@ from proximo.runs.keeping import Keeper
 from proximo.runs.metrics import sync_metrics
 from proximo.training.compiled_acting import network_for
 from proximo.training.config import ControlConfig, recorded, settings_of, with_settings
+from proximo.training.environments import Envs
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
-Envs = VectorEnvs | DeviceEnvs
 
 PHASES = ("seconds_acting", "seconds_environment", "seconds_collecting", "seconds_updating", "seconds_overhead")
 """Acting and stepping are in collecting. Overhead: between the iteration before and this one, while metrics are
@@ -73,66 +66,6 @@ class ControlState:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds since the run was begun or resumed, by the names of `PHASES`."""
-
-
-def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
-    """Make the vector environment that the config asks for."""
-    task = config.environment
-    if task.vectorization == "native":
-        native = NativeEnvs(
-            make_native(
-                task.env_id,
-                task.n_envs,
-                task.env_kwargs,
-                max_episode_steps=task.max_episode_steps,
-                episodic_life=task.episodic_life,
-            ),
-            config.seed,
-            name=task.env_id,
-            on_space_violation=task.on_space_violation,
-            atari=is_atari(task.env_id),
-        )
-        return _with_steps_to_learn_from(native, config)
-    if task.vectorization == "envpool":
-        options = dict(task.env_kwargs)
-        if task.max_episode_steps is not None:
-            options["max_episode_steps"] = task.max_episode_steps
-        pool = EnvPoolEnvs(task.env_id, task.n_envs, min(n_cores(), task.n_envs), options)
-        native = NativeEnvs(pool, config.seed, name=task.env_id, on_space_violation=task.on_space_violation)
-        return _with_steps_to_learn_from(native, config)
-    if task.vectorization == "device":
-        return make_device_envs(
-            task.env_id,
-            factory,
-            task.n_envs,
-            config.device,
-            config.seed,
-            task.env_kwargs,
-            max_episode_steps=task.max_episode_steps,
-        )
-
-    # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
-    make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
-    shared: dict[str, Any] = dict(
-        name=task.env_id, on_space_violation=task.on_space_violation, max_restarts=task.restarts_allowed
-    )
-    if task.vectorization == "workers":
-        return WorkerEnvs(
-            make_one, task.n_envs, config.seed, n_workers=task.n_workers, timeout=task.step_timeout, **shared
-        )
-    return SerialEnvs(make_one, task.n_envs, config.seed, **shared)
-
-
-def _with_steps_to_learn_from(envs: NativeEnvs, config: ControlConfig) -> NativeEnvs:
-    if envs.resets_take_steps and config.rollout_length < 2:
-        envs.close()
-        task = config.environment
-        raise UserError(
-            f"rollout_length is 1, but {task.env_id} with vectorization {task.vectorization} spends a step on each "
-            "reset: a rollout could hold nothing to learn from. Give a rollout_length of 2 or more, or --vectorization "
-            "serial."
-        )
-    return envs
 
 
 def start(config: ControlConfig, envs: Envs) -> ControlState:
