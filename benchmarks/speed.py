@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from limit import multiplies_bfloat16
 from records import add_row, circumstances, processor_flags, read_rows
 
 HERE = Path(__file__).parent
@@ -64,7 +65,7 @@ class Task:
     """Where compiled code is kept: `empty` at the start of each run, `kept` from run to run, or else at home."""
     peer_env_id: str = ""
     only_ours: dict[str, Any] = field(default_factory=dict)
-    """Settings of ours that change no number and that peers have no word for."""
+    """Settings of ours that peers have no word for; they change no number, but for the precision."""
     cnn: bool = False
     needs_full: bool = False
     nominal_seconds: float = 60.0
@@ -91,6 +92,7 @@ _ONE, _EIGHT = dict(n_envs=1, rollout_length=2048), dict(n_envs=8, rollout_lengt
 
 _CARTPOLE_8X32: dict[str, Any] = dict(env_id="CartPole-v1", settings=_CARTPOLE, steps=100_000, nominal_seconds=40.0)
 _CHEETAH_STEADY: dict[str, Any] = dict(env_id="HalfCheetah-v5", only_ours=_AS_LONG, nominal_seconds=50.0)
+_AS_PIXELS: dict[str, Any] = dict(peer_env_id="PongNoFrameskip-v4", cnn=True, nominal_seconds=80.0)
 
 TASKS: dict[str, Task] = {
     "cartpole_cold": Task(
@@ -149,9 +151,16 @@ TASKS: dict[str, Task] = {
         steps=20_480,
         about="Pong, 8 x 128, Nature CNN, steady",
         required={"sb3": 5.0},
-        peer_env_id="PongNoFrameskip-v4",
-        cnn=True,
-        nominal_seconds=80.0,
+        **_AS_PIXELS,
+    ),
+    "pong_8x128_bfloat16": Task(
+        env_id="ALE/Pong-v5",
+        settings=_PONG,
+        steps=20_480,
+        about="Pong, 8 x 128, Nature CNN, steady, ours in bfloat16",
+        required={"sb3": 5.0},
+        only_ours={"precision": "bfloat16"},
+        **_AS_PIXELS,
     ),
     "cartpole_64x128": Task(
         env_id="CartPole-v1",
@@ -470,12 +479,21 @@ def main() -> None:
                 fresh=arguments.fresh,
             )
             names = arguments.only or [name for name, task in TASKS.items() if arguments.full or not task.needs_full]
+            names = [name for name in names if can_run(TASKS[name])]
             warn_of_a_busy_machine()
             try:
                 measure(session, names, [peer for peer in peers if not refusals[peer]])
             except KeyboardInterrupt:
                 sys.exit("\nStopped. Finished pairs are kept: the same command goes on with the others.")
         tell(results, TASKS, write=results == RESULTS)
+
+
+def can_run(task: Task) -> bool:
+    """Whether the processor has the instructions for it; says so if not."""
+    if task.only_ours.get("precision") != "bfloat16" or multiplies_bfloat16():
+        return True
+    print(f"{task.about}: left out, this processor has no products in bfloat16.", file=sys.stderr, flush=True)
+    return False
 
 
 def warn_of_a_busy_machine() -> None:

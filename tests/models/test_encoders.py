@@ -15,7 +15,7 @@ from proximo.algorithms.ppo import PPO
 from proximo.core.batch import Batch
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic, NetworkConfig
-from proximo.models.encoders import chosen_encoder
+from proximo.models.encoders import _blocks, _filters_of_blocks, chosen_encoder
 
 SCREENS = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
@@ -111,6 +111,26 @@ class TestFeatures:
         first, last = policy(), policy(spaces.Box(0, 255, (84, 84, 4), np.uint8))
         seen = images(2)
         assert torch.equal(first.value(seen), last.value(seen.movedim(1, -1)))
+
+    @pytest.mark.parametrize("shape", [(4, 84, 84), (3, 40, 64), (1, 36, 44)])
+    def test_the_first_layer_over_blocks_is_the_same_sum(self, shape: tuple[int, int, int]):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(5, shape[0], 8, 8, dtype=torch.float64, generator=generator)
+        seen = images(2, shape)
+        blocks = F.conv2d(_blocks(seen).double(), _filters_of_blocks(weight))
+        assert torch.allclose(blocks, F.conv2d(seen.double(), weight, stride=4), rtol=1e-12)
+
+    @pytest.mark.parametrize("shape", [(4, 84, 84), (3, 36, 44), (3, 38, 44), (3, 36, 46), (84, 84, 4)])
+    def test_bfloat16_is_float32_to_its_rounding(self, shape: tuple[int, ...]):
+        space, found = spaces.Box(0, 255, shape, np.uint8), {}
+        for precision in ("float32", "bfloat16"):
+            model = policy(space, precision=precision)
+            assert model.encoder is not None
+            features = model._features(images(6, shape))
+            (features * torch.linspace(-1, 1, 512)).sum().backward()
+            found[precision] = [features.detach(), *(p.grad for p in model.encoder.parameters())]
+        for index, (exact, rounded) in enumerate(zip(found["float32"], found["bfloat16"], strict=True)):
+            assert (rounded - exact).norm() < (0.1 if index else 0.01) * exact.norm()  # gradients are sums that cancel
 
     def test_weights_are_orthogonal_with_gain_sqrt_2(self):
         encoder = policy().encoder

@@ -82,17 +82,19 @@ def rollout(
     clock = clock or Clock()
     recorder = _Recorder.empty(envs.n_envs, length, carry.observations)
     actor = acting(policy, envs.n_envs, length, generator, network)
-    for t in range(length):
-        observations = recorder.observations[t]
-        np.copyto(observations, carry.observations)
-        began = perf_counter()
-        actions = actor.act(t, observations)
-        chosen = perf_counter()
-        step = envs.step(actions)
-        clock.acting += chosen - began
-        clock.environment += perf_counter() - chosen
-        recorder.write(t, step, envs.goes_on)
-        np.copyto(carry.observations, step.observations)
+    # Around the steps: weights that are cast to bfloat16 for one action are kept for the next one.
+    with torch.autocast("cpu", enabled=False):
+        for t in range(length):
+            observations = recorder.observations[t]
+            np.copyto(observations, carry.observations)
+            began = perf_counter()
+            actions = actor.act(t, observations)
+            chosen = perf_counter()
+            step = envs.step(actions)
+            clock.acting += chosen - began
+            clock.environment += perf_counter() - chosen
+            recorder.write(t, step, envs.goes_on)
+            np.copyto(carry.observations, step.observations)
     episodes = _count_episodes(recorder, carry)
     return _assemble(policy, recorder, actor, carry, gamma, next(policy.parameters()).device), episodes
 
