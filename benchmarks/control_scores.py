@@ -95,13 +95,14 @@ def finished() -> set[tuple[str, int]]:
 
 
 def vectorization_of(env_id: str) -> str:
+    from proximo.collect.make import find_factory
     from proximo.presets import PRESETS
     from proximo.training.choices import with_environments_chosen
     from proximo.training.config import ControlConfig, with_settings
 
     settings = {"env_id": env_id, **PRESETS[env_id].settings}
     config = with_settings(ControlConfig(), settings, where="the presets")
-    return with_environments_chosen(config).environment.vectorization
+    return with_environments_chosen(config, find_factory(env_id)).environment.vectorization
 
 
 def run_in_subprocess(env_id: str, seed: int, runs: Path) -> None:

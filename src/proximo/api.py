@@ -15,11 +15,13 @@ import gymnasium as gym
 import numpy as np
 import tomli_w
 
+from proximo.algorithms.ppo import PPO
 from proximo.collect.device_envs import make_device_envs
 from proximo.collect.envs import VectorEnvs
-from proximo.collect.make import Env, EnvFactory, environment_source, make_env, names_code
-from proximo.errors import UserError, tell
+from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
+from proximo.errors import UserError, shown, tell
 from proximo.models.control import ActorCritic
+from proximo.models.packing import PackedObservations
 from proximo.presets import resolve_settings
 from proximo.process import check_device, enough_memory, noted_signals, training_device, training_threads
 from proximo.runs import names
@@ -148,7 +150,7 @@ def resume_with(
         if total_steps is not None:
             config = _with_total_steps(config, total_steps, checkpoint.step, directory)
         written = config
-        config = with_environments_chosen(config)
+        config = with_environments_chosen(config, factory)
         with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
             state, fresh = control.restore(config, checkpoint, envs)
             config = with_update_chosen(config, state.policy, display.say)
@@ -275,7 +277,7 @@ def _directory(run: str | Path | Run) -> RunDirectory:
 def make_to_look_at(factory: EnvFactory, env_id: str, kwargs: dict[str, Any], on_device: str | None) -> Any:
     """An environment whose spaces decide on settings; one of a vector environment on a device, where it is so made."""
     if on_device is None:
-        return make_env(factory, env_id, kwargs)
+        return make_packed_env(factory, env_id, kwargs)
     check_device(on_device)
     return make_device_envs(env_id, factory, 1, on_device, 0, kwargs)
 
@@ -288,7 +290,7 @@ def train_with(
     The environments are made first, so that what is wrong with them leaves no run directory behind.
     """
     _check_environment(config.environment)
-    config = with_environments_chosen(config)
+    config = with_environments_chosen(config, factory)
     with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
         state = control.start(config, envs)
         config = with_update_chosen(config, state.policy, display.say)
@@ -314,6 +316,8 @@ def _estimate(
     Nor for a person's own environments: a second set may open their files or ports a second time.
     """
     task = config.environment
+    if not isinstance(config.algorithm, PPO):
+        return None
     if display.console.quiet or task.vectorization in ("workers", "device") or names_code(task.env_id):
         return None
     try:
@@ -323,9 +327,12 @@ def _estimate(
 
 
 def _spaces_in_words(envs: control.Envs) -> str:
-    actions = envs.action_space
-    acts = f"{actions.n} actions" if isinstance(actions, gym.spaces.Discrete) else f"actions {actions.shape}"
-    return f"(observations {envs.observation_space.shape}, {acts})"
+    seen, actions = envs.observation_space, envs.action_space
+    sees = shown(seen) if isinstance(seen, PackedObservations) else seen.shape
+    acts = f"actions {actions.shape}" if type(actions) is gym.spaces.Box else f"actions {shown(actions)}"
+    if isinstance(actions, gym.spaces.Discrete):
+        acts = f"{actions.n} actions"
+    return f"(observations {sees}, {acts})"
 
 
 def _train_to_the_end(

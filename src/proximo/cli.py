@@ -10,9 +10,9 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tyro
 
@@ -239,7 +239,7 @@ def _train(words: list[str]) -> Outcome:
     from proximo.collect.make import environment_source
     from proximo.presets import resolve_settings
     from proximo.terminal import Display
-    from proximo.training.config import ControlConfig, TrainArguments, with_settings
+    from proximo.training.config import ControlConfig, train_arguments, with_settings
 
     file = _config_file(words)
     from_file = _read_toml(file) if file else {}
@@ -259,19 +259,24 @@ def _train(words: list[str]) -> Outcome:
         is_on_device = (_flag_value(words, "--vectorization") or from_file.get("vectorization")) == "device"
         on_device = (_flag_value(words, "--device") or from_file.get("device") or "cpu") if is_on_device else None
         base, source = resolve_settings(env_id, lambda: make_to_look_at(made, env_id, kwargs, on_device))
-        changes = from_file | {"env_id": env_id, "env_kwargs": kwargs}
+        named_algorithm = _flag_value(words, "--algorithm")
+        chosen = {} if named_algorithm is None else {"algorithm": named_algorithm}
+        changes = from_file | {"env_id": env_id, "env_kwargs": kwargs} | chosen
         base = with_settings(base, changes, where=str(file) if file else "proximo train")
         source += f"; changed by {file}" if file else ""
 
     rest = words[1:] if named else words
-    given = tyro.cli(TrainArguments, args=rest, prog=f"proximo train {env_id or 'ENV'}", default=TrainArguments(base))
+    given = tyro.cli(train_arguments(base), args=rest, prog=f"proximo train {env_id or 'ENV'}")
+    final = replace(given.settings, algorithm=given.learner)
     assert factory is not None
-    display = Display.choose(quiet=given.quiet)
+    display = Display.choose(quiet=given.output.quiet)
     about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed")
     flags = [_flag_name(word) for word in rest if word.startswith("--")]
     flags = [flag for flag in flags if flag not in about_output]
     source += f"; changed by {', '.join(flags)}" if flags else ""
-    return _finish(train_with(given.settings, factory, display, given.run_dir, source), display, as_json=given.json)
+    return _finish(
+        train_with(final, factory, display, given.output.run_dir, source), display, as_json=given.output.json
+    )
 
 
 def _resume(words: list[str]) -> Outcome:
@@ -428,7 +433,7 @@ def _watch(words: list[str]) -> Outcome:
         return env
 
     path = record_video(
-        policy,
+        policy.on_row,
         make_filmed,
         directory.videos / f"step_{checkpoint.step}-seed{given.seed}",
         n_episodes=given.episodes,
@@ -454,7 +459,8 @@ def _check_env(words: list[str]) -> Outcome:
     from dataclasses import asdict
 
     from proximo.collect.check import check_environment, format_report
-    from proximo.collect.make import find_factory, make_env
+    from proximo.collect.make import find_factory, make_env, make_packed_env
+    from proximo.collect.packed_env import ActionMask
     from proximo.collect.replay import load_record, replay_record
 
     given = _parse(CheckEnvArguments, words, "check-env")
@@ -465,7 +471,11 @@ def _check_env(words: list[str]) -> Outcome:
         record = load_record(given.replay)
         kwargs = record.get("env_kwargs", {}) | kwargs
         limit = given.max_episode_steps or record.get("max_episode_steps")
-        said = replay_record(lambda: make_env(factory, given.env, kwargs, max_episode_steps=limit), record)
+        mask = record.get("action_mask")
+        options: dict[str, Any] = {"action_mask": mask} if mask in get_args(ActionMask) else {}
+        said = replay_record(
+            lambda: make_packed_env(factory, given.env, kwargs, max_episode_steps=limit, **options), record
+        )
         return EXIT_DONE, json.dumps({"replay": said}) if given.json else said
     report = check_environment(
         lambda: make_env(factory, given.env, kwargs, max_episode_steps=given.max_episode_steps),

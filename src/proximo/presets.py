@@ -16,6 +16,7 @@ from gymnasium import spaces
 from proximo.collect.atari import is_atari
 from proximo.errors import tell
 from proximo.models.encoders import chosen_encoder
+from proximo.models.packing import PackedActions, PackedObservations, leaves
 from proximo.training.config import ControlConfig, with_settings
 
 ZOO = "RL Baselines3 Zoo, hyperparams/ppo.yml"
@@ -235,10 +236,15 @@ def default_settings(action_space: spaces.Space, observation_space: spaces.Space
     Continuous actions usually come with observations and rewards of any magnitude, so both are normalized. Images are
     scaled by the network that sees them.
     """
-    if isinstance(observation_space, spaces.Box) and chosen_encoder("auto", observation_space) == "nature_cnn":
-        seen = default_settings(action_space) | dict(normalize_observations=False)
+    is_packed = isinstance(observation_space, PackedObservations)
+    if isinstance(observation_space, spaces.Box) and (
+        observation_space.images if is_packed else chosen_encoder("auto", observation_space) == "nature_cnn"
+    ):
+        seen = default_settings(action_space)
+        if not (is_packed and observation_space.n_numbers):
+            seen = seen | dict(normalize_observations=False)
         return seen | dict(batch_size=256, n_epochs=4, rollout_length=128, learning_rate=2.5e-4)
-    if isinstance(action_space, spaces.Box):
+    if _is_continuous(action_space):
         return dict(
             n_envs=8,
             rollout_length=256,
@@ -257,6 +263,12 @@ def default_settings(action_space: spaces.Space, observation_space: spaces.Space
     )
 
 
+def _is_continuous(action_space: spaces.Space) -> bool:
+    """Whether there are numbers in the actions."""
+    source = action_space.source if isinstance(action_space, PackedActions) else action_space
+    return any(isinstance(leaf.space, spaces.Box) for leaf in leaves(source, "action"))
+
+
 def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlConfig, str]:
     """The tuned settings of an environment, or defaults by its spaces, and a line that says which.
 
@@ -273,5 +285,5 @@ def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlC
     except (Exception, SystemExit) as error:  # its spaces are known, and that is all it was made for
         tell(f"proximo: closing {env_id} failed: {type(error).__name__}: {error}")
     config = with_settings(ControlConfig(), {"env_id": env_id, **settings}, where="defaults")
-    kind = "continuous" if isinstance(env.action_space, spaces.Box) else "discrete"
+    kind = "continuous" if _is_continuous(env.action_space) else "discrete"
     return config, f"defaults for {kind} actions: nobody has tuned {env_id}"

@@ -68,7 +68,7 @@ def training_threads(config: ControlConfig) -> Iterator[None]:
     What is small for them gets one, since waking a second thread takes longer than it: torch where the update is
     written out, the BLAS where it only acts. The compiled update has threads of its own.
     """
-    path, threads = config.algorithm.update_path, max(1, config.threads)
+    path, threads = config.update_path, max(1, config.threads)
     with _limits.held(blas=threads if path == "fused" else 1, of_torch=1 if path in ("fused", "compiled") else threads):
         yield
 
@@ -122,7 +122,7 @@ def enough_memory(config: ControlConfig) -> Iterator[None]:
             f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'it ran out'}). Lower one of "
             f"hidden_sizes (now {' '.join(map(str, config.network.hidden_sizes))}), n_envs (now "
             f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
-            f"{config.algorithm.batch_size})."
+            f"{config.batch_size})."
         ) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from proximo.collect.make import Env, EnvFactory, environment_source, make_env, names_code
+from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
 from proximo.errors import UserError
 from proximo.models.control import ActorCritic
 from proximo.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
@@ -112,12 +112,13 @@ def make_for(config: ControlConfig, factory: EnvFactory, *, render_mode: str | N
     """One environment as the run has it."""
     task = config.environment
     try:
-        return make_env(
+        return make_packed_env(
             factory,
             task.env_id,
             task.env_kwargs,
             max_episode_steps=task.max_episode_steps,
             render_mode=render_mode,
+            action_mask=task.action_mask,
         )
     except UserError as error:
         if task.vectorization != "device":

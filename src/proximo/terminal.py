@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from proximo.algorithms.ppo import PPO
 from proximo.collect.envs import VectorEnvs
 from proximo.errors import tell
 from proximo.report.sparkline import sparkline
@@ -62,11 +63,13 @@ class Display:
     def plan(self, config: ControlConfig, run: RunDirectory, spaces: str, source: str, seconds: float | None) -> None:
         """Say what will be done, with which settings and whence, how long it should take, and where it goes."""
         settings = settings_of(config)
-        chosen = "  ".join(f"{name} {short(settings[name])}" for name in SHOWN_IN_PLAN)
-        schedules = [name for name in ("learning_rate_schedule", "clip_schedule") if settings[name] == "linear"]
+        chosen = "  ".join(f"{name} {short(settings[name])}" for name in SHOWN_IN_PLAN if name in settings)
+        schedules = [name for name in ("learning_rate_schedule", "clip_schedule") if settings.get(name) == "linear"]
         switched_on = [name for name in ("normalize_observations", "normalize_rewards") if settings[name]]
         extra = "  ".join([*switched_on, *(f"{name} linear" for name in schedules)])
-        algorithm = "PPO-Clip" if config.algorithm.objective == "clip" else "PPO-Penalty"
+        algorithm = config.algorithm_name.upper()
+        if isinstance(config.algorithm, PPO):
+            algorithm = "PPO-Clip" if config.algorithm.objective == "clip" else "PPO-Penalty"
         expected = "unknown" if seconds is None else f"about {duration(seconds)}"
         rows = {
             "environment": f"{config.environment.env_id}   {spaces}",
@@ -221,7 +224,7 @@ def _how(config: ControlConfig) -> str:
         "compiled": "machine code",
         "graphed": "a CUDA graph",
     }
-    path = config.algorithm.update_path
+    path = config.update_path
     count = min(config.threads, 2) if path == "compiled" else config.threads
     threads = f"{count} thread{'s' * (count != 1)}"
     task = config.environment

@@ -43,6 +43,13 @@ class _Policy(nn.Module):
         distribution = self.distribution(outputs)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
 
+    def critic_weights(self) -> list[Tensor]:
+        return list(self.critic.parameters())
+
+    def policy_weights(self) -> list[Tensor]:
+        critic = {id(weight) for weight in self.critic_weights()}
+        return [weight for weight in self.parameters() if id(weight) not in critic]
+
     def flat(self) -> Tensor:
         """A copy of all parameters in one vector."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters()])

@@ -15,8 +15,7 @@ from proximo.algorithms.adam import FlatAdam, Optimizer
 from proximo.algorithms.compiled import run_compiled_epochs
 from proximo.algorithms.fused import ClipSettings, can_fuse, run_fused_epochs
 from proximo.algorithms.graphed import GraphedSettings, run_graphed_epochs
-from proximo.algorithms.update import Epochs, Loss, Minibatch, run_epochs
-from proximo.core.advantages import gae
+from proximo.algorithms.update import Epochs, Loss, Minibatch, estimated, run_epochs
 from proximo.core.batch import Batch
 from proximo.core.distributions import Distribution
 from proximo.core.kl import AdaptiveKL, ReferenceKL
@@ -28,7 +27,7 @@ from proximo.core.losses import (
     reference_kl_loss,
     value_loss,
 )
-from proximo.core.masked import explained_variance, masked_mean
+from proximo.core.masked import masked_mean
 from proximo.core.policy import Evaluation, Policy
 from proximo.errors import UserError, in_range, one_of
 
@@ -44,8 +43,10 @@ class PPO:
     """Policy loss: `clip` is PPO-Clip (eq. 7 of the paper), `kl_penalty` is PPO-Penalty (eq. 8)."""
     learning_rate: float = 3e-4
     """Step size of Adam."""
-    learning_rate_schedule: Schedule = "constant"
-    """`linear` brings the learning rate down to 0 at the end of the run."""
+    learning_rate_schedule: Literal["constant", "linear", "kl_adaptive"] = "constant"
+    """`linear` brings the learning rate down to 0 at the end of the run; `kl_adaptive` divides it by 1.5 after an
+    update whose approx_kl is above twice kl_target, and multiplies it by 1.5 after one below half of that, between 1e-6
+    and 1e-2."""
     clip_epsilon: float = 0.2
     """The probability ratio may leave [1 - clip_epsilon, 1 + clip_epsilon] without reward for it."""
     clip_schedule: Schedule = "constant"
@@ -82,7 +83,8 @@ class PPO:
     kl_coef: float = 1.0
     """PPO-Penalty: the coefficient beta to begin with."""
     kl_target: float = 0.01
-    """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5."""
+    """PPO-Penalty: beta is doubled above 1.5 times this KL (nats), halved below this over 1.5. What the `kl_adaptive`
+    learning rate aims at, too."""
     update_path: UpdatePath = "auto"
     """`eager` lets torch derive the gradient, the reference; `fused` has it written out in NumPy, for plain perceptrons
     and PPO-Clip on the CPU; `compiled` is that in machine code, which takes some seconds to make the first time;
@@ -118,8 +120,8 @@ class PPO:
         in_range("gae_lambda_per_step", self.gae_lambda_per_step, optional=True, above=0.0, usual="0.05")
         in_range("microbatch_tokens", self.microbatch_tokens, optional=True, at_least=1, whole=True, usual="8192")
         in_range("microbatch_size", self.microbatch_size, optional=True, at_least=1, whole=True, usual="none at all")
-        for name in ("learning_rate_schedule", "clip_schedule"):
-            one_of(name, getattr(self, name), ("constant", "linear"))
+        one_of("learning_rate_schedule", self.learning_rate_schedule, ("constant", "linear", "kl_adaptive"))
+        one_of("clip_schedule", self.clip_schedule, ("constant", "linear"))
         one_of("update_path", self.update_path, typing.get_args(UpdatePath))
         if self.update_path in ("fused", "compiled") and not self.can_fuse:
             raise UserError(
@@ -144,13 +146,15 @@ class PPO:
         """Whether a captured update knows these settings."""
         return self.objective == "clip" and (self.microbatch_size, self.microbatch_tokens) == (None, None)
 
-    def at(self, remaining: float, kl_coef: float) -> PPO:
+    def at(self, remaining: float, kl_coef: float, rate_factor: float = 1.0) -> PPO:
         """Return the settings in force when `remaining` (1 at the start, 0 at the end) of the run is left.
 
-        A function of the run's own step count alone, so a resumed run goes on where the schedule was.
+        Schedules are a function of the run's own step count alone, so a resumed run goes on where they were;
+        `rate_factor` is what `next_rate_factor` has come to.
         """
         remaining = max(remaining, 1e-8)
-        rate_factor = remaining if self.learning_rate_schedule == "linear" else 1.0
+        if self.learning_rate_schedule == "linear":
+            rate_factor = remaining
         clip_factor = remaining if self.clip_schedule == "linear" else 1.0
         now = copy.copy(self)  # `replace` would check every setting again, at each iteration
         high = None if self.clip_epsilon_high is None else self.clip_epsilon_high * clip_factor
@@ -165,6 +169,20 @@ class PPO:
         if self.objective == "clip":
             return self.kl_coef
         return AdaptiveKL(self.kl_coef, self.kl_target).updated(metrics["kl_old_new"]).coef
+
+    def next_rate_factor(self, rate_factor: float, metrics: dict[str, float]) -> float:
+        """What to multiply the learning rate by in the next iteration, from the KL of the last one (`kl_adaptive`).
+
+        As the robotics libraries have it (Rudin et al. 2022, RSL-RL; there per minibatch).
+        """
+        if self.learning_rate_schedule != "kl_adaptive":
+            return 1.0
+        lowest, highest = 1e-6 / self.learning_rate, 1e-2 / self.learning_rate
+        if metrics["approx_kl"] > 2.0 * self.kl_target:
+            return max(rate_factor / 1.5, min(lowest, 1.0))
+        if metrics["approx_kl"] < 0.5 * self.kl_target:
+            return min(rate_factor * 1.5, max(highest, 1.0))
+        return rate_factor
 
     def update(
         self,
@@ -268,32 +286,13 @@ class PPO:
 
     def _estimated(self, policy: Policy, batch: Batch) -> tuple[Minibatch, float]:
         """Advantages, the critic's targets, and the explained variance of the values of collection time."""
-        if batch.values is None or batch.next_values is None:
-            raise ValueError("PPO needs values in the batch; an algorithm without a critic is in grpo.py")
-        estimate = partial(
-            gae,
-            batch.rewards,
-            batch.values,
-            batch.next_values,
-            batch.terminated,
-            batch.done,
-            batch.mask,
-            gamma=self.gamma,
-        )
         gae_lambda: float | Tensor = self.gae_lambda
         if self.gae_lambda_per_step is not None:
             if not policy.has_memory:
                 raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
             steps = batch.mask.sum(1).clamp(min=1).to(batch.rewards.dtype)
             gae_lambda = (1.0 - 1.0 / (self.gae_lambda_per_step * steps)).clamp(min=0.0)
-        advantages = estimate(gae_lambda=gae_lambda)
-        if self.value_gae_lambda is None:
-            returns = advantages + batch.values
-        else:
-            returns = estimate(gae_lambda=self.value_gae_lambda) + batch.values
-        quality = float(explained_variance(batch.values, returns, batch.mask))
-        everything = Minibatch(batch, advantages, returns)
-        return everything if policy.has_memory else everything.as_steps(), quality
+        return estimated(policy, batch, gamma=self.gamma, gae_lambda=gae_lambda, value_gae_lambda=self.value_gae_lambda)
 
     @property
     def _graphed_settings(self) -> GraphedSettings:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
+from proximo.core.advantages import gae
 from proximo.core.batch import Batch, minibatch_indices
 from proximo.core.distributions import Distribution
-from proximo.core.masked import whiten
+from proximo.core.masked import explained_variance, whiten
 from proximo.core.policy import Policy
 
 
@@ -49,6 +51,41 @@ class Minibatch:
 
         returns = None if self.returns is None else steps(self.returns)
         return Minibatch(self.batch.as_steps(), steps(self.advantages), returns)
+
+
+def estimated(
+    policy: Policy,
+    batch: Batch,
+    *,
+    gamma: float,
+    gae_lambda: float | Tensor,
+    value_gae_lambda: float | None = None,
+) -> tuple[Minibatch, float]:
+    """Advantages by GAE, the critic's targets, and the explained variance of the values of collection time.
+
+    The targets are advantages plus values, the advantages those of `value_gae_lambda` where that is given. Without
+    memory every step is a row of its own.
+    """
+    if batch.values is None or batch.next_values is None:
+        raise ValueError("this algorithm needs values in the batch; one without a critic is in grpo.py")
+    estimate = partial(
+        gae,
+        batch.rewards,
+        batch.values,
+        batch.next_values,
+        batch.terminated,
+        batch.done,
+        batch.mask,
+        gamma=gamma,
+    )
+    advantages = estimate(gae_lambda=gae_lambda)
+    if value_gae_lambda is None:
+        returns = advantages + batch.values
+    else:
+        returns = estimate(gae_lambda=value_gae_lambda) + batch.values
+    quality = float(explained_variance(batch.values, returns, batch.mask))
+    everything = Minibatch(batch, advantages, returns)
+    return everything if policy.has_memory else everything.as_steps(), quality
 
 
 Weighing = Literal["steps", "rows", "longest"]

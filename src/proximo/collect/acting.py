@@ -107,6 +107,7 @@ def for_environment(policy: ActorCritic) -> Callable[[np.ndarray], np.ndarray]:
     if isinstance(space, spaces.Discrete):
         start = int(space.start)
         return (lambda actions: actions + start) if start else np.copy
+    assert isinstance(space, spaces.Box)
     shape, dtype, low, high = space.shape, space.dtype, space.low, space.high
     offset, scale = policy.action_map
     is_identity = bool((offset == 0).all() and (scale == 1).all())

@@ -21,9 +21,11 @@ from gymnasium import spaces
 
 from proximo.collect.advice import ADVICE, Severity
 from proximo.collect.envs import episode_seed
+from proximo.collect.packed_env import PackedEnv, packed, packed_spaces
 from proximo.collect.returned_values import SpaceCheck, end_of, reward_of, shown
 from proximo.errors import UserError, in_range, in_words
 from proximo.models.control import ActorCritic, NetworkConfig
+from proximo.models.packing import MASK_KEY, PackedObservations, PackingError
 
 KEPT_CALLS = 300
 """So many of the first calls of random play are kept, to be made again and compared."""
@@ -88,7 +90,7 @@ def check_environment(
     env = _made(make, findings, "make-raised")
     if env is not None:
         if _check_spaces(findings, env):
-            player = _Player(env, findings, began + 0.6 * max_seconds)
+            player = _Player(packed(env), findings, began + 0.6 * max_seconds)
             findings.facts["time limit"] = "none" if player.limit is None else f"{player.limit:,} steps"
             play = _random_play(player, n_steps, seed)
             player.deadline = began + max_seconds
@@ -160,7 +162,8 @@ def _check_spaces(findings: _Findings, env: gym.Env) -> bool:
         findings.facts[f"{word}s"] = shown(space)
         given = {**both, word: space}
         try:
-            ActorCritic(given["observation"], given["action"], NetworkConfig(hidden_sizes=(1,), orthogonal_init=False))
+            known = packed_spaces(given["observation"], given["action"], "none")
+            ActorCritic(*known, NetworkConfig(hidden_sizes=(1,), orthogonal_init=False))
         except UserError as error:
             wrong.append(str(error))
     if wrong:
@@ -193,14 +196,19 @@ class _Player:
         self.limit: int | None = None
         # Wrappers that unpack what the environment returns would fail before it can be looked at.
         self._options = {"options": None} if isinstance(env, gym.Wrapper) else {}
+        outer = env if isinstance(env, PackedEnv) else None
+        env = env if outer is None else outer.env
         while isinstance(env, (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing)):
             if isinstance(env, gym.wrappers.TimeLimit):
                 self.limit = min(env._max_episode_steps, self.limit or env._max_episode_steps)
             env = env.env
+        env = env if outer is None else outer.around(env)
         self.env = env
         self._check = SpaceCheck.of(env.observation_space)
         self._seed = self._length = 0
         self._given: tuple[np.ndarray, bytes] | None = None
+        self.mask: Any = None
+        """Which actions are possible now, as `sample` of their space wants it; None where nothing is known."""
 
     def reset(self, seed: int) -> _Outcome:
         """Begin an episode."""
@@ -208,7 +216,24 @@ class _Player:
         result = self._call("reset", seed=seed, **self._options)
         if not (isinstance(result, tuple) and len(result) == 2):
             self._fail("reset-values", f"reset() returned {shown(result)}, not the pair (observation, info)")
-        return _Outcome(self._observation(result[0]))
+        observation = self._observation(result[0])
+        self.mask = self._possible(observation, result[1])
+        return _Outcome(observation)
+
+    def _possible(self, observation: np.ndarray, info: Any) -> Any:
+        seen, actions = self.env.observation_space, self.env.action_space
+        mask = info.get(MASK_KEY) if isinstance(info, dict) else None
+        if isinstance(seen, PackedObservations) and seen.options:
+            mask = seen.mask(observation)
+        if mask is None or not isinstance(actions, (spaces.Discrete, spaces.MultiDiscrete)):
+            return None
+        flat = (
+            np.concatenate([np.ravel(piece) for piece in mask]) if isinstance(mask, (tuple, list)) else np.ravel(mask)
+        )
+        flat = flat.astype(np.int8)
+        if isinstance(actions, spaces.Discrete):
+            return flat if flat.size == actions.n else None
+        return tuple(np.split(flat, np.cumsum(actions.nvec.ravel())[:-1])) if actions.nvec.ndim == 1 else None
 
     def step(self, action: Any) -> _Outcome:
         """Take one action; `step_seconds` is then how long the environment took."""
@@ -227,6 +252,7 @@ class _Player:
                 kind = "end-value" if end_of(value) is None else "end-type"
                 self._note(kind, f"{word} is {shown(value)}, not True or False")
         terminated, truncated = (bool(end_of(value)) for value in result[2:4])
+        self.mask = self._possible(observation, result[4])
         return _Outcome(observation, reward, terminated, truncated or self._length == self.limit)
 
     @property
@@ -251,6 +277,8 @@ class _Player:
             return result
         except KeyboardInterrupt:
             raise
+        except PackingError as error:
+            self._fail("observation-shape", str(error))
         except BaseException as error:
             is_signature = isinstance(error, TypeError) and "reset() got an unexpected keyword" in in_words(error)
             kind = "reset-signature" if is_signature else "raised"
@@ -334,7 +362,7 @@ def _random_play(player: _Player, n_steps: int, seed: int) -> _Play:
                 seed_of_episode = episode_seed(seed, 0, episode)
                 play.saw(_Call(seed_of_episode, None, player.reset(seed_of_episode)))
                 episode += 1
-            action = actions.sample()
+            action = actions.sample(player.mask)
             outcome = player.step(action)
             play.saw(_Call(None, action, outcome))
             play.rewards.append(outcome.reward)
@@ -359,7 +387,7 @@ def _check_again(make: Callable[[], gym.Env], player: _Player, play: _Play) -> N
     made = _made(make, findings, "second-raised")
     if made is None:
         return
-    fresh = _Player(made, findings, player.deadline)
+    fresh = _Player(packed(made), findings, player.deadline)
     try:
         # By turns, so that a second environment beside the first would disturb it.
         for in_fresh, in_used in zip(_replay(fresh, play.calls), _replay(player, play.calls), strict=True):
@@ -390,7 +418,7 @@ def _replay(
         if seed is not None:
             again = player.reset((seed + seed_offset) % 2**32)
         else:
-            again = player.step(action if actions is None else actions.sample())
+            again = player.step(action if actions is None else actions.sample(player.mask))
         difference = _difference(outcome, again)
         yield f"{difference}; {player.where}" if difference else ""
 

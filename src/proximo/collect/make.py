@@ -14,6 +14,8 @@ import gymnasium as gym
 from gymnasium.error import DependencyNotInstalled
 
 from proximo.collect.atari import AtariGame, is_atari, register_games
+from proximo.collect.envs import close_quietly
+from proximo.collect.packed_env import ActionMask, packed
 from proximo.errors import UserError, in_words, nearest
 
 Env = str | type[gym.Env] | Callable[..., Any]
@@ -118,6 +120,28 @@ def make_env(
             env = env.env  # the limit asked for takes the place of the environment's own
         env = gym.wrappers.TimeLimit(env, max_episode_steps)
     return env
+
+
+def make_packed_env(
+    factory: EnvFactory,
+    env_id: str,
+    env_kwargs: dict[str, Any],
+    *,
+    max_episode_steps: int | None = None,
+    render_mode: str | None = None,
+    action_mask: ActionMask = "auto",
+) -> gym.Env:
+    """Make one environment; as a `PackedEnv` where its spaces are more than arrays, or some actions are masked.
+
+    Raises:
+        UserError: if it cannot be made, or one of its spaces cannot be learned from.
+    """
+    env = make_env(factory, env_id, env_kwargs, max_episode_steps=max_episode_steps, render_mode=render_mode)
+    try:
+        return packed(env, action_mask)
+    except UserError as error:
+        close_quietly(env_id, [env])
+        raise UserError(f"{env_id}: {error}") from error
 
 
 def _check_registered(env_id: str) -> None:

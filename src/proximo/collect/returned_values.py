@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from proximo.models.packing import PackedObservations
+
 STEP_RETURNS = "step() must return (observation, reward, terminated, truncated, info)"
 RESET_RETURNS = "reset() must return (observation, info)"
 
@@ -24,6 +26,8 @@ class SpaceCheck:
     slack_high: np.ndarray
     all_of: np.dtype | None = None
     """The kind of number of which every value is inside the bounds: bytes, for 0 to 255."""
+    rows: PackedObservations | None = None
+    """What the observations are rows of: their numbers are looked at, and called by their places in it."""
 
     @staticmethod
     def of(space: spaces.Space) -> SpaceCheck:
@@ -31,22 +35,26 @@ class SpaceCheck:
         if not isinstance(space, spaces.Box):
             nothing = np.zeros(())
             return SpaceCheck(nothing, nothing, False, nothing, nothing)
-        low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+        rows = space if isinstance(space, PackedObservations) else None
+        low, high = (space.low, space.high) if rows is None else rows.number_bounds
+        low, high = low.astype(np.float64), high.astype(np.float64)
         bounded = bool(np.isfinite(low).any() or np.isfinite(high).any())
-        all_of = None
-        if space.dtype.kind in "iu":
-            ends = np.iinfo(space.dtype)
-            all_of = space.dtype if (space.low == ends.min).all() and (space.high == ends.max).all() else None
+        all_of, dtype = None, np.dtype(space.dtype if rows is None else np.float32)
+        if dtype.kind in "iu":
+            ends = np.iinfo(dtype)  # type: ignore[arg-type]
+            all_of = dtype if (low == ends.min).all() and (high == ends.max).all() else None
         slack_low, slack_high = low - 1e-5 * (1 + np.abs(low)), high + 1e-5 * (1 + np.abs(high))
-        if space.dtype.kind == "f":  # of the observations' kind, which need not be converted to be compared
+        if dtype.kind == "f":  # of the observations' kind, which need not be converted to be compared
             with np.errstate(over="ignore"):
                 slack_low, slack_high = (slack.astype(np.float32) for slack in (slack_low, slack_high))
-        return SpaceCheck(low, high, bounded, slack_low, slack_high, all_of)
+        return SpaceCheck(low, high, bounded, slack_low, slack_high, all_of, rows)
 
     def fits(self, observations: np.ndarray) -> bool:
         """Whether all of them are finite and inside the bounds."""
         if self.all_of is not None and observations.dtype == self.all_of:  # NumPy takes None for float64
             return True
+        if self.rows is not None:
+            observations = self.rows.numbers(observations)
         if observations.dtype.kind == "f":
             flat = observations.ravel()
             # One operation where all is well: a sum of squares is finite, or has a number in it that is not or is huge.
@@ -63,20 +71,25 @@ class SpaceCheck:
 
         `given` is the same observation before it was converted: it may have been too large for float32.
         """
+        if self.rows is not None:
+            observation, given = self.rows.numbers(observation), None
         for place in np.argwhere(~np.isfinite(observation)):
             where = tuple(place)
             if given is not None and np.isfinite(given[where]):
                 return f"{element(place)} is {given[where]:.6g}, too large for {observation.dtype}", False
-            return f"{element(place)} is {observation[where]}", False
+            return f"{self._called(place)} is {observation[where]}", False
         if self.bounded:
             for place in np.argwhere((observation < self.slack_low) | (observation > self.slack_high)):
                 where = tuple(place)
                 return (
-                    f"{element(place)} is {observation[where]:.9g}, outside its space's bounds "
+                    f"{self._called(place)} is {observation[where]:.9g}, outside its space's bounds "
                     f"[{self.low[where]:.6g}, {self.high[where]:.6g}]",
                     True,
                 )
         return None
+
+    def _called(self, place: np.ndarray) -> str:
+        return element(place) if self.rows is None else self.rows.element(int(place[-1]))
 
 
 def element(place: np.ndarray) -> str:

@@ -23,6 +23,7 @@ from proximo.collect.envs import (
     episode_seed,
     too_many_restarts,
 )
+from proximo.collect.packed_env import PackedEnv
 from proximo.collect.returned_values import (
     RESET_RETURNS,
     STEP_RETURNS,
@@ -34,12 +35,13 @@ from proximo.collect.returned_values import (
     shown,
 )
 from proximo.errors import UserError, in_words, with_traceback
+from proximo.models.packing import PackingError
 
 
 def _is_gymnasiums(env: Any) -> bool:
     """Whether an environment and all its wrappers are Gymnasium's."""
     while isinstance(env, gym.Wrapper):
-        if not type(env).__module__.startswith("gymnasium."):
+        if not isinstance(env, PackedEnv) and not type(env).__module__.startswith("gymnasium."):
             return False
         env = env.env
     return type(env).__module__.startswith("gymnasium.envs.")
@@ -164,6 +166,8 @@ class SerialEnvs:
                 result = self._envs[index].step(actions[index])
             except KeyboardInterrupt:
                 raise
+            except PackingError as error:
+                raise self._fault(index, str(error)) from error
             except BaseException as error:
                 self._end_a_fork()
                 raise self._raised(index, "step", error) from error
@@ -339,6 +343,8 @@ class SerialEnvs:
             result = self._envs[index].reset(seed=seed)
         except KeyboardInterrupt:
             raise
+        except PackingError as error:
+            raise self._fault(index, f"after reset(), {error}") from error
         except BaseException as error:
             self._end_a_fork()
             raise self._raised(index, "reset", error) from error

@@ -93,6 +93,23 @@ def kl_penalized_surrogate(
     return SurrogateLoss(loss, approx_kl, torch.zeros_like(approx_kl))
 
 
+def policy_gradient(
+    log_probs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    denominator: float | Tensor | None = None,
+) -> Float[Tensor, ""]:
+    """Policy loss whose gradient is the policy gradient (Williams 1992; Mnih et al. 2016), to be minimized.
+
+        loss = -mean[ log pi(a|s) * A ]
+
+    It is right at the policy that acted alone: nothing holds a second step on the same data back.
+    """
+    objective = torch.where(mask, log_probs, 0.0) * torch.where(mask, advantages, 0.0)
+    return -masked_mean(objective, mask, denominator=denominator)
+
+
 def value_loss(
     values: Float[Tensor, "B T"],
     returns: Float[Tensor, "B T"],

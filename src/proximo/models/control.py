@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,13 +14,13 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from proximo.core.batch import Batch
-from proximo.core.distributions import Categorical, DiagonalGaussian
+from proximo.core.distributions import Distribution
 from proximo.core.normalize import RunningMoments
 from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of, shown
-from proximo.models.encoders import Encoder, NatureCNN, chosen_encoder
-
-Array = TypeVar("Array", np.ndarray, Tensor)
+from proximo.models.actions import CONTINUOUS, ActionHead, Continuous
+from proximo.models.encoders import Encoder, SeveralImages, chosen_encoder, image_encoder
+from proximo.models.packing import PackedActions, PackedObservations, leaves
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,21 @@ class NetworkConfig:
 
     encoder: Encoder = "auto"
     """`mlp`: actor and critic are perceptrons of their own; `nature_cnn`: they share the convolutions and 512 features
-    of the Nature DQN, and are linear on them; `auto`: the latter for uint8 images of at least 36x36."""
+    of the Nature DQN; `impala`: the residual blocks and 256 features of IMPALA; `auto`: `nature_cnn` for uint8 images
+    of at least 36x36. On images alone actor and critic are linear on the features; with numbers beside them they have
+    hidden layers."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the Nature CNN computes in; bfloat16 pays on CPUs with AMX or AVX512-BF16, and on GPUs."""
+    """What images are worked through in; bfloat16 pays on CPUs with AMX or AVX512-BF16, and on GPUs."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers; actor and critic are separate networks of this shape."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Nonlinearity between the layers."""
     orthogonal_init: bool = True
     """Orthogonal weights with gain sqrt(2), 0.01 for the actor's last layer and 1 for the critic's."""
+    distribution: Continuous = "gaussian"
+    """Of continuous actions: `gaussian`, clipped to the bounds; `squashed_gaussian`, its tanh; `beta`, between them."""
+    state_dependent_std: bool = False
+    """The standard deviation is an output of the actor, too, instead of one weight for all states."""
     log_std_init: float = 0.0
     """Logarithm of the standard deviation of continuous actions to begin with."""
     rescale_actions: bool = True
@@ -63,7 +69,13 @@ class NetworkConfig:
             said = shown(self.hidden_sizes)
             raise UserError(f"hidden_sizes is {said}; each must be an integer >= 1 and <= 1e9, such as 64 64.")
         one_of("activation", self.activation, ("tanh", "relu"))
-        one_of("encoder", self.encoder, ("auto", "mlp", "nature_cnn"))
+        one_of("encoder", self.encoder, ("auto", "mlp", "nature_cnn", "impala"))
+        one_of("distribution", self.distribution, CONTINUOUS)
+        if self.state_dependent_std and self.distribution == "beta":
+            raise UserError(
+                "state_dependent_std is on and distribution is 'beta', whose spread hangs on the state as it is. Leave "
+                "one of them out."
+            )
         one_of("precision", self.precision, ("float32", "bfloat16"))
         if self.sign_rewards and self.normalize_rewards:
             raise UserError(
@@ -116,33 +128,32 @@ class ActorCritic(nn.Module):
         self.observation_space = _supported_observations(observation_space)
         self.action_space = _supported_actions(action_space)
         self.config = config
-        n_inputs = int(np.prod(self.observation_space.shape))
-        self.encoder = None
-        if chosen_encoder(config.encoder, self.observation_space) == "nature_cnn":
-            self.encoder = _nature_cnn(self.observation_space, config, generator)
-        elif config.precision != "float32":
-            raise UserError(
-                f"precision is {config.precision!r}, which is for the Nature CNN alone; the perceptrons for "
-                f"{self.observation_space} compute in float32. Leave it out."
-            )
-        if isinstance(self.action_space, spaces.Discrete):
-            n_outputs = Categorical.parameter_size(int(self.action_space.n))
-            self.log_std = None
-        else:
-            n_outputs = DiagonalGaussian.parameter_size(int(np.prod(self.action_space.shape)))
-            self.log_std = nn.Parameter(torch.full((n_outputs,), config.log_std_init))
-        seen = n_inputs if self.encoder is None else self.encoder.n_features
-        hidden = config.hidden_sizes if self.encoder is None else ()
-        self.actor = _mlp(seen, hidden, config, n_outputs, head_gain=0.01, generator=generator)
+        self.head = ActionHead(
+            self.action_space,
+            kind=config.distribution,
+            has_own_std=config.state_dependent_std,
+            log_std_init=config.log_std_init,
+            rescale=config.rescale_actions,
+        )
+        packed = self.observation_space if isinstance(self.observation_space, PackedObservations) else None
+        n_inputs = int(np.prod(self.observation_space.shape)) if packed is None else packed.n_numbers
+        self.encoder = _encoder(self.observation_space, config, generator)
+        self.log_std = None
+        if sum(self.head.log_stds):
+            self.log_std = nn.Parameter(torch.full((sum(self.head.log_stds),), config.log_std_init))
+        seen, hidden = n_inputs, config.hidden_sizes
+        if self.encoder is not None:
+            n_inputs = 0 if packed is None else n_inputs
+            seen, hidden = self.encoder.n_features + n_inputs, hidden if n_inputs else ()
+        self.actor = _mlp(seen, hidden, config, self.head.n_outputs, head_gain=0.01, generator=generator)
         self.critic = _mlp(seen, hidden, config, 1, head_gain=1.0, generator=generator)
         for name, moments in (
-            ("observation", RunningMoments.empty((n_inputs if self.encoder is None else 0,))),
+            ("observation", RunningMoments.empty((n_inputs,))),
             ("return", RunningMoments.empty()),
         ):
             self.register_buffer(f"{name}_mean", moments.mean)
             self.register_buffer(f"{name}_variance", moments.variance)
             self.register_buffer(f"{name}_count", moments.count)
-        self._action_offset, self._action_scale = _action_map(self.action_space, rescale=config.rescale_actions)
 
     # --- for learning -------------------------------------------------------------------------------------
 
@@ -150,15 +161,23 @@ class ActorCritic(nn.Module):
         """Sample actions at raw `observations` `[N, *O]`; no gradient."""
         with torch.no_grad():
             inputs = self._features(observations)
-            distribution = self._distribution(inputs)
+            distribution = self._distribution(inputs, self._mask(observations))
             actions = distribution.sample(generator)
             return Acted(actions, distribution.log_prob(actions), self.critic(inputs).squeeze(-1))
+
+    def choose(
+        self, observations: Tensor, *, deterministic: bool, generator: torch.Generator | None = None
+    ) -> np.ndarray:
+        """Actions for the environments at raw `observations` `[N, *O]`: the most likely ones, or sampled."""
+        with torch.no_grad():
+            distribution = self._distribution(self._features(observations), self._mask(observations))
+            return self.to_environment(distribution.mode() if deterministic else distribution.sample(generator))
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""
         assert isinstance(batch.observations, Tensor)
         inputs = self._features(batch.observations, batch.mask.shape)
-        distribution = self._distribution(inputs)
+        distribution = self._distribution(inputs, self._mask(batch.observations))
         values = self.critic(inputs).squeeze(-1)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
 
@@ -167,8 +186,8 @@ class ActorCritic(nn.Module):
         return [batch.mask.shape[1]] * len(batch.mask)
 
     def plain(self, batch: Batch) -> PlainActorCritic | None:
-        """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them; None with a CNN."""
-        if self.encoder is not None:
+        """Lay open the networks for the steps of a batch `[M, 1]`, as the fused update wants them; or None."""
+        if not self.is_plain:
             return None
         assert isinstance(batch.observations, Tensor)
         with torch.no_grad():
@@ -178,8 +197,27 @@ class ActorCritic(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether actor and critic are perceptrons that share nothing."""
-        return self.encoder is None
+        """Whether actor and critic are perceptrons apart, for one choice or one Gaussian, without masks."""
+        return self.encoder is None and self.head.is_plain and not self.has_masks
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether observations come with what is possible."""
+        return isinstance(self.observation_space, PackedObservations) and bool(self.observation_space.options)
+
+    def blank(self, n: int) -> np.ndarray:
+        """`n` raw observations of nothing `[n, *O]`, as they come from an environment, with every action possible."""
+        space = self.observation_space
+        return space.blank(n) if isinstance(space, PackedObservations) else np.zeros((n, *space.shape), space.dtype)
+
+    def policy_weights(self) -> list[Tensor]:
+        """Weights that change what is done, those of a shared encoder among them."""
+        critic = {id(weight) for weight in self.critic.parameters()}
+        return [weight for weight in self.parameters() if id(weight) not in critic]
+
+    def critic_weights(self) -> list[Tensor]:
+        """Weights that change the values and nothing else."""
+        return list(self.critic.parameters())
 
     def layers(self, network: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
         """Weight `[out, in]` and bias `[out]` of each layer of the actor or the critic."""
@@ -192,8 +230,8 @@ class ActorCritic(nn.Module):
 
     @property
     def action_map(self) -> tuple[np.ndarray, np.ndarray]:
-        """Offset and scale, shaped as the action space, from the policy's units to the environment's."""
-        return self._action_offset, self._action_scale
+        """Offset and scale, shaped as a Box of actions, from the policy's units to the environment's."""
+        return self.head.action_map
 
     def scaled_values(self, observations: Tensor) -> Tensor:
         """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
@@ -202,30 +240,16 @@ class ActorCritic(nn.Module):
 
     def to_environment(self, actions: Tensor) -> np.ndarray:
         """Turn sampled actions `[N, *A]` into a fresh array of actions that the environment accepts."""
-        array = actions.detach().cpu().numpy()
-        space = self.action_space
-        if isinstance(space, spaces.Discrete):
-            return array + int(space.start)
-        scaled = array.reshape(-1, *space.shape) * self._action_scale + self._action_offset
-        return scaled.clip(space.low, space.high).astype(space.dtype)
+        return self.head.to_environment(actions)
 
     def environment_actions(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """Return `to_environment` as a function of tensors on `device`, from which nothing goes to the host."""
-        space = self.action_space
-        if isinstance(space, spaces.Discrete):
-            start = int(space.start)
-            return lambda actions: actions + start if start else actions
-        offset, scale, low, high = (
-            torch.as_tensor(array, dtype=torch.float64, device=device)
-            for array in (self._action_offset, self._action_scale, space.low, space.high)
-        )
-        dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
-        return lambda actions: (actions.detach().reshape(-1, *space.shape) * scale + offset).clamp(low, high).to(dtype)
+        return self.head.on_device(device)
 
     def update_observation_moments(self, observations: Tensor) -> None:
         """Merge raw observations `[N, *O]` into the normalizer. Only ever between two rollouts."""
         moments = RunningMoments(self.observation_mean, self.observation_variance, self.observation_count)
-        moments = moments.updated(observations.reshape(len(observations), -1))
+        moments = moments.updated(self._numbers(observations, (len(observations),)))
         # In place: a captured CUDA graph reads them where they are.
         self.observation_mean.copy_(moments.mean)
         self.observation_variance.copy_(moments.variance)
@@ -248,62 +272,65 @@ class ActorCritic(nn.Module):
 
     # --- for people ---------------------------------------------------------------------------------------
 
-    def __call__(self, observation: Array, *, deterministic: bool = True, seed: int | None = None) -> Array:
+    def __call__(
+        self, observation: Any, *, deterministic: bool = True, seed: int | None = None, action_mask: Any = None
+    ) -> Any:
         """Choose an action for one observation or a batch of them.
 
         Args:
-            observation: shaped as the observation space, or with one leading dimension; NumPy or torch.
+            observation: of the observation space, or a batch: each array in it with one leading dimension.
             deterministic: take the most likely action; False samples.
             seed: makes a sampled action repeatable.
+            action_mask: where the environment tells in its `info` what is possible: that, for each observation.
 
         Returns:
             Actions of the environment's own kind, inside its action space, NumPy for NumPy and torch for torch.
 
         Raises:
-            ValueError: if it is no array of finite numbers, or its shape does not fit the observation space.
+            ValueError: if it is no array of finite numbers, its shape does not fit the observation space, or no action
+                is possible.
         """
-        inputs, single = self._inputs(observation)
-        generator = None if seed is None else torch.Generator(inputs.device).manual_seed(seed)
-        with torch.no_grad():
-            distribution = self._distribution(inputs)
-            actions = distribution.mode() if deterministic else distribution.sample(generator)
-        result = self.to_environment(actions)
+        rows, single = self._rows(observation, action_mask)
+        generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
+        result = self.choose(rows, deterministic=deterministic, generator=generator)
         result = result[0] if single else result
-        return torch.as_tensor(result) if isinstance(observation, Tensor) else result  # type: ignore[return-value]
+        if isinstance(self.action_space, PackedActions):
+            result = self.action_space.unpack(result)
+        return _as_given(observation, result)
 
-    def value(self, observation: Array) -> Array:
+    def on_row(self, observation: np.ndarray, *, deterministic: bool, seed: int | None) -> np.ndarray:
+        """What `__call__` does at one raw observation `[*O]`, for an environment that hands over such rows."""
+        rows = torch.from_numpy(observation.copy()[None]).to(next(self.parameters()).device)
+        generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
+        return self.choose(rows, deterministic=deterministic, generator=generator)[0]
+
+    def value(self, observation: Any) -> Any:
         """Expected discounted return from one observation or a batch, in the environment's own reward units.
 
         Raises:
             ValueError: if it is no array of finite numbers, or its shape does not fit the observation space.
         """
-        inputs, single = self._inputs(observation)
+        rows, single = self._rows(observation, None, needs_mask=False)
         with torch.no_grad():
-            values = self.critic(inputs).squeeze(-1) * self.reward_scale
+            values = self.critic(self._features(rows)).squeeze(-1) * self.reward_scale
         return _like(observation, values[0] if single else values)
 
-    def log_prob(self, observation: Array, action: Array) -> Array:
+    def log_prob(self, observation: Any, action: Any, *, action_mask: Any = None) -> Any:
         """Log-probability of `action` (as the environment takes it) at one observation or a batch.
 
-        Continuous actions: the log-density of the policy's Gaussian, in the environment's action units, at
-        `action`; an action that was clipped to the space is scored where it stands.
+        Continuous actions: the log-density in the environment's action units, at `action`; one that was clipped to the
+        space is scored where it stands.
 
         Raises:
             ValueError: if one is no array of finite numbers, does not fit its space in shape, or is a discrete
                 action that there is not.
         """
-        inputs, single = self._inputs(observation)
-        actions = self._actions(action, len(inputs))
+        rows, single = self._rows(observation, action_mask)
+        taken = self._actions(action, len(rows), single=single)
+        sampled = torch.from_numpy(self.head.from_environment(taken)).to(rows.device)
         with torch.no_grad():
-            if isinstance(self.action_space, spaces.Discrete):
-                log_probs = self._distribution(inputs).log_prob(actions - int(self.action_space.start))
-            else:
-                scale, offset = (
-                    torch.as_tensor(array, dtype=torch.float32, device=inputs.device).flatten()
-                    for array in (self._action_scale, self._action_offset)
-                )
-                own_units = (actions.reshape(len(actions), scale.numel()).to(torch.float32) - offset) / scale
-                log_probs = self._distribution(inputs).log_prob(own_units) - scale.log().sum()
+            distribution = self._distribution(self._features(rows), self._mask(rows))
+            log_probs = distribution.log_prob(sampled) - self.head.log_scale
         return _like(observation, log_probs[0] if single else log_probs)
 
     # --- inside -------------------------------------------------------------------------------------------
@@ -315,12 +342,29 @@ class ActorCritic(nn.Module):
         """
         leading = (len(observations),) if leading is None else leading
         if self.encoder is None:
-            return self._normalized(observations.reshape(*leading, math.prod(self.observation_space.shape)))
-        device = observations.device.type
-        images = observations.reshape(-1, *self.observation_space.shape)
+            return self._normalized(self._numbers(observations, leading))
+        space, device = self.observation_space, observations.device.type
+        if isinstance(space, PackedObservations):
+            rows = observations.reshape(-1, *space.shape)
+            images: Any = space.pixels(rows)
+        else:
+            images = observations.reshape(-1, *space.shape)
         with torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             features = self.encoder(images)
-        return features.to(torch.float32).reshape(*leading, -1)
+        features = features.to(torch.float32).reshape(*leading, -1)
+        if not (isinstance(space, PackedObservations) and space.n_numbers):
+            return features
+        return torch.cat([features, self._normalized(self._numbers(observations, leading))], -1)
+
+    def _numbers(self, observations: Tensor, leading: tuple[int, ...]) -> Tensor:
+        """Observations `[*leading, F]` as a vector, without images and masks."""
+        flat = observations.reshape(*leading, -1)
+        return self.observation_space.numbers(flat) if isinstance(self.observation_space, PackedObservations) else flat
+
+    def _mask(self, observations: Tensor) -> Tensor | None:
+        """What is possible at raw observations `[..., *O]`: `[..., options]`; None where everything is."""
+        space = self.observation_space
+        return space.mask(observations) if isinstance(space, PackedObservations) else None
 
     def _normalized(self, flat: Tensor) -> Tensor:
         flat = flat.to(torch.float32)
@@ -330,35 +374,40 @@ class ActorCritic(nn.Module):
         limit = self.config.clip_observation
         return ((flat - mean) * scale).clamp(-limit, limit)
 
-    def _distribution(self, inputs: Tensor) -> Categorical | DiagonalGaussian:
-        parameters = self.actor(inputs)
-        return Categorical(parameters) if self.log_std is None else DiagonalGaussian(parameters, self.log_std)
+    def _distribution(self, inputs: Tensor, mask: Tensor | None) -> Distribution:
+        return self.head.distribution(self.actor(inputs), self.log_std, mask)
 
-    def _inputs(self, observation: np.ndarray | Tensor) -> tuple[Tensor, bool]:
-        """What actor and critic see at one observation or a batch, `[N, features]`; True if it was one."""
-        tensor = _numbers("observation", observation, next(self.parameters()).device)
-        shape = self.observation_space.shape
+    def _rows(self, observation: Any, action_mask: Any, *, needs_mask: bool = True) -> tuple[Tensor, bool]:
+        """Raw observations `[N, *O]` of what a person has given, one or many; True if it was one."""
+        device, space = next(self.parameters()).device, self.observation_space
+        if isinstance(space, PackedObservations):
+            leading = space.leading_of(observation)
+            rows = space.pack_many(observation, action_mask, leading, ignores_mask=not needs_mask)
+            numbers = space.numbers(rows)
+            if not np.isfinite(numbers).all():
+                place = int(np.argwhere(~np.isfinite(numbers))[0][-1])
+                value = numbers[~np.isfinite(numbers)][0]
+                raise ValueError(f"{space.element(place)} is {value}; every number must be finite")
+            return torch.from_numpy(rows.reshape(-1, *space.shape)).to(device), not leading
+        if action_mask is not None:
+            raise ValueError("action_mask is given to a policy that was trained without masks")
+        tensor, shape = _numbers("observation", observation, device), space.shape
         single = tuple(tensor.shape) == shape
         if not single and (tensor.ndim == 0 or tuple(tensor.shape[1:]) != shape):
             many = f"(N{''.join(f', {size}' for size in shape)}{'' if shape else ','})"
             raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or {many}")
-        with torch.no_grad():
-            return self._features(tensor.reshape(1 if single else len(tensor), *shape)), single
+        return tensor.reshape(1 if single else len(tensor), *shape), single
 
-    def _actions(self, action: np.ndarray | Tensor, n: int) -> Tensor:
-        """`n` actions of the environment's kind, `[n, *A]`."""
-        tensor, space = _numbers("action", action, next(self.parameters()).device), self.action_space
+    def _actions(self, action: Any, n: int, *, single: bool) -> np.ndarray:
+        """`n` actions of the environment's kind as rows `[n, *A]`."""
+        space = self.action_space
+        if isinstance(space, PackedActions):
+            return space.pack_many(action, () if single else (n,)).reshape(n, -1)
+        tensor = _numbers("action", action, torch.device("cpu"))
         shape = (n, *(space.shape or ()))
         if tensor.numel() != math.prod(shape):
             raise ValueError(f"action has shape {tuple(tensor.shape)}; {n} observations need {shape}")
-        if isinstance(space, spaces.Discrete):
-            first, last = int(space.start), int(space.start + space.n) - 1
-            impossible = tensor[(tensor < first) | (tensor > last) | (tensor != tensor.to(torch.int64))]
-            if len(impossible.flatten()):
-                value = impossible.flatten()[0].item()
-                raise ValueError(f"action is {value}; it must be a whole number from {first} to {last}")
-            tensor = tensor.to(torch.int64)
-        return tensor.reshape(shape)
+        return tensor.reshape(shape).numpy()
 
 
 def _numbers(name: str, value: object, device: torch.device) -> Tensor:
@@ -379,18 +428,39 @@ def _numbers(name: str, value: object, device: torch.device) -> Tensor:
     return tensor
 
 
-def _nature_cnn(space: spaces.Box, config: NetworkConfig, generator: torch.Generator | None) -> NatureCNN:
-    """The encoder of images, which has no use for a normalizer.
+def _encoder(space: spaces.Space, config: NetworkConfig, generator: torch.Generator | None) -> Any:
+    """What sees the images of an observation; None where there are none.
 
     Raises:
-        UserError: if the images are not such as it can see, or their normalization was asked for.
+        UserError: if the images are not such as it can see, or a setting has nothing that it is for.
     """
-    if config.normalize_observations:
+    if isinstance(space, PackedObservations):
+        if space.images:
+            kind = "nature_cnn" if config.encoder == "auto" else config.encoder
+            if kind == "mlp":
+                raise UserError(
+                    f"encoder is 'mlp', but the observations have images: {space.source}. Use nature_cnn or impala."
+                )
+            return SeveralImages([image.leaf.space for image in space.images], kind, config.orthogonal_init, generator)
+        kind = "mlp" if config.encoder == "auto" else config.encoder
+        if kind != "mlp":
+            raise UserError(f"encoder is {kind!r}, but there is no image in the observations {space.source}. Use mlp.")
+    else:
+        assert isinstance(space, spaces.Box)
+        kind = chosen_encoder(config.encoder, space)
+        if kind != "mlp" and config.normalize_observations:
+            raise UserError(
+                f"normalize_observations is on, but the observations {space} are images, which the encoder scales from "
+                "0..255 to 0..1 by itself. Set normalize_observations to false."
+            )
+        if kind != "mlp":
+            return image_encoder(kind, space, orthogonal=config.orthogonal_init, generator=generator)
+    if config.precision != "float32":
         raise UserError(
-            f"normalize_observations is on, but the observations {space} are images, which the Nature CNN scales from "
-            "0..255 to 0..1 by itself. Set normalize_observations to false."
+            f"precision is {config.precision!r}, which is for images alone; the perceptrons for "
+            f"{space} compute in float32. Leave it out."
         )
-    return NatureCNN(space, orthogonal=config.orthogonal_init, generator=generator)
+    return None
 
 
 def _mlp(
@@ -422,22 +492,12 @@ def _mlp(
     return nn.Sequential(*layers)
 
 
-def _action_map(space: spaces.Discrete | spaces.Box, *, rescale: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Offset and scale, each shaped as the space, from the policy's units to the environment's."""
-    if isinstance(space, spaces.Discrete):
-        return np.zeros(()), np.ones(())
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    bounded = (np.abs(low) < 1e8) & (np.abs(high) < 1e8) & rescale  # some write the largest float for infinity
-    low, high = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
-    return (high + low) / 2.0, np.maximum((high - low) / 2.0, 1e-8)
-
-
 def _supported_observations(space: spaces.Space) -> spaces.Box:
     if isinstance(space, spaces.Box):
-        return _not_empty("observation", space)
+        return space if isinstance(space, PackedObservations) else _not_empty("observation", space)
     raise UserError(
-        f"The observation space is {space}; Proximo learns from Box observations. "
-        "Wrap the environment in gymnasium.wrappers.FlattenObservation, which turns it into a Box."
+        f"The observation space is {space}, which this kind of vector environment hands over as it is; it can be "
+        "learned from with --vectorization serial or workers."
     )
 
 
@@ -450,17 +510,35 @@ def _not_empty(word: str, space: spaces.Box) -> spaces.Box:
     )
 
 
-def _supported_actions(space: spaces.Space) -> spaces.Discrete | spaces.Box:
-    if isinstance(space, spaces.Discrete):
-        return space
-    if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
-        return _not_empty("action", space)
-    raise UserError(
-        f"The action space is {space}; Proximo acts in Discrete spaces and in Box spaces of floats. "
-        "Wrap the environment in gymnasium.wrappers.TransformAction to offer one of these."
-    )
+def _supported_actions(space: spaces.Space) -> spaces.Space:
+    if isinstance(space, (spaces.Dict, spaces.Tuple)):
+        raise UserError(
+            f"The action space is {space}, which this kind of vector environment takes as it is; it can be learned "
+            "with --vectorization serial or workers."
+        )
+    if not isinstance(space, PackedActions):
+        list(leaves(space, "action"))
+    return space
 
 
-def _like(example: Array, result: Tensor) -> Array:
+def _as_given(example: Any, result: Any) -> Any:
+    """Actions, part by part as torch where the observation is."""
+    if not _is_torch(example):
+        return result
+    if isinstance(result, dict):
+        return {key: _as_given(example, part) for key, part in result.items()}
+    if isinstance(result, tuple):
+        return tuple(_as_given(example, part) for part in result)
+    return torch.as_tensor(result)
+
+
+def _is_torch(example: Any) -> bool:
+    """Whether an observation is torch's, or the first array within it."""
+    while isinstance(example, (dict, tuple)):
+        example = next(iter(example.values() if isinstance(example, dict) else example))
+    return isinstance(example, Tensor)
+
+
+def _like(example: Any, result: Tensor) -> Any:
     """NumPy where `example` is NumPy, torch where it is torch."""
-    return result if isinstance(example, Tensor) else result.cpu().numpy()  # type: ignore[return-value]
+    return result if _is_torch(example) else result.cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,11 +13,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from proximo.errors import UserError
+from proximo.models.packing import SMALLEST_IMAGE, image_layout
 
-Encoder = Literal["auto", "mlp", "nature_cnn"]
-
-SMALLEST_IMAGE = 36
-"""Pixels of height and of width below which nothing is left of an image after the three convolutions."""
+Encoder = Literal["auto", "mlp", "nature_cnn", "impala"]
+Kind = Literal["mlp", "nature_cnn", "impala"]
 
 
 class NatureCNN(nn.Module):
@@ -54,13 +54,7 @@ class NatureCNN(nn.Module):
             nn.utils.skip_init(nn.Linear, 64 * sides[0] * sides[1], self.n_features),
         )
         for layer in layers:
-            if orthogonal:
-                nn.init.orthogonal_(layer.weight, math.sqrt(2), generator=generator)  # type: ignore[arg-type]
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-            else:
-                bound = 1.0 / math.sqrt(layer.weight[0].numel())  # type: ignore[index]
-                nn.init.uniform_(layer.weight, -bound, bound, generator=generator)  # type: ignore[arg-type]
-                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)  # type: ignore[arg-type]
+            _draw(layer, orthogonal=orthogonal, generator=generator)
         self.first, self.second, self.third, self.features = layers
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,7 +103,99 @@ def _filters_of_blocks(weight: Tensor) -> Tensor:
     return halves.reshape(filters, 16 * channels, 2, 2)
 
 
-def chosen_encoder(wanted: Encoder, space: spaces.Box) -> Literal["mlp", "nature_cnn"]:
+class ImpalaCNN(nn.Module):
+    """The residual network of Espeholt et al. 2018 (figure 3, right, without its LSTM) up to its 256 features.
+
+        three times: 3x3 convolution, 3x3 maximum with stride 2, two residual blocks of two 3x3 convolutions each;
+        16, 32 and 32 filters; ReLU, 256 units, ReLU.
+
+    Images are as for `NatureCNN`.
+    """
+
+    n_features = 256
+
+    def __init__(self, space: spaces.Box, *, orthogonal: bool, generator: torch.Generator | None) -> None:
+        """Build it for images of this space; `generator` draws the weights.
+
+        Raises:
+            UserError: if the space is not one of images.
+        """
+        super().__init__()
+        self.channels_last, channels, height, width = image_layout(space)
+        self.convolutions = nn.ModuleList()
+        for before, after in zip((channels, 16, 32), (16, 32, 32), strict=True):
+            self.convolutions.append(nn.utils.skip_init(nn.Conv2d, before, after, 3, padding=1))
+            for _ in range(4):
+                self.convolutions.append(nn.utils.skip_init(nn.Conv2d, after, after, 3, padding=1))
+            height, width = (height + 1) // 2, (width + 1) // 2
+        self.features = nn.utils.skip_init(nn.Linear, 32 * height * width, self.n_features)
+        for layer in (*self.convolutions, self.features):
+            _draw(layer, orthogonal=orthogonal, generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features `[N, 256]` of images `[N, *O]`."""
+        if self.channels_last:
+            images = images.movedim(-1, 1)
+        x = images.contiguous(memory_format=torch.channels_last).to(torch.float32) * (1.0 / 255.0)
+        for first in range(0, len(self.convolutions), 5):
+            enter, *blocks = self.convolutions[first : first + 5]
+            x = F.max_pool2d(enter(x), 3, stride=2, padding=1)
+            for one, other in zip(blocks[::2], blocks[1::2], strict=True):
+                x = x + other(F.relu(one(F.relu(x))))
+        return F.relu(self.features(F.relu(x).permute(0, 2, 3, 1).flatten(1)))
+
+
+class SeveralImages(nn.Module):
+    """An encoder for each image of an observation; their features side by side."""
+
+    def __init__(
+        self, of: Sequence[spaces.Space], kind: Kind, orthogonal: bool, generator: torch.Generator | None
+    ) -> None:
+        """Build one for each space.
+
+        Raises:
+            UserError: if one is of images that cannot be seen.
+        """
+        super().__init__()
+        made = []
+        for space in of:
+            assert isinstance(space, spaces.Box)
+            made.append(image_encoder(kind, space, orthogonal=orthogonal, generator=generator))
+        self.encoders = nn.ModuleList(made)
+        self.n_features = sum(encoder.n_features for encoder in made)
+
+    def forward(self, images: Sequence[Tensor]) -> Tensor:
+        """Features `[N, n_features]` of each kind of image, `[N, *O]`."""
+        return torch.cat([encoder(image) for encoder, image in zip(self.encoders, images, strict=True)], -1)
+
+
+def image_encoder(
+    kind: Kind, space: spaces.Box, *, orthogonal: bool, generator: torch.Generator | None
+) -> NatureCNN | ImpalaCNN:
+    """An encoder of this kind for images of this space.
+
+    Raises:
+        UserError: if it cannot see them.
+    """
+    of_kind = ImpalaCNN if kind == "impala" else NatureCNN
+    return of_kind(space, orthogonal=orthogonal, generator=generator)
+
+
+def _draw(layer: nn.Module, *, orthogonal: bool, generator: torch.Generator | None) -> None:
+    """The initial weights of a convolution or a linear layer."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    assert isinstance(bias, Tensor)
+    if orthogonal:
+        nn.init.orthogonal_(weight, math.sqrt(2), generator=generator)
+        nn.init.zeros_(bias)
+    else:
+        bound = 1.0 / math.sqrt(weight[0].numel())
+        nn.init.uniform_(weight, -bound, bound, generator=generator)
+        nn.init.uniform_(bias, -bound, bound, generator=generator)
+
+
+def chosen_encoder(wanted: Encoder, space: spaces.Box) -> Kind:
     """What `auto` means for these observations: the Nature CNN for uint8 images that are large enough for it."""
     if wanted != "auto":
         return wanted
@@ -118,24 +204,3 @@ def chosen_encoder(wanted: Encoder, space: spaces.Box) -> Literal["mlp", "nature
         return "mlp"
     _, _, height, width = image_layout(space)
     return "nature_cnn" if min(height, width) >= SMALLEST_IMAGE else "mlp"
-
-
-def image_layout(space: spaces.Box) -> tuple[bool, int, int, int]:
-    """Whether the channels come last, and the number of channels, height and width.
-
-    They come first, as in a stack of frames (4, 84, 84), unless the last dimension alone is 1, 3 or 4.
-
-    Raises:
-        UserError: if these are no images that the Nature CNN can see.
-    """
-    shape = space.shape
-    problem = None
-    if len(shape) != 3:
-        problem = "an image has three dimensions, such as (4, 84, 84)"
-    elif space.dtype != np.uint8 and not (space.low.min() >= 0 and space.high.max() <= 255):
-        problem = "the pixels of an image are from 0 to 255"
-    if problem is not None:
-        raise UserError(f"encoder is 'nature_cnn', but the observations are {space}: {problem}. Use encoder 'mlp'.")
-    last = shape[2] in (1, 3, 4) and shape[0] not in (1, 3, 4)
-    channels, height, width = (shape[2], shape[0], shape[1]) if last else shape
-    return last, channels, height, width

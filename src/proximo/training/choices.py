@@ -18,14 +18,18 @@ import numpy as np
 import torch
 
 from proximo.algorithms.adam import NonFiniteUpdateError
-from proximo.algorithms.ppo import UpdatePath
+from proximo.algorithms.ppo import PPO, UpdatePath
 from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
+from proximo.collect.envs import close_quietly
+from proximo.collect.make import EnvFactory, make_packed_env
 from proximo.collect.native import comes_back_exactly
+from proximo.collect.packed_env import ActionMask, can_be_masked, tells_masks
 from proximo.errors import UserError, in_words
 from proximo.models.control import ActorCritic
+from proximo.models.packing import PackedObservations
 from proximo.training.compiled_acting import CompiledNetwork
-from proximo.training.config import ControlConfig
+from proximo.training.config import ControlConfig, EnvironmentConfig
 from proximo.training.estimate import minibatch_seconds
 
 MINIBATCHES_THAT_PAY = 30_000
@@ -36,18 +40,38 @@ NATIVE_FROM = 8
 """Environments from which a vector version pays (docs/performance.md)."""
 
 
-def with_environments_chosen(config: ControlConfig) -> ControlConfig:
-    """Replace vectorization `auto`.
+def with_environments_chosen(config: ControlConfig, factory: EnvFactory) -> ControlConfig:
+    """Replace vectorization `auto` and action_mask `auto`.
 
     Native where that is the same task and resumes as exactly, and for Atari's games, which gain most; else serial.
+    Masks where the environment has them.
+
+    Raises:
+        UserError: if it has to be looked at, and cannot be made.
     """
     task = config.environment
-    if task.vectorization != "auto":
-        return config
-    exact = task.n_envs >= NATIVE_FROM and comes_back_exactly(task.env_id)
-    # Of a single step all may be resets.
-    native = not task.restarts_allowed and config.rollout_length > 1 and (exact or is_atari(task.env_id))
-    return replace(config, environment=replace(task, vectorization="native" if native else "serial"))
+    if task.vectorization == "auto":
+        exact = task.n_envs >= NATIVE_FROM and comes_back_exactly(task.env_id)
+        # Of a single step all may be resets.
+        native = not task.restarts_allowed and config.rollout_length > 1 and (exact or is_atari(task.env_id))
+        task = replace(task, vectorization="native" if native else "serial")
+    if task.action_mask == "auto":
+        task = replace(task, action_mask=_action_mask(task, factory, config.seed))
+    return replace(config, environment=task)
+
+
+def _action_mask(task: EnvironmentConfig, factory: EnvFactory, seed: int) -> ActionMask:
+    """Where one environment says which actions are possible."""
+    if task.vectorization not in ("serial", "workers"):
+        return "none"
+    env = make_packed_env(factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
+    try:
+        seen = env.observation_space
+        if isinstance(seen, PackedObservations) and seen.options:
+            return "observation"
+        return "info" if can_be_masked(env.action_space) and tells_masks(env, seed) else "none"
+    finally:
+        close_quietly(task.env_id, [env])
 
 
 def with_update_chosen(
@@ -58,13 +82,15 @@ def with_update_chosen(
     Raises:
         UserError: if a path is asked for that cannot be: for this policy, on this device, or without numba.
     """
+    if not isinstance(config.algorithm, PPO):
+        return config if config.threads else replace(config, threads=1 if policy.encoder is None else n_cores())
     asked = path = config.algorithm.update_path
     if path == "auto":
         path = _path(config, policy)
     if path in ("fused", "compiled") and not (policy.is_plain and config.device == "cpu"):
         raise UserError(
-            f"update_path is '{path}', which is for perceptrons on the CPU; this policy has an encoder of images, "
-            f"or is on {config.device}. Use auto or eager."
+            f"update_path is '{path}', which is for perceptrons on the CPU, with one choice or one Gaussian and no "
+            f"masks; this policy is another one, or on {config.device}. Use auto or eager."
         )
     config = replace(config, algorithm=replace(config.algorithm, update_path=path))
     if path == "compiled":
@@ -77,7 +103,7 @@ def with_update_chosen(
         try:
             with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
                 _faster(config, policy, [1])
-                CompiledNetwork(policy, policy.actor)(np.zeros((1, *policy.observation_space.shape), np.float32))
+                CompiledNetwork(policy, policy.actor)(policy.blank(1).astype(np.float32))
         except (UserError, MemoryError):
             raise
         except Exception as error:
@@ -87,7 +113,7 @@ def with_update_chosen(
     threads = 1
     if path == "compiled":
         threads = min(2, n_cores())
-    elif not policy.is_plain and config.device == "cpu":
+    elif policy.encoder is not None and config.device == "cpu":
         threads = _faster(config, policy, [n_cores(), 1])
     return replace(config, threads=threads)
 
@@ -104,6 +130,7 @@ def _without_the_compiler(
     if was_asked:
         raise UserError(f"update_path is 'compiled', but {said}, or use update_path fused.") from error
     say(f"{said[0].upper()}{said[1:]}. This run takes the fused update.")
+    assert isinstance(config.algorithm, PPO)
     return with_update_chosen(replace(config, algorithm=replace(config.algorithm, update_path="fused")), policy)
 
 
@@ -122,6 +149,7 @@ def why_not_compiled() -> str:
 
 
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
+    assert isinstance(config.algorithm, PPO)
     if config.device != "cpu":
         return "graphed" if config.device.startswith("cuda") and config.algorithm.can_graph else "eager"
     if not config.algorithm.can_fuse or not policy.is_plain:
@@ -137,7 +165,7 @@ def _faster(config: ControlConfig, policy: ActorCritic, counts: list[int]) -> in
 
     The first one, unless another takes a tenth less.
     """
-    seen = torch.from_numpy(np.zeros((1, *policy.observation_space.shape), policy.observation_space.dtype))
+    seen = torch.from_numpy(policy.blank(1))
     before = torch.get_num_threads()
     times = {}
     try:

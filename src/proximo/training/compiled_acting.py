@@ -15,7 +15,7 @@ from proximo.training.config import ControlConfig
 
 def network_for(config: ControlConfig) -> MakeNetwork | None:
     """What acts in a rollout: machine code where the update is, else what fits the policy."""
-    return CompiledNetwork if config.algorithm.update_path == "compiled" else None
+    return CompiledNetwork if config.update_path == "compiled" else None
 
 
 class CompiledNetwork:

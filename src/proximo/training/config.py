@@ -17,13 +17,22 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from proximo.algorithms.ppo import PPO
+from proximo.algorithms.a2c import A2C
+from proximo.algorithms.ppo import PPO, UpdatePath
+from proximo.algorithms.reinforce import Reinforce
+from proximo.algorithms.trpo import TRPO
 from proximo.collect.atari import is_atari
 from proximo.collect.envs import SpacePolicy
+from proximo.collect.packed_env import ActionMask
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
 from proximo.models.control import NetworkConfig
 
 Vectorization = Literal["auto", "serial", "workers", "native", "envpool", "device"]
+
+Algorithm = PPO | A2C | Reinforce | TRPO
+
+ALGORITHMS: dict[str, Algorithm] = {"ppo": PPO(), "a2c": A2C(), "reinforce": Reinforce(), "trpo": TRPO()}
+"""By the names that `--algorithm` takes, with the settings to begin with."""
 
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 250_000
 
@@ -49,6 +58,9 @@ class EnvironmentConfig:
     """Atari, native: losing a life is an end for learning. Returns and evaluation are over whole games all the same."""
     max_episode_steps: int | None = None
     """Truncate episodes after this many steps; by default whatever the environment does."""
+    action_mask: ActionMask = "auto"
+    """Where the environment says which choices are possible: `info["action_mask"]`, `observation["action_mask"]`, or
+    nowhere; `auto` looks for it before the run."""
     on_space_violation: SpacePolicy = "raise"
     """An observation outside the bounds of its own space stops the run, or is told once (`warn`)."""
     on_environment_fault: Literal["raise", "restart"] = "raise"
@@ -72,6 +84,7 @@ class EnvironmentConfig:
             "max_episode_steps", self.max_episode_steps, optional=True, at_least=1, whole=True, usual="none at all"
         )
         one_of("vectorization", self.vectorization, typing.get_args(Vectorization))
+        one_of("action_mask", self.action_mask, typing.get_args(ActionMask))
         one_of("on_space_violation", self.on_space_violation, ("raise", "warn"))
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
@@ -99,7 +112,7 @@ class ControlConfig:
 
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
-    algorithm: PPO = field(default_factory=PPO)
+    algorithm: Annotated[Algorithm, tyro.conf.Suppress] = field(default_factory=PPO)
     total_steps: int = 1_000_000
     """Environment steps in all, over all environments; the run ends before it would go past them."""
     rollout_length: int = 256
@@ -143,14 +156,14 @@ class ControlConfig:
         in_range("max_skipped_updates", self.max_skipped_updates, at_least=0, whole=True, usual="3")
         in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
         in_range("threads", self.threads, at_least=0, at_most=1024, whole=True, usual="0")
-        if self.algorithm.gae_lambda_per_step is not None:
+        if isinstance(self.algorithm, PPO) and self.algorithm.gae_lambda_per_step is not None:
             raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
-        if self.algorithm.batch_size > self.steps_per_iteration:
+        if self.batch_size > self.steps_per_iteration:
             raise UserError(
-                f"batch_size is {self.algorithm.batch_size}, but a rollout has only {self.steps_per_iteration} steps "
+                f"batch_size is {self.batch_size}, but a rollout has only {self.steps_per_iteration} steps "
                 f"(n_envs {self.environment.n_envs} x rollout_length {self.rollout_length}). Set batch_size to at "
                 f"most {self.steps_per_iteration}, or rollout_length to at least "
-                f"{-(-self.algorithm.batch_size // self.environment.n_envs)}."
+                f"{-(-self.batch_size // self.environment.n_envs)}."
             )
         if self.steps_per_iteration > self.total_steps:
             raise UserError(
@@ -166,6 +179,21 @@ class ControlConfig:
         return self.environment.n_envs * self.rollout_length
 
     @property
+    def algorithm_name(self) -> str:
+        """The name that `--algorithm` takes."""
+        return type(self.algorithm).__name__.lower()
+
+    @property
+    def batch_size(self) -> int:
+        """Steps per minibatch: all of a rollout, for algorithms that have none."""
+        return getattr(self.algorithm, "batch_size", self.steps_per_iteration)
+
+    @property
+    def update_path(self) -> UpdatePath:
+        """How the gradient is come by; only PPO has a choice."""
+        return self.algorithm.update_path if isinstance(self.algorithm, PPO) else "eager"
+
+    @property
     def checkpoint_interval(self) -> int:
         """Environment steps between checkpoints."""
         by_default = min(self.total_steps // 10, _MOST_STEPS_BETWEEN_CHECKPOINTS)
@@ -173,10 +201,9 @@ class ControlConfig:
 
 
 @dataclass(frozen=True)
-class TrainArguments:
-    """Learn a control task. The defaults shown are those of the environment named."""
-
-    settings: Annotated[ControlConfig, tyro.conf.OmitArgPrefixes]
+class _TrainOutput:
+    algorithm: Literal["ppo", "a2c", "reinforce", "trpo"] = "ppo"
+    """What learns; the settings shown are those of the one named."""
     config: Path | None = None
     """A TOML file of settings; flags go over it."""
     run_dir: Path | None = None
@@ -189,9 +216,26 @@ class TrainArguments:
     """Print one JSON object on standard output, and nothing else there."""
 
 
+def train_arguments(base: ControlConfig) -> Any:
+    """The flags of `proximo train`: every setting of the run and of its algorithm, with the values of `base`."""
+    output = _TrainOutput(algorithm=base.algorithm_name)  # type: ignore[arg-type]
+    without = dataclasses.replace(base, algorithm=A2C())  # no batch_size to check before the learner's own is read
+    arguments = dataclasses.make_dataclass(
+        "TrainArguments",
+        [
+            ("settings", Annotated[ControlConfig, tyro.conf.OmitArgPrefixes], field(default=without)),
+            ("learner", Annotated[type(base.algorithm), tyro.conf.OmitArgPrefixes], field(default=base.algorithm)),
+            ("output", Annotated[_TrainOutput, tyro.conf.OmitArgPrefixes], field(default=output)),
+        ],
+        frozen=True,
+    )
+    arguments.__doc__ = "Learn a control task. The defaults shown are those of the environment named."
+    return arguments
+
+
 def settings_of(config: object) -> dict[str, Any]:
     """Every setting of a config by its own name; nested dataclasses are walked through."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"algorithm": config.algorithm_name} if isinstance(config, ControlConfig) else {}
     for entry in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, entry.name)
         if dataclasses.is_dataclass(value):
@@ -230,6 +274,24 @@ def changed_settings(before: object, config: object) -> str:
     return f"its state is back, but with other settings it goes another way: {', '.join(changed)}" if changed else ""
 
 
+def with_algorithm(config: ControlConfig, name: Any, *, where: str) -> Any:
+    """Return `config` with the algorithm of this name: its own settings, and the discount that belongs to the task.
+
+    Raises:
+        UserError: if there is none of this name, with the nearest one.
+    """
+    if name not in ALGORITHMS:
+        closest = nearest(str(name), ALGORITHMS, count=1)
+        hint = f" Did you mean {closest[0]!r}?" if closest else ""
+        raise UserError(f"{where}: there is no algorithm {shown(name)}.{hint} There are: {', '.join(ALGORITHMS)}.")
+    if name == config.algorithm_name:
+        return config
+    algorithm = dataclasses.replace(ALGORITHMS[name], gamma=config.algorithm.gamma)
+    if isinstance(algorithm, (PPO, TRPO)) and algorithm.batch_size > config.steps_per_iteration:
+        algorithm = dataclasses.replace(algorithm, batch_size=config.steps_per_iteration)
+    return dataclasses.replace(config, algorithm=algorithm)
+
+
 Config = TypeVar("Config")
 
 
@@ -241,6 +303,9 @@ def with_settings(config: Config, settings: dict[str, Any], *, where: str) -> Co
     Raises:
         UserError: for an unknown name (with the nearest one), a value of the wrong type, or an impossible one.
     """
+    if isinstance(config, ControlConfig) and "algorithm" in settings:
+        config = with_algorithm(config, settings["algorithm"], where=where)
+        settings = {name: value for name, value in settings.items() if name != "algorithm"}
     known = settings_of(config)
     for name in settings:
         if name not in known:

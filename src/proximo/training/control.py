@@ -31,7 +31,7 @@ from proximo.runs.directory import RunDirectory
 from proximo.runs.keeping import Keeper
 from proximo.runs.metrics import sync_metrics
 from proximo.training.compiled_acting import network_for
-from proximo.training.config import ControlConfig, recorded, settings_of, with_settings
+from proximo.training.config import Algorithm, ControlConfig, recorded, settings_of, with_settings
 from proximo.training.environments import Envs
 from proximo.training.skipping import leave_out
 
@@ -55,6 +55,8 @@ class ControlState:
     action_generator: torch.Generator
     shuffle_generator: torch.Generator
     kl_coef: float
+    rate_factor: float = 1.0
+    """What the learning rate is multiplied by, where it follows the KL."""
     iteration: int = 0
     env_steps: int = 0
     n_episodes: int = 0
@@ -90,7 +92,7 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
         action_generator=torch.Generator(config.device).manual_seed(int(actions)),
         # Half a million steps are shuffled where they are.
         shuffle_generator=torch.Generator(config.device if is_on_device else "cpu").manual_seed(int(shuffles)),
-        kl_coef=config.algorithm.kl_coef,
+        kl_coef=config.algorithm.kl_coef if isinstance(config.algorithm, PPO) else 0.0,
     )
 
 
@@ -124,7 +126,7 @@ def iterate(
     while not (finished(config, state) or stopped):
         began = time.perf_counter()
         overhead = began - updated
-        algorithm = config.algorithm.at(1.0 - state.env_steps / config.total_steps, state.kl_coef)
+        algorithm = _in_force(config, state)
         moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
         clock.restart()
         batch, episodes = _collect(config, run, envs, collect)
@@ -148,6 +150,14 @@ def iterate(
             is_urgent=stopped,
         )
         yield row
+
+
+def _in_force(config: ControlConfig, state: ControlState) -> Algorithm:
+    """The algorithm with the settings of this moment."""
+    remaining = 1.0 - state.env_steps / config.total_steps
+    if isinstance(config.algorithm, PPO):
+        return config.algorithm.at(remaining, state.kl_coef, state.rate_factor)
+    return config.algorithm.at(remaining)
 
 
 def finished(config: ControlConfig, state: ControlState) -> bool:
@@ -252,7 +262,7 @@ def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[
             state.carry.discounted_return,
         ):
             per_episode[index] = 0
-    take_counters(state, described, _COUNTERS, optional=("best_return",))
+    take_counters(state, described, _COUNTERS, optional=("best_return", "rate_factor"))
     for name in ("recent_returns", "recent_lengths"):
         if not all(isinstance(value, int | float) for value in described[name]):
             raise ValueError(f"its {name} are no numbers")
@@ -283,6 +293,7 @@ BEFORE_ENCODERS = {"encoder": "mlp"}
 
 _COUNTERS = (
     "kl_coef",
+    "rate_factor",
     "iteration",
     "env_steps",
     "n_episodes",
@@ -332,6 +343,7 @@ def _written_down(fault: EnvironmentFault, run: RunDirectory, config: ControlCon
         "env_id": task.env_id,
         "env_kwargs": task.env_kwargs,
         "max_episode_steps": task.max_episode_steps,
+        "action_mask": task.action_mask,
         **fault.record,
     }
     path = run.path / f"replay-env{record['env_index']}-episode{record['episode']}.json"
@@ -363,7 +375,7 @@ def _learn(
     config: ControlConfig,
     run: RunDirectory,
     state: ControlState,
-    algorithm: PPO,
+    algorithm: Algorithm,
     batch: Batch,
     moments: dict[str, torch.Tensor],
 ) -> Metrics:
@@ -379,13 +391,16 @@ def _learn(
         metrics = _left_out(config, run, state, batch, error, moments)
     else:
         state.skipped_in_a_row = 0
-        state.kl_coef = algorithm.next_kl_coef(metrics)
+        if isinstance(algorithm, PPO):
+            state.kl_coef = algorithm.next_kl_coef(metrics)
+            state.rate_factor = config.algorithm.next_rate_factor(state.rate_factor, metrics)  # type: ignore[union-attr]
         if config.network.normalize_observations:
             assert isinstance(batch.observations, torch.Tensor)
             state.policy.update_observation_moments(batch.observations[batch.mask])
     if first_ratio_error is not None:
         metrics["first_ratio_error"] = first_ratio_error
-    return metrics | {"learning_rate": algorithm.learning_rate, "clip_epsilon": algorithm.clip_epsilon}
+    clip = {"clip_epsilon": algorithm.clip_epsilon} if isinstance(algorithm, PPO) else {}
+    return metrics | {"learning_rate": algorithm.learning_rate} | clip
 
 
 def _count(state: ControlState, batch: Batch, episodes: Episodes) -> None:

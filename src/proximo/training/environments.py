@@ -10,7 +10,7 @@ from proximo.collect.child_process import n_cores
 from proximo.collect.device_envs import DeviceEnvs, make_device_envs
 from proximo.collect.envpool_envs import EnvPoolEnvs
 from proximo.collect.envs import VectorEnvs
-from proximo.collect.make import EnvFactory, make_env
+from proximo.collect.make import EnvFactory, make_packed_env
 from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.serial_envs import SerialEnvs
 from proximo.collect.workers import WorkerEnvs
@@ -57,7 +57,14 @@ def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
         )
 
     # A partial rather than a closure: worker processes unpickle it without importing this module and torch.
-    make_one = partial(make_env, factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
+    make_one = partial(
+        make_packed_env,
+        factory,
+        task.env_id,
+        task.env_kwargs,
+        max_episode_steps=task.max_episode_steps,
+        action_mask=task.action_mask,
+    )
     shared: dict[str, Any] = dict(
         name=task.env_id, on_space_violation=task.on_space_violation, max_restarts=task.restarts_allowed
     )

@@ -12,6 +12,7 @@ import torch
 
 from proximo.algorithms.adam import FlatAdam
 from proximo.algorithms.compiled import Pace
+from proximo.algorithms.ppo import PPO
 from proximo.collect.acting import acting
 from proximo.collect.envs import VectorEnvs, episode_seed
 from proximo.core.batch import Batch
@@ -23,10 +24,11 @@ _MOST_STEPS = 50
 
 
 def estimated_seconds(config: ControlConfig, policy: ActorCritic, make_scratch_envs: Callable[[], VectorEnvs]) -> float:
-    """Time one small rollout's worth of acting, stepping and learning, and multiply.
+    """Time one small rollout's worth of acting, stepping and learning with PPO, and multiply.
 
     Everything is done on copies: scratch environments, and a copy of the policy.
     """
+    assert isinstance(config.algorithm, PPO)
     policy = copy.deepcopy(policy)
     envs = make_scratch_envs()
     try:
@@ -57,7 +59,8 @@ def _time_collecting(policy: ActorCritic, envs: VectorEnvs, config: ControlConfi
 
 def minibatch_seconds(policy: ActorCritic, observations: torch.Tensor, config: ControlConfig) -> float:
     """Seconds per minibatch of an update of `policy`, the smallest of a few; the first ones warm up."""
-    size = config.algorithm.batch_size
+    assert isinstance(config.algorithm, PPO)
+    size = config.batch_size
     rows = observations[torch.arange(size, device=observations.device) % len(observations)].unsqueeze(1)
     acted = policy.act(rows[:, 0], torch.Generator(config.device).manual_seed(0))
     flags = torch.zeros(size, 1, dtype=torch.bool, device=observations.device)

@@ -83,12 +83,8 @@ def _play(policy: ActorCritic, envs: SerialEnvs, n_episodes: int, generator: tor
     observations = envs.reset()
     device = next(policy.parameters()).device
     while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
-        if generator is None:
-            actions = policy(observations)
-        else:
-            sampled = policy.act(torch.from_numpy(observations.copy()).to(device), generator).actions
-            actions = policy.to_environment(sampled)
-        step = envs.step(actions)
+        rows = torch.from_numpy(observations.copy()).to(device)
+        step = envs.step(policy.choose(rows, deterministic=generator is None, generator=generator))
         running_return += step.rewards
         running_length += 1
         if running_length.max() > LONGEST_EPISODE:
