@@ -84,7 +84,7 @@ class TestChoice:
             policy(space, encoder="nature_cnn", **settings)
 
     def test_perceptrons_have_no_precision(self):
-        with pytest.raises(UserError, match="precision is 'bfloat16', which is for the Nature CNN alone"):
+        with pytest.raises(UserError, match="precision is 'bfloat16', which is for images alone"):
             policy(spaces.Box(-1.0, 1.0, (3,), np.float32), precision="bfloat16")
 
 

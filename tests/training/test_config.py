@@ -35,6 +35,9 @@ CHANGED: dict[str, Any] = dict(
     microbatch_tokens=512,
     vectorization="workers",
     n_workers=2,
+    action_mask="none",
+    distribution="squashed_gaussian",
+    state_dependent_std=True,
     encoder="nature_cnn",
     precision="bfloat16",
     max_episode_steps=77,
@@ -120,7 +123,7 @@ class TestNames:
 
     def test_all_of_them_are_looked_at_here(self):
         # A new setting belongs into CHANGED; some do not go with others there, and one is for language alone.
-        elsewhere = {"update_path", "gae_lambda_per_step", "sign_rewards", "episodic_life"}
+        elsewhere = {"algorithm", "update_path", "gae_lambda_per_step", "sign_rewards", "episodic_life"}
         assert set(settings_of(ControlConfig())) - elsewhere == set(CHANGED)
 
     @pytest.mark.parametrize("config", [ControlConfig(), change(**CHANGED)], ids=["default", "changed"])

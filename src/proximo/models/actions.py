@@ -180,12 +180,12 @@ class ActionHead:
         array = actions.detach().cpu().numpy()
         if isinstance(self.space, spaces.Discrete):
             return array + int(self.space.start)
-        rows = array.reshape(len(array), -1)
+        rows = array.reshape(len(array), sum(self._widths))
         columns = [part.to_environment(rows[:, own]) for part, own in zip(self.parts, self._columns, strict=True)]
         joined = np.concatenate(columns, 1) if len(columns) > 1 else columns[0]
         if self._is_joint:
             return joined.astype(np.float64)
-        return joined.reshape(-1, *(self.space.shape or ())).astype(self.space.dtype)
+        return joined.reshape(len(rows), *(self.space.shape or ())).astype(self.space.dtype)
 
     def from_environment(self, rows: np.ndarray) -> np.ndarray:
         """What was sampled where the environments got `rows` `[N, *A]`: the inverse of `to_environment`.
@@ -193,7 +193,7 @@ class ActionHead:
         Raises:
             ValueError: if a choice is one that there is not.
         """
-        flat = rows.reshape(len(rows), -1).astype(np.float64)
+        flat = rows.reshape(len(rows), sum(self._widths)).astype(np.float64)
         columns = [part.from_environment(flat[:, own]) for part, own in zip(self.parts, self._columns, strict=True)]
         sampled = np.concatenate(columns, 1)
         if isinstance(self.space, spaces.Discrete):

@@ -20,7 +20,7 @@ from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of, shown
 from proximo.models.actions import CONTINUOUS, ActionHead, Continuous
 from proximo.models.encoders import Encoder, SeveralImages, chosen_encoder, image_encoder
-from proximo.models.packing import PackedActions, PackedObservations, leaves
+from proximo.models.packing import PackedActions, PackedObservations
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ class ActorCritic(nn.Module):
 
     def _numbers(self, observations: Tensor, leading: tuple[int, ...]) -> Tensor:
         """Observations `[*leading, F]` as a vector, without images and masks."""
-        flat = observations.reshape(*leading, -1)
+        flat = observations.reshape(*leading, math.prod(self.observation_space.shape))
         return self.observation_space.numbers(flat) if isinstance(self.observation_space, PackedObservations) else flat
 
     def _mask(self, observations: Tensor) -> Tensor | None:
@@ -374,7 +374,7 @@ class ActorCritic(nn.Module):
         limit = self.config.clip_observation
         return ((flat - mean) * scale).clamp(-limit, limit)
 
-    def _distribution(self, inputs: Tensor, mask: Tensor | None) -> Distribution:
+    def _distribution(self, inputs: Tensor, mask: Tensor | None = None) -> Distribution:
         return self.head.distribution(self.actor(inputs), self.log_std, mask)
 
     def _rows(self, observation: Any, action_mask: Any, *, needs_mask: bool = True) -> tuple[Tensor, bool]:
@@ -516,8 +516,8 @@ def _supported_actions(space: spaces.Space) -> spaces.Space:
             f"The action space is {space}, which this kind of vector environment takes as it is; it can be learned "
             "with --vectorization serial or workers."
         )
-    if not isinstance(space, PackedActions):
-        list(leaves(space, "action"))
+    if isinstance(space, spaces.Box) and not isinstance(space, PackedActions):
+        return _not_empty("action", space)
     return space
 
 
