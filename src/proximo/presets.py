@@ -14,6 +14,7 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from proximo.collect.atari import is_atari
+from proximo.collect.packed_env import mask_of
 from proximo.errors import tell
 from proximo.models.encoders import chosen_encoder
 from proximo.models.packing import PackedActions, PackedObservations, leaves
@@ -276,10 +277,13 @@ def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlC
     """
     preset = preset_of(env_id)
     if preset is not None:
-        config = with_settings(ControlConfig(), {"env_id": env_id, **preset.settings}, where=f"preset {env_id}")
+        settings = {"env_id": env_id, "action_mask": "none", **preset.settings}
+        config = with_settings(ControlConfig(), settings, where=f"preset {env_id}")
         return config, f"tuned for {env_id} ({preset.source}); measured: {preset.score}"
     env = make()
     settings = default_settings(env.action_space, env.observation_space)
+    if isinstance(env, gym.Env):
+        settings["action_mask"] = mask_of(env, seed=0)
     try:
         env.close()
     except (Exception, SystemExit) as error:  # its spaces are known, and that is all it was made for

@@ -89,6 +89,8 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "on_space_violation": st.sampled_from(["raise", "warn"]),
     "vectorization": st.sampled_from(["serial", "native", "device"]),
     "n_workers": none_or(st.integers(1, 4)),
+    "action_mask": st.sampled_from(["auto", "none"]),
+    "state_dependent_std": st.booleans(),
     "hidden_sizes": st.lists(st.integers(1, 6), max_size=3),
     "activation": st.sampled_from(["tanh", "relu"]),
     "orthogonal_init": st.booleans(),
@@ -102,7 +104,7 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "clip_reward": between(0.01, 100),
     "objective": st.sampled_from(["clip", "kl_penalty"]),
     "learning_rate": between(1e-6, 0.1),
-    "learning_rate_schedule": st.sampled_from(["constant", "linear"]),
+    "learning_rate_schedule": st.sampled_from(["constant", "linear", "kl_adaptive"]),
     "clip_epsilon": between(0.01, 0.99),
     "clip_schedule": st.sampled_from(["constant", "linear"]),
     "clip_epsilon_high": none_or(between(0.01, 2)),
@@ -134,6 +136,8 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
 ELSEWHERE = {"env_id", "env_kwargs", "n_envs", "rollout_length", "total_steps", "batch_size", "device", "threads"}
 ELSEWHERE |= {"on_environment_fault"}  # goes with some vectorizations alone: tests/collect/test_restarts.py
 ELSEWHERE |= {"precision", "episodic_life"}  # for pictures and games: tests/models/test_encoders.py, test_atari.py
+ELSEWHERE |= {"distribution"}  # some need bounds, or do not go with the spread: tests/models/test_actions.py
+ELSEWHERE |= {"algorithm"}  # has other settings: tests/training/test_family.py
 ELSEWHERE |= {"gae_lambda_per_step", "microbatch_tokens"}  # for language models alone
 
 

@@ -80,7 +80,7 @@ class TestUpdatePath:
         pixels = ActorCritic(space, gym.spaces.Discrete(2), NetworkConfig())
         with pytest.raises(UserError, match=f"update_path is '{path}', which is for perceptrons on the CPU"):
             with_update_chosen(config(update_path=path), pixels)
-        with pytest.raises(UserError, match="is on cuda"):
+        with pytest.raises(UserError, match="or on cuda"):
             with_update_chosen(config(update_path=path, device="cuda"), POLICY)
 
     @pytest.mark.parametrize("path", ["eager", "fused", "compiled"])
@@ -113,9 +113,43 @@ class TestUpdatePath:
         assert torch.get_num_threads() == before
 
 
+def no_factory(**kwargs: Any) -> gym.Env:
+    raise AssertionError("nothing need be made to choose a vectorization")
+
+
+class TestMasks:
+    def chosen(self, env: Any, **settings: Any) -> str:
+        return with_environments_chosen(config(env_id="mine:Env", **settings), env).environment.action_mask
+
+    def test_they_are_looked_for_where_there_is_a_choice(self):
+        class Told(gym.Env):
+            observation_space = gym.spaces.Box(0.0, 1.0, (1,))
+            action_space = gym.spaces.Discrete(2)
+
+            def reset(self, *, seed=None, options=None):
+                return np.zeros(1, np.float32), {"action_mask": np.ones(2, np.int8)}
+
+        class Continuous(Told):
+            action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+        class Seen(Told):
+            observation_space = gym.spaces.Dict({"x": gym.spaces.Discrete(2), "action_mask": gym.spaces.MultiBinary(2)})
+
+        class Failing(Told):
+            def reset(self, *, seed=None, options=None):
+                raise RuntimeError
+
+        assert self.chosen(Told) == "info"
+        assert self.chosen(Continuous) == "none"
+        assert self.chosen(Seen) == "observation"
+        assert self.chosen(Failing) == "none"
+        assert self.chosen(Told, action_mask="none") == "none"
+        assert self.chosen(no_factory, vectorization="native") == "none"
+
+
 class TestVectorization:
     def chosen(self, **settings: Any) -> str:
-        return with_environments_chosen(config(**settings)).environment.vectorization
+        return with_environments_chosen(config(action_mask="none", **settings), no_factory).environment.vectorization
 
     def test_environments_with_a_vector_version_that_resumes_are_native(self):
         assert self.chosen(env_id="CartPole-v1", n_envs=8) == "native"

@@ -514,10 +514,10 @@ class TestStart:
         class Odd(Noisy):
             def __init__(self) -> None:
                 super().__init__()
-                self.action_space = spaces.MultiBinary(3)
+                self.action_space = spaces.Text(3)
 
         config = config_with()
-        with pytest.raises(UserError, match="The action space is MultiBinary"):
+        with pytest.raises(UserError, match="action_space is Text"):
             start(config, make_envs(config, Odd))
 
     def test_weights_actions_and_shuffles_are_drawn_from_different_streams(self):

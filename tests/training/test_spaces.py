@@ -162,7 +162,7 @@ SETTINGS: dict[str, Any] = dict(
         (Hybrid, 8_192, 5.5, {}),
         (Hybrid, 8_192, 5.0, {"distribution": "beta"}),
         (Hybrid, 8_192, 5.5, {"distribution": "squashed_gaussian", "state_dependent_std": True}),
-        (Seen, 2_048, 7.0, {"learning_rate": 1e-3, "n_epochs": 4}),
+        (Seen, 4_096, 7.0, {"n_epochs": 4}),
     ],
 )
 def test_learns(tmp_path: Path, env: type[gym.Env], steps: int, wanted: float, settings: dict[str, Any]):

@@ -64,7 +64,7 @@ class PackedEnv(gym.Wrapper):
 def packed(env: gym.Env, action_mask: ActionMask = "auto") -> gym.Env:
     """The environment itself where its spaces are arrays and nothing is forbidden, else a `PackedEnv` around it.
 
-    `auto` looks for the mask in the observation; it is not in `info` before a reset (see `tells_masks`).
+    `auto` looks for the mask in the observation; it is not in `info` before a reset (see `mask_of`).
 
     Raises:
         UserError: if a space is of a kind that cannot be learned from, or there is nothing that could be masked.
@@ -92,9 +92,18 @@ def packed_spaces(
     return observations if isinstance(observations, spaces.Box) else PackedObservations(observations), actions
 
 
-def can_be_masked(space: spaces.Space) -> bool:
-    """Whether there is a choice in the actions."""
-    return bool(_options(space.source if isinstance(space, PackedActions) else space, "auto"))
+def mask_of(env: gym.Env, seed: int) -> ActionMask:
+    """Where an environment as `packed` makes it says which actions are possible; it is reset to find out."""
+    seen, actions = env.observation_space, env.action_space
+    if isinstance(seen, PackedObservations) and seen.options:
+        return "observation"
+    if not _options(actions.source if isinstance(actions, PackedActions) else actions, "auto"):
+        return "none"
+    try:
+        _, info = env.reset(seed=seed)
+    except Exception:  # whoever trains on it will be told
+        return "none"
+    return "info" if isinstance(info, dict) and MASK_KEY in info else "none"
 
 
 def _options(space: spaces.Space, action_mask: ActionMask) -> tuple[int, ...]:
@@ -113,12 +122,3 @@ def _has_mask(space: spaces.Space, n_options: int) -> bool:
     """Whether observations have a mask with a number for each option."""
     mask = space.spaces.get(MASK_KEY) if isinstance(space, spaces.Dict) else None
     return mask is not None and n_options > 0 and int(np.prod(mask.shape or (0,))) == n_options
-
-
-def tells_masks(env: gym.Env, seed: int) -> bool:
-    """Whether `info` says after a reset which actions are possible."""
-    try:
-        _, info = env.reset(seed=seed)
-    except Exception:  # whoever trains on it will be told
-        return False
-    return isinstance(info, dict) and MASK_KEY in info

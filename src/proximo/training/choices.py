@@ -24,10 +24,9 @@ from proximo.collect.child_process import n_cores
 from proximo.collect.envs import close_quietly
 from proximo.collect.make import EnvFactory, make_packed_env
 from proximo.collect.native import comes_back_exactly
-from proximo.collect.packed_env import ActionMask, can_be_masked, tells_masks
+from proximo.collect.packed_env import ActionMask, mask_of
 from proximo.errors import UserError, in_words
 from proximo.models.control import ActorCritic
-from proximo.models.packing import PackedObservations
 from proximo.training.compiled_acting import CompiledNetwork
 from proximo.training.config import ControlConfig, EnvironmentConfig
 from proximo.training.estimate import minibatch_seconds
@@ -66,10 +65,7 @@ def _action_mask(task: EnvironmentConfig, factory: EnvFactory, seed: int) -> Act
         return "none"
     env = make_packed_env(factory, task.env_id, task.env_kwargs, max_episode_steps=task.max_episode_steps)
     try:
-        seen = env.observation_space
-        if isinstance(seen, PackedObservations) and seen.options:
-            return "observation"
-        return "info" if can_be_masked(env.action_space) and tells_masks(env, seed) else "none"
+        return mask_of(env, seed)
     finally:
         close_quietly(task.env_id, [env])
 

@@ -94,6 +94,11 @@ class EnvironmentConfig:
                 f"episodic_life is on, which is for games ALE/... with --vectorization native; this is {self.env_id} "
                 f"with {self.vectorization}. Turn it off (--no-episodic-life)."
             )
+        if self.action_mask in ("info", "observation") and self.vectorization in ("native", "envpool", "device"):
+            raise UserError(
+                f"action_mask is {self.action_mask!r}, but the environments of a {self.vectorization} vector environment "
+                "hand over no masks here. Use --vectorization serial or workers, or --action-mask none."
+            )
         if self.on_environment_fault == "restart" and self.vectorization in ("native", "envpool", "device"):
             raise UserError(
                 f"on_environment_fault is restart, but the environments of a {self.vectorization} vector environment "
@@ -280,7 +285,7 @@ def with_algorithm(config: ControlConfig, name: Any, *, where: str) -> Any:
     Raises:
         UserError: if there is none of this name, with the nearest one.
     """
-    if name not in ALGORITHMS:
+    if not isinstance(name, str) or name not in ALGORITHMS:
         closest = nearest(str(name), ALGORITHMS, count=1)
         hint = f" Did you mean {closest[0]!r}?" if closest else ""
         raise UserError(f"{where}: there is no algorithm {shown(name)}.{hint} There are: {', '.join(ALGORITHMS)}.")
