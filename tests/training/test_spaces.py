@@ -224,3 +224,9 @@ def test_worker_processes_hand_over_the_same_rows(tmp_path: Path, vectorization:
     reference = proximo.train(Hybrid, total_steps=512, run_dir=tmp_path / "reference", **settings)
     one, other = (proximo.load(each).state_dict() for each in (run, reference))
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_masks_are_refused_where_nobody_would_look_at_them():
+    for vectorization in ("native", "envpool", "device"):
+        with pytest.raises(proximo.UserError, match="action_mask is 'info', but a"):
+            proximo.train("CartPole-v1", action_mask="info", vectorization=vectorization)
