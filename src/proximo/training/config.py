@@ -96,8 +96,8 @@ class EnvironmentConfig:
             )
         if self.action_mask in ("info", "observation") and self.vectorization in ("native", "envpool", "device"):
             raise UserError(
-                f"action_mask is {self.action_mask!r}, but a {self.vectorization} vector environment hands over no masks "
-                "here. Use --vectorization serial or workers, or --action-mask none."
+                f"action_mask is {self.action_mask!r}, but a {self.vectorization} vector environment hands over no "
+                "masks here. Use --vectorization serial or workers, or --action-mask none."
             )
         if self.on_environment_fault == "restart" and self.vectorization in ("native", "envpool", "device"):
             raise UserError(
