@@ -337,6 +337,12 @@ class _Play:
     rewards: list[float] = field(default_factory=list)
     ends: list[tuple[bool, bool]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    rows: PackedObservations | None = None
+    """What the observations are rows of, if they are."""
+
+    def name_of(self, index: int) -> str:
+        """What a number of `_kept_values` is called."""
+        return f"observation[{index}]" if self.rows is None else self.rows.element(int(self.rows.measured[index]))
 
     def saw(self, call: _Call) -> None:
         """Keep an observation, and one of the first calls."""
@@ -355,6 +361,8 @@ class _Play:
 def _random_play(player: _Player, n_steps: int, seed: int) -> _Play:
     """Random episodes, seeded as training seeds them, for `n_steps` or until the time is up."""
     play, actions = _Play(), _seeded(player.env.action_space, seed)
+    seen = player.env.observation_space
+    play.rows = seen if isinstance(seen, PackedObservations) else None
     episode, ended = 0, True
     try:
         while len(play.rewards) < n_steps:
@@ -478,7 +486,8 @@ def _check_values(findings: _Findings, play: _Play) -> None:
     constant = np.ptp(values, axis=0) <= 1e-8 * (1 + np.abs(values[0]))
     if constant.any() and play.observations[0].ndim != 3:  # an image has its borders
         indices = np.flatnonzero(constant).tolist()
-        listed = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")
+        names = indices if play.rows is None else [play.name_of(index) for index in indices]
+        listed = ", ".join(map(str, names[:5])) + (", ..." if len(indices) > 5 else "")
         what = f"{len(indices)} of {len(constant)} values never changed in {len(values):,} observations: {listed}."
         findings.add("observation-constant", what)
     if constant.all():
@@ -486,11 +495,11 @@ def _check_values(findings: _Findings, play: _Play) -> None:
     size, spread = np.sqrt(np.mean(np.square(values), axis=0)), np.where(constant, np.nan, values.std(axis=0))
     farthest, most, least = int(np.argmax(size)), int(np.nanargmax(spread)), int(np.nanargmin(spread))
     if size[farthest] > 20:
-        findings.add("observation-scale", f"observation[{farthest}] is usually around {size[farthest]:.3g}.")
+        findings.add("observation-scale", f"{play.name_of(farthest)} is usually around {size[farthest]:.3g}.")
     elif size[farthest] < 0.01:
         findings.add("observation-scale", f"all values are very small: at most around {size[farthest]:.3g}.")
     elif spread[most] > 100 * spread[least]:
-        what = f"observation[{most}] varies by {spread[most]:.3g}, observation[{least}] by {spread[least]:.3g}"
+        what = f"{play.name_of(most)} varies by {spread[most]:.3g}, {play.name_of(least)} by {spread[least]:.3g}"
         findings.add("observation-scale", f"the values differ in size: {what}.")
 
 
@@ -510,13 +519,17 @@ def _state_facts(findings: _Findings, play: _Play, seed: int) -> None:
     values = _kept_values(play)
     if values.size:
         low, high = values.min(axis=0), values.max(axis=0)
-        ranges = ", ".join(f"[{i}] {low[i]:.4g} to {high[i]:.4g}" for i in range(min(len(low), 12)))
+        names = [play.name_of(i).removeprefix("observation") for i in range(min(len(low), 12))]
+        ranges = ", ".join(f"{name} {low[i]:.4g} to {high[i]:.4g}" for i, name in enumerate(names))
         facts["observations seen"] = ranges + (", ..." if len(low) > 12 else "")
 
 
 def _kept_values(play: _Play) -> np.ndarray:
-    """The finite ones of the kept observations, one in a row."""
-    rows = np.stack(play.observations).reshape(len(play.observations), -1).astype(np.float64)
+    """The finite ones of the kept observations, one in a row; without choices, and without images beside numbers."""
+    kept = np.stack(play.observations)
+    if play.rows is not None:
+        kept = play.rows.numbers(kept)[:, play.rows.measured]
+    rows = kept.reshape(len(kept), -1).astype(np.float64)
     return rows[np.isfinite(rows).all(axis=1)]
 
 

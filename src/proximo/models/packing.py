@@ -202,6 +202,12 @@ class PackedObservations(spaces.Box):
         """The lowest and the highest that each of `numbers` may be, `[F]`."""
         return self._bounds()
 
+    @property
+    def measured(self) -> np.ndarray:
+        """Which of `numbers` are those of a Box, and not a choice."""
+        kinds = [np.full(_n_numbers(leaf.space), isinstance(leaf.space, spaces.Box)) for leaf in self._numbers]
+        return np.flatnonzero(np.concatenate(kinds)) if kinds else np.zeros(0, np.int64)
+
     # --- into a row ---
 
     def leading_of(self, observation: Any) -> tuple[int, ...]:
