@@ -61,7 +61,7 @@ def read_run_config(directory: RunDirectory) -> ControlConfig:
             f"{directory.config_path} was emptied or damaged: it lacks {' and '.join(lost)}. Restore it from a copy, "
             'or write all settings of the run into it again: env_id = "CartPole-v1", ..., and at the end [env_kwargs]'
         )
-    settings = control.BEFORE_ENCODERS | settings
+    settings = control.BEFORE_ENCODERS | {"action_mask": "none"} | settings  # what runs that say nothing of it had
     return with_settings(ControlConfig(), settings, where=str(directory.config_path))
 
 

@@ -63,6 +63,15 @@ def test_observations_and_actions_are_rows():
     assert env.action_space.contains(env.taken[0])
 
 
+def test_a_reset_without_options_is_called_without_any():
+    class Short(Robot):
+        def reset(self, seed=None):
+            return super().reset(seed=seed)
+
+    assert packed(Short()).reset(seed=0)[0].shape == (5,)
+    assert check_environment(Robot, "Robot", n_steps=30).ok
+
+
 def test_what_is_an_array_already_is_left_alone():
     env = gym.make("CartPole-v1")
     assert packed(env) is env
@@ -161,6 +170,18 @@ class TestMasks:
         envs.reset()
         for t in range(9):
             envs.step(np.array([[1, 1]] if t % 2 == 0 else [[0, 0]]))
+
+    def test_nor_does_one_that_is_cut(self):
+        class Cut(Told):
+            def step(self, action):
+                observation, reward, over, _, info = super().step(action)
+                return observation, reward, False, over, {} if over else info
+
+        envs = SerialEnvs(lambda: packed(Cut(), "info"), 1, 0)
+        envs.reset()
+        for t in range(9):
+            step = envs.step(np.array([[1, 1]] if t % 2 == 0 else [[0, 0]]))
+        assert step.truncated[0]
 
     def test_checking_an_environment_keeps_to_what_is_possible(self):
         report = check_environment(Told, "Told", n_steps=100)

@@ -321,6 +321,11 @@ def test_beta_samples_have_its_mean_spread_and_entropy():
     assert float(-p.log_prob(x).mean()) == pytest.approx(float(p.entropy()[0]), abs=0.02)
 
 
+def test_beta_that_is_flat_to_rounding_has_a_mode_all_the_same():
+    assert Beta(torch.full((1, 1, 2), -20.0)).mode().tolist() == [[0.5]]
+    assert Beta(torch.full((1, 1, 2), -400.0)).mode().tolist() == [[0.5]]
+
+
 def test_beta_is_never_at_its_bounds():
     p = Beta(torch.tensor([[-30.0, 60.0]]).expand(1000, 1, 2).requires_grad_())
     x = p.sample(torch.Generator().manual_seed(0))

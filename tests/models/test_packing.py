@@ -119,6 +119,15 @@ class TestImages:
             assert np.array_equal(np.asarray(pixels[0]), camera)
             assert packed.mask(rows) is None
 
+    @pytest.mark.parametrize("n_options", [1, 2, 3, 4])
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_rows_of_any_number_of_bytes(self, n_options: int, n: int):
+        packed = PackedObservations(SEEN, (n_options,))
+        one = {"camera": np.zeros((36, 40, 3), np.uint8), "speed": np.array([3.0, 4.0])}
+        rows = torch.from_numpy(np.stack([packed.pack(one, np.ones(n_options))] * n))
+        assert packed.numbers(rows).tolist() == [[3.0, 4.0]] * n
+        assert packed.numbers(rows[:1, None]).tolist() == [[[3.0, 4.0]]]
+
     def test_with_leading_dimensions_and_masks(self):
         packed = PackedObservations(SEEN, (2, 3))
         row = packed.pack({"camera": np.zeros((36, 40, 3), np.uint8), "speed": np.array([3.0, 4.0])}, [0, 1, 1, 0, 1])
@@ -164,7 +173,8 @@ class TestMasks:
         ("mask", "said"),
         [
             (None, "there is no action_mask"),
-            ([1, 1, 1], "the action_mask has 3 numbers, not one for each of 5 options"),
+            ([1, 1, 1], r"the action_mask has shape \(3,\), not one number for each of 5 options"),
+            (([1, 1], [1, 1]), "the action_mask has shape"),
             ([0, 0, 1, 1, 1], "forbids every action of choice 0"),
             ([1, 1, 0, 0, 0], "forbids every action of choice 1"),
             ([1, 1, 2, 1, 1], "must hold True and False, or 1 and 0"),
@@ -179,6 +189,16 @@ class TestMasks:
     def test_one_row_of_many_without_a_possible_action(self):
         with pytest.raises(PackingError, match="forbids every action"):
             checked_mask(np.array([[1, 0], [0, 0]]), (2,), (2,))
+
+    def test_a_list_of_masks_is_one_for_each_observation(self):
+        masks = [[1, 1, 1, 0], [0, 1, 1, 1]]
+        for given in (masks, [np.array(mask) for mask in masks], np.array(masks)):
+            assert checked_mask(given, (2, 2), (2,)).astype(int).tolist() == masks
+        by_choice = (np.array([[1, 1], [0, 1]]), np.array([[1, 0], [1, 1]]))
+        assert checked_mask(by_choice, (2, 2), (2,)).astype(int).tolist() == masks
+        for wrong in (np.ones((4, 2)), np.ones((1, 4)), [[1, 1, 1, 1]]):
+            with pytest.raises(PackingError):
+                checked_mask(wrong, (2, 2), (2,))
 
     def test_a_mask_of_another_length_is_refused_beforehand(self):
         space = spaces.Dict({"action_mask": spaces.MultiBinary(3), "x": spaces.Box(0, 1, (1,))})
@@ -237,6 +257,16 @@ def test_what_cannot_be_learned_from_is_named_by_its_place(space: spaces.Space):
         PackedObservations(spaces.Dict({"mission": space, "x": spaces.Discrete(2)}))
 
 
+def test_choices_among_too_many_are_refused():
+    with pytest.raises(UserError, match=r"observation_space\['id'\] is .*there may be 1,000,000 at most"):
+        PackedObservations(spaces.Dict({"id": spaces.Discrete(2**40)}))
+
+
+def test_keys_that_no_checkpoint_can_hold_are_refused():
+    with pytest.raises(UserError, match="The key 1 of observation_space is no string"):
+        PackedObservations(spaces.Dict({1: spaces.Discrete(2)}))
+
+
 def test_spaces_without_numbers_are_refused():
     with pytest.raises(UserError, match=r"observation_space\['x'\] is .*holds no numbers"):
         list(leaves(spaces.Dict({"x": spaces.Box(0, 1, (0,))}), "observation"))
@@ -249,6 +279,7 @@ def test_spaces_without_numbers_are_refused():
         SEEN,
         spaces.MultiDiscrete([[2, 3]], start=[[1, 0]]),
         spaces.MultiBinary([2, 3]),
+        spaces.Discrete(3, start=1, dtype=np.int32),
         PackedObservations(NESTED),
         PackedObservations(SEEN, (2, 3)),
         PackedActions(TestActions.SPACE),

@@ -95,5 +95,7 @@ def test_on_the_command_line_with_settings_of_its_own(tmp_path: Path, capsys: py
 def test_an_algorithm_that_there_is_not_is_told_with_the_nearest(tmp_path: Path):
     with pytest.raises(UserError, match=r"there is no algorithm 'trop'. Did you mean 'trpo'\? There are: ppo, a2c"):
         trained(tmp_path, "trop", 2_048)
-    with pytest.raises(UserError, match="there is no setting 'clip_epsilon'"):
+    with pytest.raises(
+        UserError, match=r"there is no setting 'clip_epsilon'\. It is one of ppo, and the algorithm is trpo"
+    ):
         trained(tmp_path, "trpo", 2_048, clip_epsilon=0.1)

@@ -120,9 +120,9 @@ class TRPO:
         objective = _objective(new.log_probs, everything)
         gradient = _flat(torch.autograd.grad(objective, weights, allow_unused=True), weights)
         norm = float(gradient.norm())
-        if not math.isfinite(norm) or not math.isfinite(float(objective)):
-            raise NonFiniteUpdateError(f"the gradient's norm is {norm}, the objective {float(objective)}")
         before, entropy = float(objective.detach()), float(masked_mean(new.entropy.detach(), batch.mask))
+        if not math.isfinite(norm) or not math.isfinite(before):
+            raise NonFiniteUpdateError(f"the gradient's norm is {norm}, the objective {before}")
         taken, kl, after = 0, 0.0, before
         if norm > 0:
             product = fisher_vector_product(policy, batch, old, weights, self.conjugate_gradient_damping)

@@ -33,7 +33,7 @@ class PackedEnv(gym.Wrapper):
         Raises:
             PackingError: if the observation does not fit its space, or no action is possible.
         """
-        result = self.env.reset(seed=seed, options=options)
+        result = self.env.reset(seed=seed) if options is None else self.env.reset(seed=seed, options=options)
         if not (isinstance(result, tuple) and len(result) == 2):
             return result  # the caller says what is wrong with it
         return self._packed(result[0], result[1]), result[1]
@@ -48,7 +48,13 @@ class PackedEnv(gym.Wrapper):
         if not (isinstance(result, tuple) and len(result) == 5):
             return result
         observation, reward, terminated, truncated, info = result
-        return self._packed(observation, info, is_over=bool(terminated)), reward, terminated, truncated, info
+        return (
+            self._packed(observation, info, is_over=bool(terminated) or bool(truncated)),
+            reward,
+            terminated,
+            truncated,
+            info,
+        )
 
     def around(self, env: gym.Env) -> PackedEnv:
         """The same around another environment, such as the one inside a wrapper."""
@@ -103,7 +109,7 @@ def mask_of(env: gym.Env, seed: int) -> ActionMask:
         _, info = env.reset(seed=seed)
     except Exception:  # whoever trains on it will be told
         return "none"
-    return "info" if isinstance(info, dict) and MASK_KEY in info else "none"
+    return "info" if isinstance(info, dict) and info.get(MASK_KEY) is not None else "none"
 
 
 def _options(space: spaces.Space, action_mask: ActionMask) -> tuple[int, ...]:

@@ -327,9 +327,8 @@ class Beta:
 
     def mode(self) -> Float[Tensor, "*S A"]:
         """`(alpha - 1) / (alpha + beta - 2)`."""
-        alpha, beta = self.concentrations
-        above = alpha - 1.0
-        return above / (above + (beta - 1.0))
+        above, below = F.softplus(self.raw).clamp_min(torch.finfo(self.raw.dtype).tiny).unbind(-1)  # not 0 / 0
+        return above / (above + below)
 
     def log_prob(self, actions: Float[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
         """Log-density of `2 x - 1`, summed over dimensions."""

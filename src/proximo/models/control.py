@@ -300,7 +300,8 @@ class ActorCritic(nn.Module):
 
     def on_row(self, observation: np.ndarray, *, deterministic: bool, seed: int | None) -> np.ndarray:
         """What `__call__` does at one raw observation `[*O]`, for an environment that hands over such rows."""
-        rows = torch.from_numpy(observation.copy()[None]).to(next(self.parameters()).device)
+        dtype = np.float32 if self.observation_space.dtype == np.float64 else self.observation_space.dtype
+        rows = torch.from_numpy(np.array(observation, dtype)[None]).to(next(self.parameters()).device)
         generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
         return self.choose(rows, deterministic=deterministic, generator=generator)[0]
 

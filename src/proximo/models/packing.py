@@ -24,6 +24,9 @@ Path = tuple[str | int, ...]
 SMALLEST_IMAGE = 36
 """Pixels of height and of width below which the Nature CNN has nothing left after its three convolutions."""
 
+MOST_OPTIONS = 10**6
+"""Options of one part of an observation or action."""
+
 MASK_KEY = "action_mask"
 """Of a Dict of observations, or of `info`: which actions are possible."""
 
@@ -66,6 +69,8 @@ def leaves(space: spaces.Space, what: str, path: Path = ()) -> Iterator[Leaf]:
     """
     if isinstance(space, spaces.Dict):
         for key in sorted(space.spaces, key=str):
+            if not isinstance(key, str):
+                raise UserError(f"The key {key!r} of {named(f'{what}_space', path)} is no string. Use strings.")
             yield from leaves(space.spaces[key], what, (*path, key))
     elif isinstance(space, spaces.Tuple):
         for index, inner in enumerate(space.spaces):
@@ -73,6 +78,11 @@ def leaves(space: spaces.Space, what: str, path: Path = ()) -> Iterator[Leaf]:
     elif isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
         if math.prod(space.shape or ()) == 0:
             raise UserError(f"{named(f'{what}_space', path)} is {space}: it holds no numbers. Leave it out.")
+        if not isinstance(space, spaces.Box) and _n_numbers(space) > MOST_OPTIONS:
+            raise UserError(
+                f"{named(f'{what}_space', path)} is {space}: each option is a number of its own for the network, and "
+                f"there may be {MOST_OPTIONS:,} at most. Describe it by fewer numbers, in a Box or a MultiDiscrete."
+            )
         yield Leaf(path, space)
     else:
         raise UserError(
@@ -264,7 +274,8 @@ class PackedObservations(spaces.Box):
             return np.ascontiguousarray(some).view(np.float32)
         import torch  # not needed, and not loaded, where environments are stepped
 
-        return some.contiguous().view(torch.float32)
+        # A copy in any case: one row of many bytes counts as contiguous, and keeps a stride that is no multiple of 4.
+        return some.clone(memory_format=torch.contiguous_format).view(torch.float32)
 
     def pixels(self, rows: Any) -> list[Any]:
         """Each image `[..., *shape]` of rows."""
@@ -321,13 +332,9 @@ def checked_mask(action_mask: Any, options: Sequence[int], leading: tuple[int, .
     n_options = sum(options)
     if action_mask is None:
         raise PackingError(f"there is no {MASK_KEY}; it must say of each of {n_options} options whether it is possible")
-    pieces = action_mask if isinstance(action_mask, (tuple, list)) and len(options) > 1 else [action_mask]
-    try:
-        flat = np.concatenate([np.asarray(piece).reshape(*leading, -1) for piece in pieces], -1)
-    except (ValueError, TypeError) as error:
-        raise PackingError(f"the {MASK_KEY} cannot be made an array: {in_words(error)}") from error
+    flat = _whole_mask(action_mask, options, leading)
     if flat.shape != (*leading, n_options):
-        raise PackingError(f"the {MASK_KEY} has {flat.shape[-1]} numbers, not one for each of {n_options} options")
+        raise PackingError(f"the {MASK_KEY} has shape {flat.shape}, not one number for each of {n_options} options")
     allowed = flat != 0
     if flat.dtype.kind not in "biuf" or not (allowed == flat).all():
         raise PackingError(f"the {MASK_KEY} must hold True and False, or 1 and 0, not {flat.ravel()[:5].tolist()} ...")
@@ -338,6 +345,20 @@ def checked_mask(action_mask: Any, options: Sequence[int], leading: tuple[int, .
             raise PackingError(f"the {MASK_KEY} forbids every action{which}: at least one must be possible")
         first += size
     return allowed
+
+
+def _whole_mask(action_mask: Any, options: Sequence[int], leading: tuple[int, ...]) -> np.ndarray:
+    """A mask as one array: as it is, or put together from one piece for each choice."""
+    try:
+        pieces = [np.asarray(piece) for piece in action_mask]
+        shapes = [(*leading, size) for size in options]
+        if len(options) > 1 and isinstance(action_mask, (tuple, list)) and [piece.shape for piece in pieces] == shapes:
+            return np.concatenate(pieces, -1)
+        array = np.asarray(action_mask)
+    except (ValueError, TypeError) as error:
+        raise PackingError(f"the {MASK_KEY} cannot be made an array: {in_words(error)}") from error
+    is_several = not leading and array.size == sum(options)  # such as [options, 1], or that of a matrix of bits
+    return array.ravel() if is_several else array
 
 
 def _n_numbers(space: spaces.Space) -> int:

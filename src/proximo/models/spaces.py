@@ -35,7 +35,9 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
     if isinstance(space, spaces.MultiBinary):
         return {"kind": "MultiBinary", "n": list(space.shape) if isinstance(space.n, tuple) else int(space.n)}
     if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+        # Nothing is said of the usual dtype, as in checkpoints of before.
+        dtype = {} if space.dtype == np.int64 else {"dtype": str(space.dtype)}
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start), **dtype}
     if isinstance(space, spaces.Box):
         return {
             "kind": "Box",
@@ -55,7 +57,8 @@ def space_from_json(value: dict[str, Any]) -> spaces.Space:
     """
     try:
         if value["kind"] == "Discrete":
-            return spaces.Discrete(int(value["n"]), start=int(value["start"]))
+            dtype = np.dtype(value.get("dtype", "int64")).type
+            return spaces.Discrete(int(value["n"]), start=int(value["start"]), dtype=dtype)
         if value["kind"] == "Box":
             shape = tuple(int(size) for size in value["shape"])
             dtype = np.dtype(value["dtype"])

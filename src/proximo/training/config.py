@@ -316,6 +316,9 @@ def with_settings(config: Config, settings: dict[str, Any], *, where: str) -> Co
         if name not in known:
             closest = nearest(name, known, count=1)
             hint = f" Did you mean {closest[0]!r}?" if closest else ""
+            owners = [other for other, algorithm in ALGORITHMS.items() if name in settings_of(algorithm)]
+            if isinstance(config, ControlConfig) and owners:
+                hint = f" It is one of {' and '.join(owners)}, and the algorithm is {config.algorithm_name}."
             raise UserError(f"{where}: there is no setting {name!r}.{hint}")
     return _replaced(config, settings, where)
 
