@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +18,8 @@ from proximo.core.normalize import RunningMoments
 from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of, shown
 from proximo.models.actions import CONTINUOUS, ActionHead, Continuous
-from proximo.models.encoders import Encoder, SeveralImages, chosen_encoder, image_encoder
+from proximo.models.encoders import Encoder
+from proximo.models.networks import image_encoder_of, perceptron
 from proximo.models.packing import PackedActions, PackedObservations
 
 
@@ -137,7 +137,7 @@ class ActorCritic(nn.Module):
         )
         packed = self.observation_space if isinstance(self.observation_space, PackedObservations) else None
         n_inputs = int(np.prod(self.observation_space.shape)) if packed is None else packed.n_numbers
-        self.encoder = _encoder(self.observation_space, config, generator)
+        self.encoder = image_encoder_of(self.observation_space, config, generator)
         self.log_std = None
         if sum(self.head.log_stds):
             self.log_std = nn.Parameter(torch.full((sum(self.head.log_stds),), config.log_std_init))
@@ -145,8 +145,8 @@ class ActorCritic(nn.Module):
         if self.encoder is not None:
             n_inputs = 0 if packed is None else n_inputs
             seen, hidden = self.encoder.n_features + n_inputs, hidden if n_inputs else ()
-        self.actor = _mlp(seen, hidden, config, self.head.n_outputs, head_gain=0.01, generator=generator)
-        self.critic = _mlp(seen, hidden, config, 1, head_gain=1.0, generator=generator)
+        self.actor = perceptron(seen, hidden, config, self.head.n_outputs, head_gain=0.01, generator=generator)
+        self.critic = perceptron(seen, hidden, config, 1, head_gain=1.0, generator=generator)
         for name, moments in (
             ("observation", RunningMoments.empty((n_inputs,))),
             ("return", RunningMoments.empty()),
@@ -427,70 +427,6 @@ def _numbers(name: str, value: object, device: torch.device) -> Tensor:
         where = f"{name}[{', '.join(map(str, place))}]" if place else name
         raise ValueError(f"{where} is {tensor[tuple(place)].item()}; every number must be finite")
     return tensor
-
-
-def _encoder(space: spaces.Space, config: NetworkConfig, generator: torch.Generator | None) -> Any:
-    """What sees the images of an observation; None where there are none.
-
-    Raises:
-        UserError: if the images are not such as it can see, or a setting has nothing that it is for.
-    """
-    if isinstance(space, PackedObservations):
-        if space.images:
-            kind = "nature_cnn" if config.encoder == "auto" else config.encoder
-            if kind == "mlp":
-                raise UserError(
-                    f"encoder is 'mlp', but the observations have images: {space.source}. Use nature_cnn or impala."
-                )
-            return SeveralImages([image.leaf.space for image in space.images], kind, config.orthogonal_init, generator)
-        kind = "mlp" if config.encoder == "auto" else config.encoder
-        if kind != "mlp":
-            raise UserError(f"encoder is {kind!r}, but there is no image in the observations {space.source}. Use mlp.")
-    else:
-        assert isinstance(space, spaces.Box)
-        kind = chosen_encoder(config.encoder, space)
-        if kind != "mlp" and config.normalize_observations:
-            raise UserError(
-                f"normalize_observations is on, but the observations {space} are images, which the encoder scales from "
-                "0..255 to 0..1 by itself. Set normalize_observations to false."
-            )
-        if kind != "mlp":
-            return image_encoder(kind, space, orthogonal=config.orthogonal_init, generator=generator)
-    if config.precision != "float32":
-        raise UserError(
-            f"precision is {config.precision!r}, which is for images alone; the perceptrons for "
-            f"{space} compute in float32. Leave it out."
-        )
-    return None
-
-
-def _mlp(
-    n_inputs: int,
-    hidden_sizes: tuple[int, ...],
-    config: NetworkConfig,
-    n_outputs: int,
-    *,
-    head_gain: float,
-    generator: torch.Generator | None,
-) -> nn.Sequential:
-    """Linear layers with the activation between them, initialized as the config says."""
-    sizes = [n_inputs, *hidden_sizes, n_outputs]
-    layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(pairwise(sizes)):
-        with torch.random.fork_rng(devices=[]):  # the weights are drawn below, from the run's own generator
-            linear = nn.Linear(before, after)
-        is_head = index == len(sizes) - 2
-        if config.orthogonal_init:
-            nn.init.orthogonal_(linear.weight, head_gain if is_head else math.sqrt(2), generator=generator)
-            nn.init.zeros_(linear.bias)
-        else:
-            bound = 1.0 / math.sqrt(before)
-            nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(linear.bias, -bound, bound, generator=generator)
-        layers.append(linear)
-        if not is_head:
-            layers.append(nn.Tanh() if config.activation == "tanh" else nn.ReLU())
-    return nn.Sequential(*layers)
 
 
 def _supported_observations(space: spaces.Space) -> spaces.Box:
