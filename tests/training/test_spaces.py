@@ -157,12 +157,12 @@ SETTINGS: dict[str, Any] = dict(
     ("env", "steps", "wanted", "settings"),
     [
         (Choices, 4_096, 6.5, {}),
-        (Bits, 4_096, 7.0, {}),
+        (Bits, 6_144, 7.0, {}),
         (Room, 4_096, 7.0, {}),
         (Hybrid, 8_192, 5.5, {}),
         (Hybrid, 8_192, 5.0, {"distribution": "beta"}),
         (Hybrid, 8_192, 5.5, {"distribution": "squashed_gaussian", "state_dependent_std": True}),
-        (Seen, 4_096, 7.0, {"n_epochs": 4}),
+        (Seen, 8_192, 7.0, {"learning_rate": 1e-3, "entropy_coef": 0.03}),
     ],
 )
 def test_learns(tmp_path: Path, env: type[gym.Env], steps: int, wanted: float, settings: dict[str, Any]):
