@@ -415,6 +415,7 @@ def _evaluate(words: list[str]) -> Outcome:
 
 
 def _watch(words: list[str]) -> Outcome:
+    from proximo.models.control import RowActor
     from proximo.report.video import record_video
     from proximo.runs.directory import open_run
     from proximo.saved_run import make_for, open_policy, run_environment, skipped_in_words
@@ -433,7 +434,7 @@ def _watch(words: list[str]) -> Outcome:
         return env
 
     path = record_video(
-        policy.on_row,
+        RowActor(policy),
         make_filmed,
         directory.videos / f"step_{checkpoint.step}-seed{given.seed}",
         n_episodes=given.episodes,

@@ -13,7 +13,7 @@ from proximo.collect.envs import evaluation_episode_seed
 from proximo.collect.make import find_factory, make_env
 from proximo.collect.serial_envs import SerialEnvs
 from proximo.errors import UserError
-from proximo.models.control import ActorCritic, NetworkConfig
+from proximo.models.control import ActorCritic, NetworkConfig, RowActor
 from proximo.report import video
 from proximo.report.video import GIF_LONGEST_SIDE, record_video
 
@@ -51,10 +51,11 @@ class Actor:
     """Always acts the same; remembers how it was asked."""
 
     def __init__(self, action=0):
-        self.action, self.asked = action, []
+        self.action, self.asked, self.firsts = action, [], []
 
-    def __call__(self, observation, *, deterministic, seed):
+    def __call__(self, observation, *, deterministic, seed, is_first):
         self.asked.append((deterministic, seed))
+        self.firsts.append(is_first)
         return self.action
 
 
@@ -94,7 +95,7 @@ def test_cartpole_is_filmed_from_its_first_frame_to_its_last(tmp_path):
     def make():
         return make_env(find_factory("CartPole-v1"), "CartPole-v1", {}, render_mode="rgb_array")
 
-    path = record_video(policy, make, tmp_path / "videos" / "step_1.5", seed=3)
+    path = record_video(RowActor(policy), make, tmp_path / "videos" / "step_1.5", seed=3)
     assert path == tmp_path / "videos" / "step_1.5.mp4"
     frames, meta = frames_of(path)
     assert len(frames) == n_steps + 1
@@ -118,6 +119,8 @@ def test_frames_are_those_of_the_environment_in_order_cut_to_even_sides(tmp_path
 def test_episodes_follow_each_other_with_seeds_of_their_own(tmp_path):
     env, actor = Film(4), Actor()
     frames, _ = frames_of(record_video(actor, lambda: env, tmp_path / "film", n_episodes=3, seed=7))
+    assert sum(actor.firsts) == 3
+    assert actor.firsts[0]
     assert len(frames) == 3 * 5
     evaluated = SerialEnvs(Film, 3, 2**31 + 7)  # what `evaluate --seed 7` plays
     evaluated.reset()

@@ -70,7 +70,7 @@ class PolicyGradient:
         everything, quality = estimated(policy, batch, gamma=self.gamma, gae_lambda=gae_lambda)
         whole = Epochs(
             n_epochs=1,
-            batch_size=len(everything.batch.mask),
+            batch_size=everything.batch.mask.numel(),
             normalize_advantages=self.normalize_advantages,
             max_grad_norm=self.max_grad_norm,
             microbatch_size=self.microbatch_size,

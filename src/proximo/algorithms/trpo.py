@@ -12,7 +12,7 @@ from torch import Tensor
 
 from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
 from proximo.algorithms.ppo import Schedule
-from proximo.algorithms.update import Minibatch, estimated
+from proximo.algorithms.update import Minibatch, estimated, n_rows_of
 from proximo.core.batch import Batch, minibatch_indices
 from proximo.core.distributions import Distribution
 from proximo.core.losses import value_loss
@@ -173,9 +173,10 @@ class TRPO:
     ) -> dict[str, float]:
         """Epochs of minibatches for the values alone; Adam leaves weights without any gradient where they are."""
         weights, losses = policy.critic_weights(), []
+        n_rows = n_rows_of(everything.batch, self.batch_size)
         for _ in range(self.n_epochs):
             losses = []
-            for rows in minibatch_indices(len(everything.batch.mask), self.batch_size, generator):
+            for rows in minibatch_indices(len(everything.batch.mask), n_rows, generator):
                 minibatch = everything[rows.to(everything.advantages.device)]
                 values = policy.evaluate(minibatch.batch).values
                 assert values is not None

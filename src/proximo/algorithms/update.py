@@ -13,7 +13,7 @@ from torch import Tensor
 
 from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
 from proximo.core.advantages import gae
-from proximo.core.batch import Batch, minibatch_indices
+from proximo.core.batch import Batch, minibatch_indices, pieces
 from proximo.core.distributions import Distribution
 from proximo.core.masked import explained_variance, whiten
 from proximo.core.policy import Policy
@@ -52,6 +52,14 @@ class Minibatch:
         returns = None if self.returns is None else steps(self.returns)
         return Minibatch(self.batch.as_steps(), steps(self.advantages), returns)
 
+    def as_pieces(self) -> Minibatch:
+        """The rows of a policy that remembers, cut where it is known what it remembered, as `Batch.as_pieces`."""
+        if self.batch.n_pieces == 1:
+            return self
+        n = self.batch.n_pieces
+        returns = None if self.returns is None else pieces(self.returns, n)
+        return Minibatch(self.batch.as_pieces(), pieces(self.advantages, n), returns)
+
 
 def estimated(
     policy: Policy,
@@ -85,7 +93,12 @@ def estimated(
         returns = estimate(gae_lambda=value_gae_lambda) + batch.values
     quality = float(explained_variance(batch.values, returns, batch.mask))
     everything = Minibatch(batch, advantages, returns)
-    return everything if policy.has_memory else everything.as_steps(), quality
+    return everything.as_pieces() if policy.has_memory else everything.as_steps(), quality
+
+
+def n_rows_of(batch: Batch, n_steps: int) -> int:
+    """How many rows make about `n_steps` steps in control; for language models, a row is what is counted."""
+    return n_steps if batch.hidden is None else max(1, round(n_steps / batch.mask.shape[1]))
 
 
 Weighing = Literal["steps", "rows", "longest"]
@@ -152,9 +165,10 @@ def run_epochs(
     grad_norms: list[float] = []
     stopped = False
     epoch: list[dict[str, Tensor]] = []
+    n_rows = n_rows_of(everything.batch, epochs.batch_size)
     for _ in range(epochs.n_epochs):
         epoch = []
-        for rows in minibatch_indices(len(everything.batch.mask), epochs.batch_size, generator):
+        for rows in minibatch_indices(len(everything.batch.mask), n_rows, generator):
             minibatch = everything[rows.to(everything.advantages.device)]
             if epochs.normalize_advantages:
                 minibatch = replace(minibatch, advantages=whiten(minibatch.advantages, minibatch.batch.mask))
@@ -186,9 +200,12 @@ def microbatches(policy: Policy, minibatch: Minibatch, epochs: Epochs) -> list[M
     if epochs.microbatch_tokens is not None and policy.has_memory:
         pieces = _within_budget(policy.row_lengths(minibatch.batch), epochs.microbatch_tokens, epochs.microbatch_size)
         return [whole[torch.tensor(rows, device=mask.device)] for rows in pieces]
-    if epochs.microbatch_size is None or epochs.microbatch_size >= len(mask):
+    if epochs.microbatch_size is None:
         return [whole]
-    return [whole[rows] for rows in torch.arange(len(mask), device=mask.device).split(epochs.microbatch_size)]
+    n_rows = n_rows_of(minibatch.batch, epochs.microbatch_size)
+    if n_rows >= len(mask):
+        return [whole]
+    return [whole[rows] for rows in torch.arange(len(mask), device=mask.device).split(n_rows)]
 
 
 def _within_budget(lengths: list[int], budget: int, most_rows: int | None) -> list[list[int]]:

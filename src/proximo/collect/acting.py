@@ -14,6 +14,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from proximo.collect.envs import Step
 from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.models.control import Acted, ActorCritic
 
@@ -42,15 +43,54 @@ class Acting(Protocol):
 
 
 def acting(
-    policy: ActorCritic, n_envs: int, length: int, generator: torch.Generator, network: MakeNetwork | None = None
+    policy: ActorCritic,
+    n_envs: int,
+    length: int,
+    generator: torch.Generator,
+    network: MakeNetwork | None = None,
+    memory: Remembered | None = None,
 ) -> Acting:
     """The way of acting that fits the policy; its weights must not change before `acted` is called.
 
-    `network` makes the actor of a small perceptron; by default it is a `NumpyNetwork`.
+    `network` makes the actor of a small perceptron; by default it is a `NumpyNetwork`. `memory` is for a policy that
+    remembers.
     """
     if can_act_in_numpy(policy):
         return _NumpyActing(policy, n_envs, length, generator, network or NumpyNetwork)
-    return _TorchActing(policy, generator)
+    return _TorchActing(policy, generator, memory)
+
+
+class Remembered:
+    """What a policy remembers in each environment while a rollout goes on, and what of it learning needs."""
+
+    def __init__(self, state: np.ndarray, piece: int) -> None:
+        """Go on in place from `state` `[N, S]`; note it down at the start of every `piece` steps."""
+        self.state = torch.from_numpy(state)
+        self._piece = piece
+        self._starts: list[Tensor] = []
+        self._finals: list[Tensor] = []
+
+    def before(self, t: int) -> None:
+        """Step `t` is about to be chosen."""
+        if t % self._piece == 0:
+            self._starts.append(self.state.clone())
+
+    def after(self, step: Step) -> None:
+        """A new episode begins where one ended, and after a step that was a reset alone."""
+        ends = step.terminated | step.truncated
+        if ends.any() or not step.valid.all():
+            self._finals += [self.state[i].clone() for i in (ends & step.valid).nonzero()[0]]
+            self.state[torch.from_numpy(ends | ~step.valid)] = 0.0
+
+    @property
+    def starts(self) -> Tensor:
+        """`[N, K, S]`: before each piece."""
+        return torch.stack(self._starts, 1)
+
+    @property
+    def at_others(self) -> Tensor:
+        """`[N + M, S]`: now, and before the last observation of each of the M episodes that ended, in order."""
+        return torch.cat([self.state, *(row.unsqueeze(0) for row in self._finals)])
 
 
 def can_act_in_numpy(policy: ActorCritic) -> bool:
@@ -167,19 +207,28 @@ class _NumpyActing:
 
 
 class _TorchActing:
-    def __init__(self, policy: ActorCritic, generator: torch.Generator) -> None:
+    def __init__(self, policy: ActorCritic, generator: torch.Generator, memory: Remembered | None) -> None:
         self._policy = policy
         self._generator = generator
         self._device = generator.device
+        self._memory = memory
         self._acted: list[Acted] = []
 
     def act(self, t: int, observations: np.ndarray) -> np.ndarray:
-        del t
-        self._acted.append(self._policy.act(torch.from_numpy(observations).to(self._device), self._generator))
-        return self._policy.to_environment(self._acted[-1].actions)
+        rows = torch.from_numpy(observations).to(self._device)
+        if self._memory is None:
+            acted = self._policy.act(rows, self._generator)
+        else:
+            self._memory.before(t)
+            state = self._memory.state.to(self._device)
+            acted = self._policy.act(rows, self._generator, state)
+            self._memory.state.copy_(state)
+        self._acted.append(acted)
+        return self._policy.to_environment(acted.actions)
 
     def acted(self, observations: np.ndarray, others: np.ndarray) -> tuple[Acted, Tensor]:
         del observations
         columns: Sequence[Sequence[Tensor]] = list(zip(*self._acted, strict=True))
-        rest = self._policy.scaled_values(torch.from_numpy(others).to(self._device))
+        memory = None if self._memory is None else self._memory.at_others.to(self._device)
+        rest = self._policy.scaled_values(torch.from_numpy(others).to(self._device), memory)
         return Acted(*(torch.stack(list(column), 1) for column in columns)), rest

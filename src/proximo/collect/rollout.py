@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from proximo.collect.acting import Acting, MakeNetwork, acting
+from proximo.collect.acting import Acting, MakeNetwork, Remembered, acting
 from proximo.collect.envs import Step, VectorEnvs
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
@@ -28,11 +28,15 @@ class Carry:
     discounted_return: np.ndarray
     """[N]: sum of gamma^k r since the reset, as the reward scale sees it."""
 
+    memory: np.ndarray
+    """[N, S]: what the policy remembers of the episodes; S is 0 where it has no memory."""
+
     @staticmethod
-    def start(observations: np.ndarray) -> Carry:
+    def start(observations: np.ndarray, memory: np.ndarray | None = None) -> Carry:
         """At the first observations of all environments."""
         n = len(observations)
-        return Carry(observations.copy(), np.zeros(n), np.zeros(n, np.int64), np.zeros(n))
+        memory = np.zeros((n, 0), np.float32) if memory is None else memory
+        return Carry(observations.copy(), np.zeros(n), np.zeros(n, np.int64), np.zeros(n), memory)
 
 
 class Episodes(NamedTuple):
@@ -66,12 +70,14 @@ def rollout(
     gamma: float,
     clock: Clock | None = None,
     network: MakeNetwork | None = None,
+    piece: int | None = None,
 ) -> tuple[Batch, Episodes]:
     """Take `length` steps in each environment with the policy as it is; advance `carry`.
 
     The normalizers of the policy do not change while this collects. Afterwards the reward scale, which no
     action depends on, takes in the rollout's discounted returns, and then scales the rewards of the batch. `clock`
-    adds up where the time goes; `network` is that of `acting`.
+    adds up where the time goes; `network` is that of `acting`; `piece` is how many steps a policy with memory learns
+    from in one piece, all by default.
 
     Returns:
         The batch, `[N, length]`, and the episodes that ended in it.
@@ -81,7 +87,8 @@ def rollout(
     """
     clock = clock or Clock()
     recorder = _Recorder.empty(envs.n_envs, length, carry.observations)
-    actor = acting(policy, envs.n_envs, length, generator, network)
+    memory = Remembered(carry.memory, piece or length) if policy.has_memory else None
+    actor = acting(policy, envs.n_envs, length, generator, network, memory)
     # Around the steps: weights that are cast to bfloat16 for one action are kept for the next one.
     with torch.autocast("cpu", enabled=False):
         for t in range(length):
@@ -94,9 +101,13 @@ def rollout(
             clock.acting += chosen - began
             clock.environment += perf_counter() - chosen
             recorder.write(t, step, envs.goes_on)
+            if memory is not None:
+                memory.after(step)
             np.copyto(carry.observations, step.observations)
     episodes = _count_episodes(recorder, carry)
-    return _assemble(policy, recorder, actor, carry, gamma, next(policy.parameters()).device), episodes
+    device = next(policy.parameters()).device
+    batch = _assemble(policy, recorder, actor, carry, gamma, device)
+    return batch if memory is None else replace(batch, hidden=memory.starts.to(device)), episodes
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Batch:
     | done           | [B, T]     |               | terminated or truncated: the next step is another episode   |
     | ref_log_probs  | [B, T]     | log pi_ref    | log-probability under the reference; None without one       |
     | group          | [B]        |               | rows with one number are answers to one prompt; None: none  |
+    | hidden         | [B, K, S]  |               | what a recurrent policy remembered before the first step of |
+    |                |            |               | each of the K equal pieces of a row; None without memory    |
     """
 
     observations: Shaped[Tensor, "B T *O"] | dict[str, Tensor]
@@ -46,6 +48,7 @@ class Batch:
     done: Bool[Tensor, "B T"]
     ref_log_probs: Float[Tensor, "B T"] | None = None
     group: Int[Tensor, " B"] | None = None
+    hidden: Float[Tensor, "B K S"] | None = None
 
     @property
     def n_valid(self) -> int:
@@ -62,13 +65,34 @@ class Batch:
         """Every valid step as a row of its own: `[n_valid, 1, ...]`, in order of B, then T.
 
         For policies without memory the order of steps carries nothing, so minibatches may be cut anywhere.
-        Groups are about whole rows and fall away.
+        Groups and what is remembered are about whole rows and fall away.
         """
-        rows = replace(self, group=None)
+        rows = replace(self, group=None, hidden=None)
         if self.mask.all():
             return rows._mapped(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
         keep = self.mask.flatten().nonzero().squeeze(1)
         return rows._mapped(lambda tensor: tensor.flatten(0, 1).index_select(0, keep).unsqueeze(1))
+
+    @property
+    def n_pieces(self) -> int:
+        """Pieces of a row that a state is known at the start of; 1 without memory."""
+        return 1 if self.hidden is None else self.hidden.shape[1]
+
+    def as_pieces(self) -> Batch:
+        """Every piece that a state is known at the start of as a row of its own: `[B * K, T / K, ...]`."""
+        assert self.hidden is not None
+        assert self.group is None
+        cut = replace(self, hidden=None)._mapped(lambda tensor: pieces(tensor, self.n_pieces))
+        return replace(cut, hidden=self.hidden.flatten(0, 1).unsqueeze(1))
+
+    @property
+    def continues(self) -> Bool[Tensor, "B T"]:
+        """Whether a step is of the same episode as the step before it; True for the first, whose state is known.
+
+        After an end, and after a step that is no experience (a reset), another one begins.
+        """
+        before = self.mask & ~self.done
+        return torch.cat([torch.ones_like(before[:, :1]), before[:, :-1]], 1)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         fields = {}
@@ -79,6 +103,11 @@ class Batch:
             else:
                 fields[field.name] = None if value is None else change(value)
         return Batch(**fields)
+
+
+def pieces(tensor: Shaped[Tensor, "B T *S"], n: int) -> Tensor:
+    """Cut rows into `n` equal pieces, each a row of its own: `[B * n, T / n, ...]`."""
+    return tensor.reshape(len(tensor) * n, -1, *tensor.shape[2:])
 
 
 def minibatch_indices(n_rows: int, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:

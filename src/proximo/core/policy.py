@@ -27,8 +27,10 @@ class Evaluation(NamedTuple):
 class Policy(Protocol):
     """Anything that can score the actions of a batch."""
 
-    has_memory: bool
-    """Whether a step's score depends on the steps before it, so that rows of a batch must stay whole."""
+    @property
+    def has_memory(self) -> bool:
+        """Whether a step's score depends on the steps before it, so that rows of a batch must stay whole."""
+        ...
 
     def evaluate(self, batch: Batch) -> Evaluation:
         """Score `batch.actions` under the present weights, with gradient."""

@@ -19,6 +19,7 @@ from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of, shown
 from proximo.models.actions import CONTINUOUS, ActionHead, Continuous
 from proximo.models.encoders import Encoder
+from proximo.models.memory import Memory
 from proximo.models.networks import image_encoder_of, perceptron
 from proximo.models.packing import PackedActions, PackedObservations
 
@@ -40,6 +41,14 @@ class NetworkConfig:
     """Nonlinearity between the layers."""
     orthogonal_init: bool = True
     """Orthogonal weights with gain sqrt(2), 0.01 for the actor's last layer and 1 for the critic's."""
+    memory: Literal["none", "lstm", "gru"] = "none"
+    """Recurrent layers between what is seen and the hidden layers, for tasks whose observations do not tell all."""
+    memory_size: int = 64
+    """Width of the recurrent layers."""
+    memory_layers: int = 1
+    """How many recurrent layers on top of each other."""
+    shared_memory: bool = False
+    """Actor and critic stand on the same recurrent layers, which takes about half the time."""
     distribution: Continuous = "gaussian"
     """Of continuous actions: `gaussian`, clipped to the bounds; `squashed_gaussian`, its tanh; `beta`, between them."""
     state_dependent_std: bool = False
@@ -69,6 +78,9 @@ class NetworkConfig:
             said = shown(self.hidden_sizes)
             raise UserError(f"hidden_sizes is {said}; each must be an integer >= 1 and <= 1e9, such as 64 64.")
         one_of("activation", self.activation, ("tanh", "relu"))
+        one_of("memory", self.memory, ("none", "lstm", "gru"))
+        in_range("memory_size", self.memory_size, at_least=1, at_most=10**5, whole=True, usual="64")
+        in_range("memory_layers", self.memory_layers, at_least=1, at_most=100, whole=True, usual="1")
         one_of("encoder", self.encoder, ("auto", "mlp", "nature_cnn", "impala"))
         one_of("distribution", self.distribution, CONTINUOUS)
         if self.state_dependent_std and self.distribution == "beta":
@@ -101,7 +113,6 @@ class ActorCritic(nn.Module):
     space), rewards as scaled. `__call__`, `value` and `log_prob` work in the environment's units.
     """
 
-    has_memory = False
     can_be_captured = True
     """A CUDA graph may hold its evaluation: it reads no value on the host."""
 
@@ -145,6 +156,10 @@ class ActorCritic(nn.Module):
         if self.encoder is not None:
             n_inputs = 0 if packed is None else n_inputs
             seen, hidden = self.encoder.n_features + n_inputs, hidden if n_inputs else ()
+        self.memory = None
+        if config.memory != "none":
+            self.memory = Memory(seen, config, generator)
+            seen = config.memory_size
         self.actor = perceptron(seen, hidden, config, self.head.n_outputs, head_gain=0.01, generator=generator)
         self.critic = perceptron(seen, hidden, config, 1, head_gain=1.0, generator=generator)
         for name, moments in (
@@ -157,28 +172,49 @@ class ActorCritic(nn.Module):
 
     # --- for learning -------------------------------------------------------------------------------------
 
-    def act(self, observations: Tensor, generator: torch.Generator) -> Acted:
-        """Sample actions at raw `observations` `[N, *O]`; no gradient."""
+    @property
+    def has_memory(self) -> bool:
+        """Whether what it does depends on what it saw before."""
+        return self.memory is not None
+
+    def blank_memory(self, n: int) -> Tensor:
+        """What `n` episodes begin with `[n, S]`: zeros; S is 0 without memory."""
+        size = 0 if self.memory is None else self.memory.state_size
+        return torch.zeros(n, size, device=next(self.parameters()).device)
+
+    def act(self, observations: Tensor, generator: torch.Generator, memory: Tensor | None = None) -> Acted:
+        """Sample actions at raw `observations` `[N, *O]`; no gradient. `memory` `[N, S]` goes on in place."""
         with torch.no_grad():
-            inputs = self._features(observations)
-            distribution = self._distribution(inputs, self._mask(observations))
+            for_actor, for_critic = self._seen(observations, memory)
+            distribution = self._distribution(for_actor, self._mask(observations))
             actions = distribution.sample(generator)
-            return Acted(actions, distribution.log_prob(actions), self.critic(inputs).squeeze(-1))
+            return Acted(actions, distribution.log_prob(actions), self.critic(for_critic).squeeze(-1))
 
     def choose(
-        self, observations: Tensor, *, deterministic: bool, generator: torch.Generator | None = None
+        self,
+        observations: Tensor,
+        *,
+        deterministic: bool,
+        generator: torch.Generator | None = None,
+        memory: Tensor | None = None,
     ) -> np.ndarray:
-        """Actions for the environments at raw `observations` `[N, *O]`: the most likely ones, or sampled."""
+        """Actions for the environments at raw `observations` `[N, *O]`: the most likely ones, or sampled.
+
+        `memory` `[N, S]` goes on in place; without it, these are the first observations of their episodes.
+        """
         with torch.no_grad():
-            distribution = self._distribution(self._features(observations), self._mask(observations))
+            distribution = self._distribution(self._seen(observations, memory)[0], self._mask(observations))
             return self.to_environment(distribution.mode() if deterministic else distribution.sample(generator))
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        """Score `batch.actions` under the present weights, with gradient."""
+        """Score `batch.actions` under the present weights, with gradient; with memory, along whole rows."""
         assert isinstance(batch.observations, Tensor)
-        inputs = self._features(batch.observations, batch.mask.shape)
-        distribution = self._distribution(inputs, self._mask(batch.observations))
-        values = self.critic(inputs).squeeze(-1)
+        for_actor = for_critic = self._features(batch.observations, batch.mask.shape)
+        if self.memory is not None:
+            assert batch.hidden is not None
+            for_actor, for_critic = self.memory.run(for_actor, batch.hidden[:, 0], batch.continues)
+        distribution = self._distribution(for_actor, self._mask(batch.observations))
+        values = self.critic(for_critic).squeeze(-1)
         return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
 
     def row_lengths(self, batch: Batch) -> list[int]:
@@ -197,8 +233,8 @@ class ActorCritic(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether actor and critic are perceptrons apart, for one choice or one Gaussian, without masks."""
-        return self.encoder is None and self.head.is_plain and not self.has_masks
+        """Whether actor and critic are perceptrons apart, for one choice or one Gaussian, without masks or memory."""
+        return self.encoder is None and self.memory is None and self.head.is_plain and not self.has_masks
 
     @property
     def has_masks(self) -> bool:
@@ -212,12 +248,13 @@ class ActorCritic(nn.Module):
 
     def policy_weights(self) -> list[Tensor]:
         """Weights that change what is done, those of a shared encoder among them."""
-        critic = {id(weight) for weight in self.critic.parameters()}
+        critic = {id(weight) for weight in self.critic_weights()}
         return [weight for weight in self.parameters() if id(weight) not in critic]
 
     def critic_weights(self) -> list[Tensor]:
         """Weights that change the values and nothing else."""
-        return list(self.critic.parameters())
+        own = None if self.memory is None else self.memory.critic
+        return [*self.critic.parameters(), *(() if own is None else own.parameters())]
 
     def layers(self, network: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
         """Weight `[out, in]` and bias `[out]` of each layer of the actor or the critic."""
@@ -233,10 +270,14 @@ class ActorCritic(nn.Module):
         """Offset and scale, shaped as a Box of actions, from the policy's units to the environment's."""
         return self.head.action_map
 
-    def scaled_values(self, observations: Tensor) -> Tensor:
-        """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient."""
+    def scaled_values(self, observations: Tensor, memory: Tensor | None = None) -> Tensor:
+        """The critic at raw `observations` `[N, *O]`, in scaled reward units; no gradient.
+
+        `memory` `[N, S]` is what was remembered before; it stays as it is.
+        """
         with torch.no_grad():
-            return self.critic(self._features(observations)).squeeze(-1)
+            before = None if memory is None else memory.clone()
+            return self.critic(self._seen(observations, before)[1]).squeeze(-1)
 
     def to_environment(self, actions: Tensor) -> np.ndarray:
         """Turn sampled actions `[N, *A]` into a fresh array of actions that the environment accepts."""
@@ -273,7 +314,13 @@ class ActorCritic(nn.Module):
     # --- for people ---------------------------------------------------------------------------------------
 
     def __call__(
-        self, observation: Any, *, deterministic: bool = True, seed: int | None = None, action_mask: Any = None
+        self,
+        observation: Any,
+        *,
+        deterministic: bool = True,
+        seed: int | None = None,
+        action_mask: Any = None,
+        memory: Any = None,
     ) -> Any:
         """Choose an action for one observation or a batch of them.
 
@@ -282,45 +329,49 @@ class ActorCritic(nn.Module):
             deterministic: take the most likely action; False samples.
             seed: makes a sampled action repeatable.
             action_mask: where the environment tells in its `info` what is possible: that, for each observation.
+            memory: of a policy that remembers: what it remembers of the episode so far, for each observation;
+                `fresh_memory` at its start.
 
         Returns:
-            Actions of the environment's own kind, inside its action space, NumPy for NumPy and torch for torch.
+            Actions of the environment's own kind, inside its action space, NumPy for NumPy and torch for torch. With
+            `memory`: the actions, and what to hand over at the next observation.
 
         Raises:
-            ValueError: if it is no array of finite numbers, its shape does not fit the observation space, or no action
-                is possible.
+            ValueError: if it is no array of finite numbers, its shape does not fit the observation space, no action
+                is possible, or `memory` does not fit the policy.
         """
         rows, single = self._rows(observation, action_mask)
+        before = self._memory(memory, len(rows), single=single)
         generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
-        result = self.choose(rows, deterministic=deterministic, generator=generator)
+        result = self.choose(rows, deterministic=deterministic, generator=generator, memory=before)
         result = result[0] if single else result
         if isinstance(self.action_space, PackedActions):
             result = self.action_space.unpack(result)
-        return _as_given(observation, result)
+        action = _as_given(observation, result)
+        return action if before is None else (action, _like(observation, before[0] if single else before))
 
-    def on_row(self, observation: np.ndarray, *, deterministic: bool, seed: int | None) -> np.ndarray:
-        """What `__call__` does at one raw observation `[*O]`, for an environment that hands over such rows."""
-        dtype = np.float32 if self.observation_space.dtype == np.float64 else self.observation_space.dtype
-        rows = torch.from_numpy(np.array(observation, dtype)[None]).to(next(self.parameters()).device)
-        generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
-        return self.choose(rows, deterministic=deterministic, generator=generator)[0]
+    def fresh_memory(self, n: int | None = None) -> np.ndarray:
+        """What a policy that remembers has at the start of an episode, `[S]`; `[n, S]` for `n` episodes."""
+        fresh = self.blank_memory(1 if n is None else n).cpu().numpy()
+        return fresh[0] if n is None else fresh
 
-    def value(self, observation: Any) -> Any:
+    def value(self, observation: Any, *, memory: Any = None) -> Any:
         """Expected discounted return from one observation or a batch, in the environment's own reward units.
 
+        `memory` is that of `__call__`, before the observation.
+
         Raises:
-            ValueError: if it is no array of finite numbers, or its shape does not fit the observation space.
+            ValueError: if one is no array of finite numbers, or does not fit in shape.
         """
         rows, single = self._rows(observation, None, needs_mask=False)
-        with torch.no_grad():
-            values = self.critic(self._features(rows)).squeeze(-1) * self.reward_scale
+        values = self.scaled_values(rows, self._memory(memory, len(rows), single=single)) * self.reward_scale
         return _like(observation, values[0] if single else values)
 
-    def log_prob(self, observation: Any, action: Any, *, action_mask: Any = None) -> Any:
+    def log_prob(self, observation: Any, action: Any, *, action_mask: Any = None, memory: Any = None) -> Any:
         """Log-probability of `action` (as the environment takes it) at one observation or a batch.
 
         Continuous actions: the log-density in the environment's action units, at `action`; one that was clipped to the
-        space is scored where it stands.
+        space is scored where it stands. `memory` is that of `__call__`, before the observation.
 
         Raises:
             ValueError: if one is no array of finite numbers, does not fit its space in shape, or is a discrete
@@ -330,7 +381,8 @@ class ActorCritic(nn.Module):
         taken = self._actions(action, len(rows), single=single)
         sampled = torch.from_numpy(self.head.from_environment(taken)).to(rows.device)
         with torch.no_grad():
-            distribution = self._distribution(self._features(rows), self._mask(rows))
+            for_actor, _ = self._seen(rows, self._memory(memory, len(rows), single=single))
+            distribution = self._distribution(for_actor, self._mask(rows))
             log_probs = distribution.log_prob(sampled) - self.head.log_scale
         return _like(observation, log_probs[0] if single else log_probs)
 
@@ -356,6 +408,13 @@ class ActorCritic(nn.Module):
         if not (isinstance(space, PackedObservations) and space.n_numbers):
             return features
         return torch.cat([features, self._normalized(self._numbers(observations, leading))], -1)
+
+    def _seen(self, observations: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What actor and critic stand on at raw observations `[N, *O]`; `memory` `[N, S]` goes on in place."""
+        features = self._features(observations)
+        if self.memory is None:
+            return features, features
+        return self.memory.step(features, self.blank_memory(len(features)) if memory is None else memory)
 
     def _numbers(self, observations: Tensor, leading: tuple[int, ...]) -> Tensor:
         """Observations `[*leading, F]` as a vector, without images and masks."""
@@ -399,6 +458,24 @@ class ActorCritic(nn.Module):
             raise ValueError(f"observation has shape {tuple(tensor.shape)}; expected {shape} or {many}")
         return tensor.reshape(1 if single else len(tensor), *shape), single
 
+    def _memory(self, memory: Any, n: int, *, single: bool) -> Tensor | None:
+        """A copy `[n, S]` of what a person has given; None for a policy without memory."""
+        blank = self.blank_memory(n)
+        if self.memory is None:
+            if memory is not None:
+                raise ValueError("memory is given to a policy that has none")
+            return None
+        if memory is None:
+            raise ValueError(
+                "this policy remembers, and needs what it remembered: at the start of an episode memory = "
+                "policy.fresh_memory(), then action, memory = policy(observation, memory=memory)"
+            )
+        tensor = _numbers("memory", memory, blank.device).to(blank.dtype)
+        if tuple(tensor.shape) != tuple(blank.shape[1:] if single else blank.shape):
+            wanted = tuple(blank.shape[1:] if single else blank.shape)
+            raise ValueError(f"memory has shape {tuple(tensor.shape)}; expected {wanted}")
+        return blank.copy_(tensor.reshape(blank.shape))
+
     def _actions(self, action: Any, n: int, *, single: bool) -> np.ndarray:
         """`n` actions of the environment's kind as rows `[n, *A]`."""
         space = self.action_space
@@ -409,6 +486,25 @@ class ActorCritic(nn.Module):
         if tensor.numel() != math.prod(shape):
             raise ValueError(f"action has shape {tuple(tensor.shape)}; {n} observations need {shape}")
         return tensor.reshape(shape).numpy()
+
+
+class RowActor:
+    """A policy in one environment that hands over raw rows `[*O]`; remembers what there is to remember."""
+
+    def __init__(self, policy: ActorCritic) -> None:
+        """Before the first episode."""
+        self._policy = policy
+        self._memory = policy.blank_memory(1)
+
+    def __call__(self, observation: np.ndarray, *, deterministic: bool, seed: int | None, is_first: bool) -> np.ndarray:
+        """Choose for the next observation of an episode, or the first one of the next."""
+        if is_first:
+            self._memory.zero_()
+        policy, device = self._policy, self._memory.device
+        dtype = np.float32 if policy.observation_space.dtype == np.float64 else policy.observation_space.dtype
+        rows = torch.from_numpy(np.array(observation, dtype)[None]).to(device)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        return policy.choose(rows, deterministic=deterministic, generator=generator, memory=self._memory)[0]
 
 
 def _numbers(name: str, value: object, device: torch.device) -> Tensor:

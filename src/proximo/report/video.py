@@ -37,8 +37,8 @@ Result = TypeVar("Result")
 class Actor(Protocol):
     """What a video asks of a policy."""
 
-    def __call__(self, observation: np.ndarray, *, deterministic: bool, seed: int | None) -> Any:
-        """Choose an action for one observation."""
+    def __call__(self, observation: np.ndarray, *, deterministic: bool, seed: int | None, is_first: bool) -> Any:
+        """Choose an action for one observation; `is_first`: it is the first of an episode."""
         ...
 
 
@@ -112,13 +112,15 @@ def _frames(
             return
         reset_seed = evaluation_episode_seed(seed, episode)
         observation, _ = _explained("reset", lambda: env.reset(seed=reset_seed))  # noqa: B023 (called at once)
-        ended = False
+        ended, is_first = False, True
         frame = _frame(env)
         shape = shape or frame.shape
         yield _same_shape(frame, shape)
         while not ended and n_steps < max_steps:
             n_steps += 1
-            action = policy(observation, deterministic=deterministic, seed=None if deterministic else seed + n_steps)
+            noise = None if deterministic else seed + n_steps
+            action = policy(observation, deterministic=deterministic, seed=noise, is_first=is_first)
+            is_first = False
             observation, _, terminated, truncated, _ = _explained("stepped", lambda: env.step(action))  # noqa: B023
             ended = bool(terminated or truncated)
             yield _same_shape(_frame(env), shape)

@@ -85,8 +85,8 @@ def with_update_chosen(
         path = _path(config, policy)
     if path in ("fused", "compiled") and not (policy.is_plain and config.device == "cpu"):
         raise UserError(
-            f"update_path is '{path}', which is for perceptrons on the CPU, with one choice or one Gaussian and no "
-            f"masks; this policy is another one, or on {config.device}. Use auto or eager."
+            f"update_path is '{path}', which is for perceptrons on the CPU, with one choice or one Gaussian and "
+            f"neither masks nor memory; this policy is another one, or on {config.device}. Use auto or eager."
         )
     config = replace(config, algorithm=replace(config.algorithm, update_path=path))
     if path == "compiled":
@@ -147,7 +147,8 @@ def why_not_compiled() -> str:
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
     assert isinstance(config.algorithm, PPO)
     if config.device != "cpu":
-        return "graphed" if config.device.startswith("cuda") and config.algorithm.can_graph else "eager"
+        can_graph = config.algorithm.can_graph and not policy.has_memory
+        return "graphed" if config.device.startswith("cuda") and can_graph else "eager"
     if not config.algorithm.can_fuse or not policy.is_plain:
         return "eager"
     iterations = config.total_steps // config.steps_per_iteration

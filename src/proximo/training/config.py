@@ -122,6 +122,9 @@ class ControlConfig:
     """Environment steps in all, over all environments; the run ends before it would go past them."""
     rollout_length: int = 256
     """Steps per environment and iteration."""
+    sequence_length: int | None = None
+    """With memory: steps that are learned from in one piece, beginning with what was remembered then; all of a rollout
+    by default. It must divide rollout_length."""
     seed: int = 0
     """Seeds the weights, the actions, the minibatches, and each episode of each environment."""
     checkpoint_every: int | None = None
@@ -147,6 +150,28 @@ class ControlConfig:
         """Refuse impossible settings."""
         in_range("total_steps", self.total_steps, at_least=1, at_most=10**18, whole=True, usual="1000000")
         in_range("rollout_length", self.rollout_length, at_least=1, at_most=10**9, whole=True, usual="256")
+        in_range(
+            "sequence_length",
+            self.sequence_length,
+            optional=True,
+            at_least=1,
+            at_most=self.rollout_length,
+            whole=True,
+            usual=f"{self.rollout_length}, all of rollout_length",
+        )
+        if self.sequence_length is not None and self.network.memory == "none":
+            raise UserError("sequence_length is for policies with memory. Set memory to gru or lstm, or leave it out.")
+        if self.network.memory != "none" and self.environment.vectorization == "device":
+            raise UserError(
+                f"memory is {self.network.memory!r}, which environments on a device do not go with yet. Use another "
+                "vectorization, or leave memory out."
+            )
+        if self.rollout_length % self.piece_length:
+            raise UserError(
+                f"sequence_length is {self.sequence_length}, which does not divide rollout_length, "
+                f"{self.rollout_length}. Choose one that does, such as "
+                f"{max(n for n in range(1, self.piece_length) if self.rollout_length % n == 0)}."
+            )
         in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="1")
         in_range(
             "checkpoint_every",
@@ -182,6 +207,11 @@ class ControlConfig:
     def steps_per_iteration(self) -> int:
         """Environment steps in one rollout."""
         return self.environment.n_envs * self.rollout_length
+
+    @property
+    def piece_length(self) -> int:
+        """Steps in a row that a policy with memory learns from in one piece."""
+        return self.sequence_length or self.rollout_length
 
     @property
     def algorithm_name(self) -> str:

@@ -88,7 +88,7 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
     return ControlState(
         policy=policy,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
-        carry=_first_carry(envs),
+        carry=_first_carry(envs, policy),
         action_generator=torch.Generator(config.device).manual_seed(int(actions)),
         # Half a million steps are shuffled where they are.
         shuffle_generator=torch.Generator(config.device if is_on_device else "cpu").manual_seed(int(shuffles)),
@@ -96,9 +96,11 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
     )
 
 
-def _first_carry(envs: Envs) -> Carry | DeviceCarry:
+def _first_carry(envs: Envs, policy: ActorCritic) -> Carry | DeviceCarry:
     first = envs.reset()
-    return DeviceCarry.start(first) if isinstance(first, torch.Tensor) else Carry.start(first)
+    if isinstance(first, torch.Tensor):
+        return DeviceCarry.start(first)
+    return Carry.start(first, policy.blank_memory(len(first)).cpu().numpy())
 
 
 def iterate(
@@ -196,7 +198,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: E
             "actions": state.action_generator.get_state(),
             "shuffles": state.shuffle_generator.get_state(),
         },
-        "carry": {name: torch.as_tensor(array) for name, array in vars(state.carry).items()},
+        "carry": {n: torch.as_tensor(array) for n, array in vars(state.carry).items() if 0 not in array.shape[1:]},
         "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
     }
     # One file, not four: what a small run's save costs is the flushing of its files to the disk.
@@ -247,6 +249,8 @@ def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[
     state.action_generator.set_state(parts["generators"]["actions"])
     state.shuffle_generator.set_state(parts["generators"]["shuffles"])
     for name, own in vars(state.carry).items():
+        if 0 in own.shape[1:]:
+            continue  # of a policy without memory nothing is kept
         kept = parts["carry"][name]
         array = kept.to(own.device) if isinstance(own, torch.Tensor) else kept.numpy().copy()
         if (array.shape, array.dtype) != (own.shape, own.dtype):
@@ -260,6 +264,7 @@ def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[
             state.carry.episode_return,
             state.carry.episode_length,
             state.carry.discounted_return,
+            *([state.carry.memory] if isinstance(state.carry, Carry) else []),
         ):
             per_episode[index] = 0
     take_counters(state, described, _COUNTERS, optional=("best_return", "rate_factor"))
@@ -314,7 +319,8 @@ def _collector(
         return DeviceCollector(policy, cast(DeviceEnvs, envs), carry, length, generator, gamma=gamma).collect
     network = network_for(config)
     steps = cast(VectorEnvs, envs)
-    return partial(rollout, policy, steps, carry, length, generator, gamma=gamma, clock=clock, network=network)
+    collect = partial(rollout, policy, steps, carry, length, generator, gamma=gamma, clock=clock, network=network)
+    return partial(collect, piece=config.piece_length)
 
 
 def _collect(

@@ -13,7 +13,7 @@ import torch
 from proximo.algorithms.adam import FlatAdam
 from proximo.algorithms.compiled import Pace
 from proximo.algorithms.ppo import PPO
-from proximo.collect.acting import acting
+from proximo.collect.acting import Remembered, acting
 from proximo.collect.envs import VectorEnvs, episode_seed
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
@@ -47,7 +47,8 @@ def _time_collecting(policy: ActorCritic, envs: VectorEnvs, config: ControlConfi
     """Seconds per vector step, the median of some, within about a quarter of a second."""
     generator = torch.Generator(config.device).manual_seed(episode_seed(config.seed, 0, 0))
     observations = envs.reset()
-    actor = acting(policy, envs.n_envs, _MOST_STEPS, generator, network_for(config))
+    memory = Remembered(policy.blank_memory(envs.n_envs).cpu().numpy(), 1) if policy.has_memory else None
+    actor = acting(policy, envs.n_envs, _MOST_STEPS, generator, network_for(config), memory)
     times: list[float] = []
     began = time.perf_counter()
     while not times or (len(times) < _MOST_STEPS and time.perf_counter() - began < 0.25):
@@ -60,21 +61,23 @@ def _time_collecting(policy: ActorCritic, envs: VectorEnvs, config: ControlConfi
 def minibatch_seconds(policy: ActorCritic, observations: torch.Tensor, config: ControlConfig) -> float:
     """Seconds per minibatch of an update of `policy`, the smallest of a few; the first ones warm up."""
     assert isinstance(config.algorithm, PPO)
-    size = config.batch_size
-    rows = observations[torch.arange(size, device=observations.device) % len(observations)].unsqueeze(1)
-    acted = policy.act(rows[:, 0], torch.Generator(config.device).manual_seed(0))
-    flags = torch.zeros(size, 1, dtype=torch.bool, device=observations.device)
-    numbers = torch.zeros(size, 1, device=observations.device)
+    length = config.piece_length if policy.has_memory else 1
+    size = -(-config.batch_size // length)
+    rows = observations[torch.arange(size * length, device=observations.device) % len(observations)]
+    acted = policy.act(rows, torch.Generator(config.device).manual_seed(0), policy.blank_memory(len(rows)))
+    flags = torch.zeros(size, length, dtype=torch.bool, device=observations.device)
+    numbers = torch.zeros(size, length, device=observations.device)
     batch = Batch(
-        observations=rows,
-        actions=acted.actions.unsqueeze(1),
+        observations=rows.unflatten(0, (size, length)),
+        actions=acted.actions.unflatten(0, (size, length)),
         mask=~flags,
-        rewards=torch.linspace(-1, 1, size, device=observations.device).unsqueeze(1),
-        log_probs=acted.log_probs.unsqueeze(1),
+        rewards=torch.linspace(-1, 1, size * length, device=observations.device).view(size, length),
+        log_probs=acted.log_probs.view(size, length),
         values=numbers,
         next_values=numbers,
         terminated=flags,
         done=flags,
+        hidden=policy.blank_memory(size).unsqueeze(1) if policy.has_memory else None,
     )
     algorithm = replace(config.algorithm, learning_rate=1e-8)  # takes as long, and leads nowhere
     optimizer = FlatAdam(policy, learning_rate=algorithm.learning_rate)

@@ -81,10 +81,10 @@ def _play(policy: ActorCritic, envs: SerialEnvs, n_episodes: int, generator: tor
     lengths: list[list[int]] = [[] for _ in range(n_envs)]
     running_return, running_length = np.zeros(n_envs), np.zeros(n_envs, np.int64)
     observations = envs.reset()
-    device = next(policy.parameters()).device
+    memory = policy.blank_memory(n_envs)
     while any(len(done) < wanted for done, wanted in zip(returns, quota, strict=True)):
-        rows = torch.from_numpy(observations.copy()).to(device)
-        step = envs.step(policy.choose(rows, deterministic=generator is None, generator=generator))
+        rows = torch.from_numpy(observations.copy()).to(memory.device)
+        step = envs.step(policy.choose(rows, deterministic=generator is None, generator=generator, memory=memory))
         running_return += step.rewards
         running_length += 1
         if running_length.max() > LONGEST_EPISODE:
@@ -97,6 +97,7 @@ def _play(policy: ActorCritic, envs: SerialEnvs, n_episodes: int, generator: tor
                 returns[index].append(float(running_return[index]))
                 lengths[index].append(int(running_length[index]))
             running_return[index], running_length[index] = 0.0, 0
+            memory[index] = 0.0
         observations = step.observations
     order = [(number % n_envs, number // n_envs) for number in range(n_episodes)]
     return EpisodeScores([returns[i][e] for i, e in order], [lengths[i][e] for i, e in order])
