@@ -107,6 +107,9 @@ def test_the_batch_is_that_of_the_host_rollout(make, settings, monkeypatch):
         assert episodes == ended
         n_ended += len(ended.returns)
         for name, array in vars(host_carry).items():
+            if name == "memory":
+                assert not array.size
+                continue
             np.testing.assert_allclose(getattr(carry, name).numpy(), array, rtol=1e-6)
         for one, other in ((host_policy, expected), (policy, batch)):
             one.update_observation_moments(other.observations[other.mask])

@@ -59,6 +59,7 @@ def test_as_steps_keeps_the_valid_ones_in_order_each_a_row_of_its_own():
 
 def test_rows_are_selected_in_every_field():
     batch = numbered([[True, True], [True, False], [False, True]])
+    batch = dataclasses.replace(batch, hidden=torch.arange(12.0).view(3, 2, 2))
     chosen = batch[torch.tensor([2, 0])]
     for field in dataclasses.fields(Batch):
         whole, part = getattr(batch, field.name), getattr(chosen, field.name)
@@ -136,3 +137,21 @@ def test_the_global_generator_is_left_alone():
 def test_nothing_to_cut_is_refused(n_rows, batch_size):
     with pytest.raises(ValueError, match="at least 1"):
         cut(n_rows, batch_size)
+
+
+def test_a_step_continues_the_one_before_it_unless_that_ended_or_was_a_reset():
+    batch = dataclasses.replace(
+        numbered([[True, True, True, True], [True, False, True, True]]),
+        done=torch.tensor([[False, True, False, True], [False, False, False, False]]),
+    )
+    assert batch.continues.tolist() == [[True, True, False, True], [True, True, False, True]]
+
+
+def test_rows_with_states_are_cut_into_pieces():
+    batch = dataclasses.replace(numbered([[True] * 4, [True] * 4]), group=None, hidden=torch.arange(8.0).view(2, 2, 2))
+    cut = batch.as_pieces()
+    assert cut.rewards.tolist() == [[0, 10], [20, 30], [40, 50], [60, 70]]
+    assert cut.actions.shape == (4, 2, 1, 3)
+    assert cut.hidden.tolist() == [[[0, 1]], [[2, 3]], [[4, 5]], [[6, 7]]]
+    assert cut.n_pieces == 1
+    assert batch.as_steps().hidden is None
