@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from proximo.api import load as load
     from proximo.api import train as train
     from proximo.errors import UserError as UserError
+    from proximo.exporting import Export as Export
+    from proximo.exporting import export as export
     from proximo.language import StageRun as StageRun
     from proximo.language import align as align
     from proximo.language import dpo as dpo
@@ -27,6 +29,8 @@ _HOMES = {
     "resume": "proximo.language",
     "load": "proximo.api",
     "evaluate": "proximo.api",
+    "export": "proximo.exporting",
+    "Export": "proximo.exporting",
     "Run": "proximo.api",
     "align": "proximo.language",
     "dpo": "proximo.language",
@@ -41,12 +45,14 @@ _HOMES = {
 __all__ = [
     "ActorCritic",
     "ControlConfig",
+    "Export",
     "Run",
     "StageRun",
     "UserError",
     "align",
     "dpo",
     "evaluate",
+    "export",
     "load",
     "resume",
     "reward",

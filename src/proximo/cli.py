@@ -26,6 +26,7 @@ proximo trains policies with proximal policy optimization.
   proximo resume RUN        go on exactly where it stopped
   proximo evaluate RUN      episodes with frozen weights and normalizer
   proximo watch RUN         a video of the policy
+  proximo export RUN        the policy as an ONNX or torch file that needs no Proximo
   proximo report RUN...     pictures and a diagnosis; several runs are compared
   proximo check-env ENV     what is wrong with my environment, before training on it
   proximo doctor            versions, cores, GPU, disk, extras, and how to mend what is missing
@@ -544,11 +545,18 @@ def _chat(words: list[str]) -> Outcome:
     return chat_command(words)
 
 
+def _export(words: list[str]) -> Outcome:
+    from proximo.cli_export import export_command
+
+    return export_command(words)
+
+
 COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "train": _train,
     "resume": _resume,
     "evaluate": _evaluate,
     "watch": _watch,
+    "export": _export,
     "report": _report,
     "check-env": _check_env,
     "doctor": _doctor,

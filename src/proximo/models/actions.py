@@ -59,6 +59,13 @@ class _Choices:
         """`[N, columns]`, to the environment's numbers."""
         return actions + self.first
 
+    def on_device(self, space: spaces.Space, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Its actions `[N]` or `[N, columns]` as a tensor of actions `[N, *shape]` of `space`."""
+        shape, dtype = space.shape or (), _torch_dtype(space)
+        first = torch.as_tensor(self.first, device=device)
+        columns = len(first)
+        return lambda actions: (actions.reshape(-1, columns) + first).reshape(-1, *shape).to(dtype)
+
     def from_environment(self, actions: np.ndarray) -> np.ndarray:
         wrong = ~((actions >= self.first) & (actions < self.first + np.array(self.sizes)) & (actions % 1 == 0))
         if wrong.any():
@@ -79,6 +86,8 @@ class _Numbers:
     scale: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    rescaled: np.ndarray
+    """Which of them are -1 to 1 for the policy."""
     has_own_std: bool
     """The standard deviation is an output of the actor, too."""
     log_std_init: float
@@ -110,6 +119,18 @@ class _Numbers:
         if self.kind != "gaussian":
             boxed = _BY_NAME[self.kind].to_box(torch.from_numpy(actions)).numpy()
         return (boxed * self.scale + self.offset).clip(self.low, self.high)
+
+    def on_device(self, space: spaces.Space, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Its actions `[N, columns]` as a tensor of actions `[N, *shape]` of `space`."""
+        shape, dtype = space.shape or (), _torch_dtype(space)
+        offset, scale, low, high = (
+            torch.as_tensor(array, dtype=torch.float64, device=device)
+            for array in (self.offset, self.scale, self.low, self.high)
+        )
+        to_box: Any = _BY_NAME[self.kind].to_box
+        return lambda actions: (
+            (to_box(actions.detach()) * scale + offset).clamp(low, high).reshape(-1, *shape).to(dtype)
+        )
 
     def from_environment(self, actions: np.ndarray) -> np.ndarray:
         boxed = ((actions - self.offset) / self.scale).astype(np.float32)  # at once: "just inside" is of this kind
@@ -207,6 +228,13 @@ class ActionHead:
         return float(sum(np.log(scale).sum() for scale in scales))
 
     @property
+    def half_ranges(self) -> list[np.ndarray | None]:
+        """Of each part: half the range of each number that is rescaled to its bounds, NaN of others; None of choices."""
+        return [
+            np.where(part.rescaled, part.scale, np.nan) if isinstance(part, _Numbers) else None for part in self.parts
+        ]
+
+    @property
     def action_map(self) -> tuple[np.ndarray, np.ndarray]:
         """Of a Box: offset and scale, shaped as it, from the policy's units to the environment's; else 0 and 1."""
         part, shape = self.parts[0], self.space.shape or ()
@@ -216,24 +244,22 @@ class ActionHead:
 
     def on_device(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """`to_environment` as a function of tensors on `device`, from which nothing goes to the host."""
-        space, part = self.space, self.parts[0]
+        space = self.space
         if isinstance(space, spaces.Discrete):
             start = int(space.start)
             return lambda actions: actions + start if start else actions
-        shape, dtype = space.shape or (), torch.from_numpy(np.empty(0, space.dtype)).dtype
-        if isinstance(part, _Choices):
-            first = torch.as_tensor(part.first, device=device)
-            return lambda actions: (actions + first).reshape(-1, *shape).to(dtype)
         assert not self._is_joint, "environments on a device have a Box, a Discrete or a MultiDiscrete for actions"
-        tensors = [
-            torch.as_tensor(array, dtype=torch.float64, device=device)
-            for array in (part.offset, part.scale, part.low, part.high)
-        ]
-        offset, scale, low, high = tensors
-        to_box: Any = _BY_NAME[part.kind].to_box
-        return lambda actions: (
-            (to_box(actions.detach()) * scale + offset).clamp(low, high).reshape(-1, *shape).to(dtype)
-        )
+        return self.parts[0].on_device(space, device)
+
+    def modes(self, outputs: Tensor, log_std: Tensor | None, mask: Tensor | None = None) -> list[Tensor]:
+        """The most likely action of each part, `[N]` or `[N, columns]`, as `distribution` has it."""
+        distribution = self.distribution(outputs, log_std, mask)
+        parts = distribution.parts if isinstance(distribution, Joint) else (distribution,)
+        return [part.mode() for part in parts]
+
+
+def _torch_dtype(space: spaces.Space) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
 def _part(
@@ -262,4 +288,4 @@ def _part(
         )
     offset = np.where(bounded, (high + low) / 2.0, 0.0)
     scale = np.where(bounded, np.maximum((high - low) / 2.0, 1e-8), 1.0)
-    return _Numbers(name, kind, offset, scale, low, high, has_own_std and kind != "beta", log_std_init)
+    return _Numbers(name, kind, offset, scale, low, high, bounded, has_own_std and kind != "beta", log_std_init)

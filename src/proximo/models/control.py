@@ -394,20 +394,33 @@ class ActorCritic(nn.Module):
         The normalized observation itself, or what the encoder makes of it.
         """
         leading = (len(observations),) if leading is None else leading
+        space = self.observation_space
         if self.encoder is None:
-            return self._normalized(self._numbers(observations, leading))
-        space, device = self.observation_space, observations.device.type
-        if isinstance(space, PackedObservations):
-            rows = observations.reshape(-1, *space.shape)
-            images: Any = space.pixels(rows)
-        else:
-            images = observations.reshape(-1, *space.shape)
+            return self.features(None, self._numbers(observations, leading), leading)
+        rows: Any = observations.reshape(-1, *space.shape)
+        if not isinstance(space, PackedObservations):
+            return self.features(rows, None, leading)
+        numbers = self._numbers(observations, leading) if space.n_numbers else None
+        return self.features(space.pixels(rows), numbers, leading)
+
+    def features(self, images: Any, numbers: Tensor | None, leading: tuple[int, ...]) -> Tensor:
+        """What actor and critic see, `[*leading, features]`: of raw `numbers` `[*leading, F]` and images.
+
+        Args:
+            images: as the encoder takes them, `[prod(leading), *O]`, a list of them where there are several kinds;
+                None where there is no encoder.
+            numbers: None where there are images alone.
+            leading: the leading dimensions.
+        """
+        if images is None:
+            assert numbers is not None
+            return self._normalized(numbers)
+        assert self.encoder is not None
+        device = self.observation_mean.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             features = self.encoder(images)
         features = features.to(torch.float32).reshape(*leading, -1)
-        if not (isinstance(space, PackedObservations) and space.n_numbers):
-            return features
-        return torch.cat([features, self._normalized(self._numbers(observations, leading))], -1)
+        return features if numbers is None else torch.cat([features, self._normalized(numbers)], -1)
 
     def _seen(self, observations: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
         """What actor and critic stand on at raw observations `[N, *O]`; `memory` `[N, S]` goes on in place."""

@@ -467,7 +467,7 @@ class PackedActions(spaces.Box):
             part = rows[..., first:last].reshape(shape).astype(leaf.space.dtype)
             # An environment that is given one choice expects a number, as its space's own samples are.
             parts[leaf.path] = part[()] if isinstance(leaf.space, spaces.Discrete) else part
-        return _rebuilt(self.source, parts, ())
+        return rebuilt(self.source, parts, ())
 
     def sample(self, mask: Any = None, probability: Any = None) -> np.ndarray:
         """A row of a random action."""
@@ -488,10 +488,10 @@ class PackedActions(spaces.Box):
         return f"{self.source}"
 
 
-def _rebuilt(space: spaces.Space, parts: dict[Path, Any], path: Path) -> Any:
+def rebuilt(space: spaces.Space, parts: dict[Path, Any], path: Path) -> Any:
     """A value of a space from what is at its leaves."""
     if isinstance(space, spaces.Dict):
-        return {key: _rebuilt(inner, parts, (*path, key)) for key, inner in space.spaces.items()}
+        return {key: rebuilt(inner, parts, (*path, key)) for key, inner in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
-        return tuple(_rebuilt(inner, parts, (*path, index)) for index, inner in enumerate(space.spaces))
+        return tuple(rebuilt(inner, parts, (*path, index)) for index, inner in enumerate(space.spaces))
     return parts[path]
