@@ -113,6 +113,17 @@ print(json.dumps(f"transformers {transformers.__version__}, a tiny model was mad
 """
 
 
+_EXPORT = """
+import json, logging, onnxruntime, torch
+logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+model = torch.onnx.export(torch.nn.Linear(2, 1), (torch.ones(3, 2),), dynamo=True, verbose=False)
+model.save("trial.onnx")
+session = onnxruntime.InferenceSession("trial.onnx")
+session.run(None, {session.get_inputs()[0].name: torch.ones(3, 2).numpy()})
+print(json.dumps(f"a tiny network was exported and run by ONNX Runtime {onnxruntime.__version__}"))
+"""
+
+
 class Extra(NamedTuple):
     """An extra of Proximo: its modules, what it is for, and a program that tries it."""
 
@@ -131,6 +142,7 @@ EXTRAS = {
         "proximo sft, reward, align, dpo, demo align, ...",
         _LANGUAGE,
     ),
+    "export": Extra(("onnx", "onnxscript", "onnxruntime"), "proximo export", _EXPORT),
     "dev": Extra(
         ("pytest", "pytest_timeout", "hypothesis", "beartype", "ruff", "pyright", "importlinter", "pre_commit"),
         "working on Proximo itself",

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -319,7 +319,7 @@ def _write_onnx(graph: PolicyGraph, path: Path, described: str) -> None:
     example = _example(graph)
     program = torch.onnx.export(
         graph,
-        (example,),
+        (example, {}),  # a dict that came last would be taken for keywords
         input_names=[port.name for port in graph.inputs],
         output_names=[port.name for port in graph.outputs],
         dynamic_shapes={"given": {name: {0: "batch"} for name in example}},
@@ -355,7 +355,9 @@ def _write_torch(graph: PolicyGraph, path: Path, described: str) -> None:
     program = torch.export.export(graph, (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # as above
-    torch.export.save(program, path, extra_files={EXTRA_FILE: described})
+    file = BytesIO()  # saved to a path, the folders in the archive would have the name of the temporary file
+    torch.export.save(program, file, extra_files={EXTRA_FILE: described})
+    path.write_bytes(file.getvalue())
 
 
 def _opened_torch(path: Path) -> Callable[[Arrays], Arrays]:

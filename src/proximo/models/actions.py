@@ -229,7 +229,7 @@ class ActionHead:
 
     @property
     def half_ranges(self) -> list[np.ndarray | None]:
-        """Of each part: half the range of each number that is rescaled to its bounds, NaN of others; None of choices."""
+        """Of each part: half the range of each number that is rescaled to its bounds, NaN of others; None: choices."""
         return [
             np.where(part.rescaled, part.scale, np.nan) if isinstance(part, _Numbers) else None for part in self.parts
         ]
