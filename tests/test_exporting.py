@@ -232,6 +232,36 @@ def _open_torch(path: Path) -> Any:
     return call, names
 
 
+@pytest.mark.parametrize(
+    ("env", "settings"), [(Arm, {"memory": "lstm", "memory_layers": 2}), (Told, {"memory": "gru"})]
+)
+def test_files_of_policies_that_remember_go_on_from_what_they_gave(
+    tmp_path: Path, env: type[Anything], settings: dict[str, Any]
+):
+    """Through an episode, each by what it remembered itself."""
+    run = proximo.train(env, run_dir=tmp_path / "run", **(ONE_ITERATION | settings))
+    policy = proximo.load(run)
+    for kind, open_file in (("onnx", _open_onnx), ("torch", _open_torch)):
+        told = proximo.export(run, format=kind, env=env)
+        assert told.inputs[-1]["name"] == "memory"
+        assert [port["name"] for port in told.outputs] == ["action", "value", "next_memory"]
+        call, _ = open_file(told.path)
+        one = env()
+        observation, info = one.reset(seed=77)
+        memory, own = policy.fresh_memory(), policy.fresh_memory()
+        for _ in range(10):
+            given = {"observation": np.asarray(observation)[None], "memory": own[None]}
+            if "action_mask" in info:
+                given["action_mask"] = np.asarray(info["action_mask"], np.int8)[None]
+            found = call(given)
+            action, memory = policy(observation, action_mask=info.get("action_mask"), memory=memory)
+            own = found["next_memory"][0]
+            np.testing.assert_allclose(own, memory, atol=1e-5)
+            np.testing.assert_allclose(found["action"][0], action, atol=1e-4)
+            observation, *_, info = one.step(action)
+        assert np.abs(memory).max() > 0
+
+
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory: pytest.TempPathFactory) -> proximo.Run:
     folder = tmp_path_factory.mktemp("arm")

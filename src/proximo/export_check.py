@@ -5,7 +5,8 @@ networks than the graph that was exported, through packed rows, NumPy and float6
 
 - of continuous actions: in half ranges of a bounded action, else in parts of the action where it is above 1;
 - of choices: 0 where they are the same, else how much less likely, in nats, the file's choice is for the policy;
-- of values: in scaled reward units, or in parts of the value where that is above 1.
+- of values: in scaled reward units, or in parts of the value where that is above 1;
+- of what is remembered: in itself, or in parts of it where that is above 1.
 
 The policy itself is not exact to 1e-6 everywhere: sums of large terms are rounded, and another order of summation
 rounds them otherwise. `rounding` measures that, by weights that are wrong in their last bit.
@@ -50,6 +51,13 @@ class Given:
     """Of the environment's space, every array in it with a leading N."""
     action_mask: np.ndarray | None
     """Where the environment tells it in its `info`."""
+    memory: np.ndarray | None = None
+    """Of policies that remember."""
+
+    @property
+    def asides(self) -> dict[str, np.ndarray]:
+        """What `policy.value` takes beside observations."""
+        return {} if self.memory is None else {"memory": self.memory}
 
 
 def observations_drawn(graph: PolicyGraph, n: int, seed: int) -> Arrays:
@@ -63,6 +71,8 @@ def observations_drawn(graph: PolicyGraph, n: int, seed: int) -> Arrays:
     for port in graph.inputs:
         if port.role == "action_mask":
             drawn[port.name] = _masks(graph.policy, random, n).reshape(n, *port.shape).astype(port.dtype)
+        elif port.role == "memory":
+            drawn[port.name] = (0.5 * random.standard_normal((n, *port.shape))).astype(port.dtype)
         elif isinstance(port.space, spaces.Box) and np.issubdtype(port.dtype, np.floating):
             drawn[port.name] = _numbers(graph, port, columns.get(port.name), random, n).astype(port.dtype)
         else:
@@ -112,18 +122,26 @@ def observations_played(graph: PolicyGraph, env: gym.Env, n: int, seed: int) -> 
     policy, is_told = graph.policy, any(_is_told(port) for port in graph.inputs)
     try:
         observation, info = env.reset(seed=seed)
+        memory = policy.fresh_memory()
         for _ in range(n):
             mask = info.get(MASK_KEY) if is_told else None
             for port in graph.inputs:
-                value = mask if _is_told(port) else Leaf(port.path, spaces.Space()).of(observation, "observation")
+                value = memory if port.role == "memory" else mask if _is_told(port) else _part(port, observation)
                 rows[port.name].append(np.array(value, port.dtype).reshape(port.shape))
-            action = policy(observation, action_mask=mask)
+            if policy.has_memory:
+                action, memory = policy(observation, action_mask=mask, memory=memory)
+            else:
+                action = policy(observation, action_mask=mask)
             observation, _, terminated, truncated, info = env.step(action)
             if terminated or truncated:
-                observation, info = env.reset()
+                (observation, info), memory = env.reset(), policy.fresh_memory()
     except Exception as error:  # whatever an environment raises
         raise UserError(f"no episode could be played: {in_words(error)}") from error
     return {name: np.stack(values) for name, values in rows.items()}
+
+
+def _part(port: Port, observation: Any) -> Any:
+    return Leaf(port.path, spaces.Space()).of(observation, "observation")
 
 
 def _is_told(port: Port) -> bool:
@@ -137,8 +155,9 @@ def joined(graph: PolicyGraph, *several: Arrays) -> Given:
     told = [inputs[port.name] for port in graph.inputs if _is_told(port)]
     space = graph.policy.observation_space
     source = space.source if isinstance(space, PackedObservations) else space
-    parts = {port.path: inputs[port.name] for port in graph.inputs if not _is_told(port)}
-    return Given(inputs, rebuilt(source, parts, ()), told[0] if told else None)
+    memory = [inputs[port.name] for port in graph.inputs if port.role == "memory"]
+    parts = {port.path: inputs[port.name] for port in graph.inputs if port.space is not None}
+    return Given(inputs, rebuilt(source, parts, ()), told[0] if told else None, memory[0] if memory else None)
 
 
 def how_many(graph: PolicyGraph) -> int:
@@ -152,13 +171,13 @@ def how_many(graph: PolicyGraph) -> int:
 
 def answers(graph: PolicyGraph, policy: ActorCritic, given: Given) -> Arrays:
     """What a policy does at observations, by the names of the graph's outputs."""
-    actions = policy(given.observation, action_mask=given.action_mask)
-    found = {
-        port.name: np.asarray(Leaf(port.path, spaces.Space()).of(actions, "action"))
-        for port in graph.outputs
-        if port.role == "action"
-    }
-    return found | {graph.outputs[-1].name: policy.value(given.observation)}
+    actions = policy(given.observation, action_mask=given.action_mask, **given.asides)
+    remembered = {}
+    if given.memory is not None:
+        actions, memory = actions
+        remembered = {graph.outputs[-1].name: memory}
+    found = {port.name: np.asarray(Leaf(port.path, spaces.Space()).of(actions, "action")) for port in graph.actions}
+    return found | {graph.value.name: policy.value(given.observation, **given.asides)} | remembered
 
 
 def differences(graph: PolicyGraph, given: Given, wanted: Arrays, found: Arrays) -> dict[str, np.ndarray]:
@@ -169,14 +188,12 @@ def differences(graph: PolicyGraph, given: Given, wanted: Arrays, found: Arrays)
     """
     _check_kinds(graph, wanted, found)
     apart = {}
-    for port, half in zip(graph.outputs[:-1], graph.policy.head.half_ranges, strict=True):
+    for port, half in zip(graph.actions, graph.policy.head.half_ranges, strict=True):
         if half is not None:
             apart[port.name] = _worst(wanted[port.name], found[port.name], _scale(half, wanted[port.name]))
         else:
             apart[port.name] = _less_likely(graph, given, wanted, port, found[port.name])
-    name = graph.outputs[-1].name
-    scale = np.maximum(graph.policy.reward_scale, np.abs(wanted[name]))
-    return apart | {name: _worst(wanted[name], found[name], scale)}
+    return apart | _others_apart(graph, wanted, found)
 
 
 def rounding(graph: PolicyGraph, given: Given, wanted: Arrays) -> dict[str, float]:
@@ -184,16 +201,25 @@ def rounding(graph: PolicyGraph, given: Given, wanted: Arrays) -> dict[str, floa
     nudged = _nudged(graph.policy)
     apart = {}
     moved = answers(graph, nudged, given)
-    for port, half in zip(graph.outputs[:-1], graph.policy.head.half_ranges, strict=True):
+    for port, half in zip(graph.actions, graph.policy.head.half_ranges, strict=True):
         if half is not None:
             scale = _scale(half, wanted[port.name])
             apart[port.name] = float(_worst(wanted[port.name], moved[port.name], scale).max())
         else:
             likely = [_log_probs(graph, each, given, wanted) for each in (graph.policy, nudged)]
             apart[port.name] = float(np.abs(likely[0] - likely[1]).max())
-    name = graph.outputs[-1].name
-    scale = np.maximum(graph.policy.reward_scale, np.abs(wanted[name]))
-    return apart | {name: float(_worst(wanted[name], moved[name], scale).max())}
+    return apart | {name: float(far.max()) for name, far in _others_apart(graph, wanted, moved).items()}
+
+
+def _others_apart(graph: PolicyGraph, wanted: Arrays, found: Arrays) -> Arrays:
+    """The differences of what is no action."""
+    apart = {}
+    for port in graph.outputs:
+        if port.role in ("value", "memory"):
+            unit = graph.policy.reward_scale if port.role == "value" else 1.0
+            want = wanted[port.name]
+            apart[port.name] = _worst(want, found[port.name], np.maximum(unit, np.abs(want)))
+    return apart
 
 
 def _check_kinds(graph: PolicyGraph, wanted: Arrays, found: Arrays) -> None:
@@ -235,8 +261,8 @@ def _less_likely(graph: PolicyGraph, given: Given, wanted: Arrays, port: Port, f
 def _log_probs(graph: PolicyGraph, policy: ActorCritic, given: Given, actions: Arrays) -> np.ndarray:
     space = policy.action_space
     source = space.source if isinstance(space, PackedActions) else space
-    action = rebuilt(source, {port.path: actions[port.name] for port in graph.outputs[:-1]}, ())
-    return policy.log_prob(given.observation, action, action_mask=given.action_mask).astype(np.float64)
+    action = rebuilt(source, {port.path: actions[port.name] for port in graph.actions}, ())
+    return policy.log_prob(given.observation, action, action_mask=given.action_mask, **given.asides).astype(np.float64)
 
 
 def _nudged(policy: ActorCritic) -> ActorCritic:

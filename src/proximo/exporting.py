@@ -297,9 +297,10 @@ def _port_described(port: Port, config: ControlConfig) -> dict[str, Any]:
         "action_mask": "0: impossible, else possible; one number per option of the action",
         "action": "the environment's own, as its step takes it",
         "value": f"{rewards}, discounted by {config.algorithm.gamma:g}",
+        "memory": "zeros at the start of an episode, then next_memory of the step before",
     }
     told = {"name": port.name, "shape": ["batch", *port.shape], "dtype": str(port.dtype), "units": units[port.role]}
-    return told | ({} if port.role == "value" else {"role": port.role, "path": list(port.path)})
+    return told | ({} if port.role in ("value", "memory") else {"role": port.role, "path": list(port.path)})
 
 
 # --- the two formats ------------------------------------------------------------------------------------------------

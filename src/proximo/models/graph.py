@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from proximo.models.control import ActorCritic
 from proximo.models.packing import MASK_KEY, PackedActions, PackedObservations, Path, is_image, leaves
 
-Role = Literal["observation", "action_mask", "action", "value"]
+Role = Literal["observation", "action_mask", "memory", "action", "value"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Port:
     """Without the leading dimension, which is that of the batch."""
     dtype: np.dtype
     space: spaces.Space | None = None
-    """None for a mask from `info`, and for the value."""
+    """None for a mask from `info`, for memory, and for the value."""
 
 
 class PolicyGraph(nn.Module):
@@ -43,7 +43,8 @@ class PolicyGraph(nn.Module):
 
     Observations `[N, *O]` come raw, in the dtypes of their spaces, one for each simple space within a Dict or a Tuple.
     The mask, where the policy was trained with one, is `[N, options]`: 0 is forbidden. Actions `[N, *A]` are in
-    the environment's own units, one for each simple space within; `value` `[N]` is in those of its rewards.
+    the environment's own units, one for each simple space within; `value` `[N]` is in those of its rewards. A policy
+    that remembers takes its `memory` `[N, S]`, zeros at the start of an episode, and gives `next_memory`.
     """
 
     def __init__(self, policy: ActorCritic) -> None:
@@ -55,7 +56,9 @@ class PolicyGraph(nn.Module):
         self.outputs = _outputs_of(policy, taken)
         self.scale = policy.reward_scale
         parts, device = policy.head.parts, torch.device("cpu")
-        acted = [port.space for port in self.outputs if port.space is not None]
+        self.actions = [port for port in self.outputs if port.role == "action"]
+        self.value = next(port for port in self.outputs if port.role == "value")
+        acted = [port.space for port in self.actions if port.space is not None]
         self._ways = [part.on_device(space, device) for part, space in zip(parts, acted, strict=True)]
 
     @property
@@ -78,11 +81,14 @@ class PolicyGraph(nn.Module):
         """Actions and values by the names of `outputs`, of tensors by the names of `inputs`."""
         images, numbers, mask = self._taken_apart(given)
         leading = (next(iter(given.values())).shape[0],)
-        seen = self.policy.features(images, numbers, leading)
-        modes = self.policy.head.modes(self.policy.actor(seen), self.policy.log_std, mask)
+        for_actor = for_critic = self.policy.features(images, numbers, leading)
+        memory = [given[port.name].clone() for port in self.inputs if port.role == "memory"]
+        if self.policy.memory is not None:
+            for_actor, for_critic = self.policy.memory.step(for_actor, memory[0])
+        modes = self.policy.head.modes(self.policy.actor(for_actor), self.policy.log_std, mask)
         actions = [way(mode) for way, mode in zip(self._ways, modes, strict=True)]
-        value = self.policy.critic(seen).squeeze(-1) * self.scale
-        return dict(zip([port.name for port in self.outputs], [*actions, value], strict=True))
+        value = self.policy.critic(for_critic).squeeze(-1) * self.scale
+        return dict(zip([port.name for port in self.outputs], [*actions, value, *memory], strict=True))
 
     def _taken_apart(self, given: dict[str, Tensor]) -> tuple[Any, Tensor | None, Tensor | None]:
         """Images as the encoder takes them, numbers `[N, F]`, mask `[N, options]`; None for what there is not."""
@@ -91,6 +97,8 @@ class PolicyGraph(nn.Module):
             value = given[port.name]
             if port.role == "action_mask":
                 mask = value.flatten(1) != 0
+            elif port.role == "memory":
+                continue
             elif self._is_seen(port):
                 images.append(value)
             else:
@@ -104,7 +112,7 @@ class PolicyGraph(nn.Module):
 def _inputs_of(policy: ActorCritic, taken: set[str]) -> list[Port]:
     space = policy.observation_space
     if not isinstance(space, PackedObservations):
-        return [_port("observation", (), space, taken)]
+        return [_port("observation", (), space, taken), *_memory_of(policy, "memory", taken)]
     ports = []
     for leaf in leaves(space.source, "observation"):
         is_mask = space.mask_is_observed and leaf.path == (MASK_KEY,)
@@ -113,7 +121,13 @@ def _inputs_of(policy: ActorCritic, taken: set[str]) -> list[Port]:
         # int8 as Gymnasium's own masks are: `info["action_mask"]` of Taxi, `mask` of `Discrete.sample`
         name = _free("action_mask", taken)
         ports.append(Port(name, "action_mask", (), (space.n_options,), np.dtype(np.int8)))
-    return ports
+    return [*ports, *_memory_of(policy, "memory", taken)]
+
+
+def _memory_of(policy: ActorCritic, words: str, taken: set[str]) -> list[Port]:
+    """What a policy remembers, where it does."""
+    size = policy.blank_memory(1).shape[1]
+    return [Port(_free(words, taken), "memory", (), (size,), np.dtype(np.float32))] if size else []
 
 
 def _outputs_of(policy: ActorCritic, taken: set[str]) -> list[Port]:
@@ -122,7 +136,8 @@ def _outputs_of(policy: ActorCritic, taken: set[str]) -> list[Port]:
         ports = [_port("action", leaf.path, leaf.space, taken) for leaf in space.leaves]
     else:
         ports = [_port("action", (), space, taken)]
-    return [*ports, Port(_free("value", taken), "value", (), (), np.dtype(np.float32))]
+    value = Port(_free("value", taken), "value", (), (), np.dtype(np.float32))
+    return [*ports, value, *_memory_of(policy, "next_memory", taken)]
 
 
 def _port(role: Role, path: Path, space: spaces.Space, taken: set[str]) -> Port:

@@ -88,7 +88,7 @@ class _Stack(nn.Module):
 
     def step(self, inputs: Tensor, state: Tensor) -> Tensor:
         """One step; the state goes on in place."""
-        keep = inputs.new_ones(1, len(inputs))
+        keep = inputs.new_ones(1, inputs.shape[0])  # `len` would fix the size of a batch in an exported graph
         return self._through(inputs.unsqueeze(0), state, keep, overwrite=True).squeeze(0)
 
     def run(self, rows: Tensor, state: Tensor, keep: Tensor) -> Tensor:
