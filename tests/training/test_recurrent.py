@@ -61,6 +61,7 @@ def test_what_was_seen_two_steps_ago_is_repeated(tmp_path: Path):
         {"memory": "lstm", "normalize_observations": True, "normalize_rewards": True},
         {"memory_layers": 2, "sequence_length": 8},
         {"shared_memory": True, "vectorization": "workers", "n_workers": 2},
+        {"memory": "lstm", "update_path": "compiled"},
     ],
 )
 def test_a_run_that_was_cut_ends_where_a_whole_one_does(tmp_path: Path, settings: dict[str, Any]):
@@ -72,6 +73,18 @@ def test_a_run_that_was_cut_ends_where_a_whole_one_does(tmp_path: Path, settings
     half = proximo.resume(half, make, total_steps=1_024, quiet=True)
     one, other = (proximo.load(run).state_dict() for run in (whole, half))
     assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_machine_code_learns_what_torch_does(tmp_path: Path):
+    """The weights after two iterations; sigmoids and tanhs are 1e-6 apart, what comes of it is not much more."""
+    settings = SMALL | {"total_steps": 512, "memory": "lstm", "memory_layers": 2, "learning_rate": 1e-4}
+    weights = []
+    for path in ("eager", "compiled"):
+        run = proximo.train(CartPoleWithoutVelocities, run_dir=tmp_path / path, update_path=path, **settings)
+        assert run.config.update_path == path
+        weights.append(proximo.load(run).state_dict())
+    for name, one in weights[0].items():
+        np.testing.assert_allclose(one, weights[1][name], atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c", "reinforce", "trpo"])

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-
-def _jit(function: Callable[..., Any], fastmath: set[str] | bool | None = None) -> Any:
-    """Machine code that needs no lock of Python's, kept on disk.
-
-    No `nnan` or `ninf`: a NaN must get through to where it is refused. Division by zero is infinity, as in NumPy: with
-    Python's exception for it no loop that divides would be vectorized.
-    """
-    loose = {"contract", "reassoc", "nsz", "arcp"} if fastmath is None else fastmath
-    return njit(fastmath=loose, error_model="numpy", nogil=True, cache=True)(function)
-
+from proximo.machine_code import jit, tanh
 
 KL, POLICY_LOSS, VALUE_LOSS, ENTROPY, CLIPPED, ACTOR_SQUARES, CRITIC_SQUARES, N_METRICS = range(8)
 """Columns of the table of metrics, a row per minibatch."""
@@ -122,7 +112,7 @@ def _published(typing_context: Any, array: Any, place: Any) -> Any:
 _give_way = types.ExternalFunction("sched_yield", types.int32()) if os.name == "posix" else njit(lambda: 0)
 
 
-@_jit
+@jit
 def _wait(arrived, place, count):
     """Wait for another thread; after about 20 us let others have this core meanwhile. False: it will not come."""
     n_looks = 0
@@ -135,39 +125,13 @@ def _wait(arrived, place, count):
     return there > 0
 
 
-@_jit
+@jit
 def abandon(arrived, who):
     """Say that `who` will not come to where the other thread waits: something was raised."""
     _publish(arrived, who * 64, -1)  # pyright: ignore[reportCallIssue]
 
 
-def _tanh(x):
-    return math.tanh(x)
-
-
-@overload(_tanh, inline="always")
-def _tanh_by_kind(x):
-    """In single precision a ratio of polynomials, which is vectorized; its error is below 4e-7."""
-    if x is not types.float32:
-        return lambda x: math.tanh(x)
-
-    f = np.float32
-    limit = f(7.90531110763549805)
-    p13, p11, p9 = f(-2.76076847742355e-16), f(2.00018790482477e-13), f(-8.60467152213735e-11)
-    p7, p5, p3, p1 = f(5.12229709037114e-08), f(1.48572235717979e-05), f(6.37261928875436e-04), f(4.89352455891786e-03)
-    q6, q4, q2, q0 = f(1.19825839466702e-06), f(1.18534705686654e-04), f(2.26843463243900e-03), f(4.89352518554385e-03)
-
-    def rational(x):
-        x = limit if x > limit else x  # a NaN stays one
-        x = -limit if x < -limit else x
-        s = x * x
-        above = x * (p1 + s * (p3 + s * (p5 + s * (p7 + s * (p9 + s * (p11 + s * p13))))))
-        return above / (q0 + s * (q2 + s * (q4 + s * q6)))
-
-    return rational
-
-
-@_jit
+@jit
 def activate(rows, bias, is_tanh):
     """Add the bias to each row and apply tanh, or ReLU, in place."""
     zero = rows.dtype.type(0)
@@ -175,14 +139,14 @@ def activate(rows, bias, is_tanh):
         row = rows[i]
         if is_tanh:
             for j in range(row.size):
-                row[j] = _tanh(row[j] + bias[j])
+                row[j] = tanh(row[j] + bias[j])
         else:
             for j in range(row.size):
                 x = row[j] + bias[j]
                 row[j] = zero if x < zero else x
 
 
-@_jit
+@jit
 def _through_activation(gradient, activated, is_tanh):
     zero, one = gradient.dtype.type(0), gradient.dtype.type(1)
     for i in range(gradient.shape[0]):
@@ -195,7 +159,7 @@ def _through_activation(gradient, activated, is_tanh):
                 g[j] = g[j] if h[j] > zero else zero
 
 
-@_jit
+@jit
 def _sum_rows(rows, sums):
     sums[:] = 0
     for i in range(rows.shape[0]):
@@ -204,7 +168,7 @@ def _sum_rows(rows, sums):
             sums[j] += row[j]
 
 
-@_jit
+@jit
 def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
     """Fill `hidden[layer]` and `outputs`."""
     last = widths.size - 2
@@ -225,7 +189,7 @@ def _forward(weights, places, widths, inputs, hidden, outputs, is_tanh):
         before = after
 
 
-@_jit
+@jit
 def outputs_of(weights, places, widths, observations, shift, scale, limit, is_tanh):
     """Logits, means or values `[n, k]` at `observations` `[n, F]`, shifted, scaled and clipped before."""
     n, n_inputs = observations.shape
@@ -240,7 +204,7 @@ def outputs_of(weights, places, widths, observations, shift, scale, limit, is_ta
     return outputs
 
 
-@_jit
+@jit
 def _backward(weights, gradient, places, widths, inputs, hidden, to_outputs, spare, is_tanh):
     """Write the gradient of every layer, from the one to the outputs; `spare` is `[2, ...]` for what is between."""
     n = inputs.shape[0]
@@ -259,7 +223,7 @@ def _backward(weights, gradient, places, widths, inputs, hidden, to_outputs, spa
         flowing = earlier
 
 
-@_jit
+@jit
 def _normalized(advantages, rows, smallest_spread, result):
     """As `masked.whiten`: over the minibatch, with denominator n - 1; what differs by rounding alone becomes 0."""
     n = rows.size
@@ -280,7 +244,7 @@ def _normalized(advantages, rows, smallest_spread, result):
         result[i] = (result[i] - mean) / (spread + 1e-8)
 
 
-@_jit
+@jit
 def _clipped(log_ratio, advantage, clip_epsilon, sums):
     """Add to the metrics; the gradient of the clipped surrogate's negative to the log-probability."""
     ratio = math.exp(log_ratio)
@@ -294,7 +258,7 @@ def _clipped(log_ratio, advantage, clip_epsilon, sums):
     return 0.0 if unclipped > clipped else -unclipped
 
 
-@_jit
+@jit
 def _categorical(logits, steps, rows, advantages, numbers, sums, to_logits):
     """`d log p(a) / d logits = onehot(a) - p`; `d H / d logits = -p (log p + H)`."""
     n, k = logits.shape
@@ -321,7 +285,7 @@ def _categorical(logits, steps, rows, advantages, numbers, sums, to_logits):
         p[action] += weight
 
 
-@_jit
+@jit
 def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, to_log_std):
     """`d log p / d mean = z / std`, `d log p / d log_std = z^2 - 1`, `d H / d log_std = 1`; z standardized."""
     n, k = means.shape
@@ -344,7 +308,7 @@ def _gaussian(means, log_std, steps, rows, advantages, numbers, sums, to_means, 
             to_log_std[j] += weight * (z * z - 1)
 
 
-@_jit
+@jit
 def _value(values, steps, rows, numbers, to_values):
     """Write the gradient of value_coef times the value loss; return the value loss."""
     n = rows.size
@@ -365,7 +329,7 @@ def _value(values, steps, rows, numbers, to_values):
     return total / n
 
 
-@_jit
+@jit
 def _sum_of_squares(vector):
     total = vector.dtype.type(0)
     for i in range(vector.size):
@@ -373,7 +337,7 @@ def _sum_of_squares(vector):
     return total
 
 
-@_jit
+@jit
 def _step(adam, first, last, n_steps, scale, numbers):
     """One step of Adam on a part of the vectors, the gradient scaled first."""
     kind = adam.weights.dtype.type
@@ -394,7 +358,7 @@ def _step(adam, first, last, n_steps, scale, numbers):
         weights[i] -= size * m / (math.sqrt(v) * correction + eps)
 
 
-@_jit
+@jit
 def _gradient(is_actor, networks, adam, steps, rows, numbers, room, row):
     """One network's gradient, the sum of its squares, and its metrics of one minibatch."""
     inputs, hidden, spare, outputs, to_outputs, advantages = room
@@ -418,7 +382,7 @@ def _gradient(is_actor, networks, adam, steps, rows, numbers, room, row):
     row[ACTOR_SQUARES if is_actor else CRITIC_SQUARES] = _sum_of_squares(adam.gradient[first:last])
 
 
-@_jit
+@jit
 def _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes, row):
     """The gradient to the actor's outputs, and the metrics."""
     n, k = outs.shape
@@ -436,7 +400,7 @@ def _actor_slopes(networks, adam, steps, rows, numbers, advantages, outs, slopes
     row[CLIPPED] /= n
 
 
-@partial(_jit, fastmath=False)  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
+@partial(jit, fastmath=False)  # `reassoc` takes x - x for 0, and so a sum that is NaN for finite
 def _verdict(row, most_kl):
     if not (row[VALUE_LOSS] < math.inf and abs(row[POLICY_LOSS]) < math.inf):
         return BAD_LOSS
@@ -447,7 +411,7 @@ def _verdict(row, most_kl):
     return DONE if is_good else BAD_GRADIENT
 
 
-@_jit
+@jit
 def run(who, networks, adam, steps, order, ends, numbers, actor_room, critic_room, metrics, arrived):
     """Go through minibatches `order[ends[k - 1]:ends[k]]`; return how it ended, and how many were looked at.
 

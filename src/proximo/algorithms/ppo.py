@@ -87,7 +87,8 @@ class PPO:
     learning rate aims at, too."""
     update_path: UpdatePath = "auto"
     """`eager` lets torch derive the gradient, the reference; `fused` has it written out in NumPy, for plain perceptrons
-    and PPO-Clip on the CPU; `compiled` is that in machine code, which takes some seconds to make the first time;
+    and PPO-Clip on the CPU; `compiled` is that in machine code, which takes some seconds to make the first time (with
+    memory, its loops over time are);
     `graphed` replays a CUDA graph, for PPO-Clip; `auto` chooses before the run starts: graphed on CUDA, compiled for
     long runs where numba is installed, fused where that is possible."""
     microbatch_size: int | None = None
@@ -243,7 +244,7 @@ class PPO:
                 arguments = (plain, optimizer, everything, self._clip_settings, generator)
                 run = run_compiled_epochs if self.update_path == "compiled" else run_fused_epochs
                 return run(*arguments) | {"explained_variance": quality}
-            if self.update_path != "auto":
+            if self.update_path != "auto" and everything.batch.hidden is None:
                 raise UserError(
                     f"update_path is '{self.update_path}', but this policy is no plain perceptron on the CPU; use "
                     "'auto' or 'eager'."

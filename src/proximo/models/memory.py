@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from proximo.core.recurrence import gru, lstm, plain_gru, plain_lstm
+from proximo.models.recurrence import gru, lstm, plain_gru, plain_lstm
 
 if TYPE_CHECKING:
     from proximo.models.control import NetworkConfig
@@ -18,12 +19,13 @@ class Memory(nn.Module):
     """Recurrent layers for the actor and for the critic, or one stack for both.
 
     A state is one vector per environment: for each stack and each of its layers h, and for an LSTM c. Zeros are the
-    state at the start of an episode.
+    state at the start of an episode. Where `compiled` is True the loops over time are in machine code.
     """
 
     def __init__(self, n_inputs: int, config: NetworkConfig, generator: torch.Generator | None) -> None:
         """Draw the weights."""
         super().__init__()
+        self.compiled = False
         kind, size, layers = config.memory, config.memory_size, config.memory_layers
         assert kind != "none"
         self.actor = _Stack(n_inputs, kind, size, layers, config.orthogonal_init, generator)
@@ -40,14 +42,14 @@ class Memory(nn.Module):
         """What actor and critic stand on after seeing `inputs` `[N, F]`; `state` `[N, S]` goes on in place."""
         outputs = []
         for stack, own in zip(self._stacks, self._parts(state), strict=True):
-            outputs.append(stack.step(inputs, own))
+            outputs.append(stack.step(inputs, own, compiled=self.compiled))
         return outputs[0], outputs[-1]
 
     def run(self, inputs: Tensor, state: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """The same along rows `[B, T, F]` from `state` `[B, S]`, with gradient; `keep` `[B, T]` is 0 at starts."""
         rows, kept = inputs.transpose(0, 1), keep.T.to(inputs.dtype)
         outputs = [
-            stack.run(rows, own, kept).transpose(0, 1)
+            stack.run(rows, own, kept, compiled=self.compiled).transpose(0, 1)
             for stack, own in zip(self._stacks, self._parts(state), strict=True)
         ]
         return outputs[0], outputs[-1]
@@ -86,17 +88,19 @@ class _Stack(nn.Module):
     def state_size(self) -> int:
         return self.n_layers * self._size * (2 if self._is_lstm else 1)
 
-    def step(self, inputs: Tensor, state: Tensor) -> Tensor:
+    def step(self, inputs: Tensor, state: Tensor, *, compiled: bool = False) -> Tensor:
         """One step; the state goes on in place."""
         keep = inputs.new_ones(1, inputs.shape[0])  # `len` would fix the size of a batch in an exported graph
-        return self._through(inputs.unsqueeze(0), state, keep, overwrite=True).squeeze(0)
+        return self._through(inputs.unsqueeze(0), state, keep, overwrite=True, compiled=compiled).squeeze(0)
 
-    def run(self, rows: Tensor, state: Tensor, keep: Tensor) -> Tensor:
+    def run(self, rows: Tensor, state: Tensor, keep: Tensor, *, compiled: bool) -> Tensor:
         """Along `[T, B, F]`."""
-        return self._through(rows, state, keep, overwrite=False)
+        return self._through(rows, state, keep, overwrite=False, compiled=compiled)
 
-    def _through(self, rows: Tensor, state: Tensor, keep: Tensor, *, overwrite: bool) -> Tensor:
-        run_lstm, run_gru = (plain_lstm, plain_gru) if overwrite else (lstm, gru)
+    def _through(self, rows: Tensor, state: Tensor, keep: Tensor, *, overwrite: bool, compiled: bool) -> Tensor:
+        run_lstm, run_gru = partial(lstm, compiled=compiled), partial(gru, compiled=compiled)
+        if overwrite and not compiled:
+            run_lstm, run_gru = plain_lstm, plain_gru  # such as can be exported
         parts = state.split(self._size, -1)
         for layer in range(self.n_layers):
             inputs, hidden, bias, own = (

@@ -35,6 +35,9 @@ MINIBATCHES_THAT_PAY = 30_000
 """From about here, sooner with large minibatches, compiling has paid the first time already; later runs have it from
 the disk (docs/performance.md)."""
 
+MINIBATCHES_WITH_MEMORY_THAT_PAY = 1_000
+"""Each saves some milliseconds where there is a loop over time."""
+
 NATIVE_FROM = 8
 """Environments from which a vector version pays (docs/performance.md)."""
 
@@ -83,7 +86,8 @@ def with_update_chosen(
     asked = path = config.algorithm.update_path
     if path == "auto":
         path = _path(config, policy)
-    if path in ("fused", "compiled") and not (policy.is_plain and config.device == "cpu"):
+    fits = policy.is_plain or (policy.has_memory and path == "compiled")
+    if path in ("fused", "compiled") and not (fits and config.device == "cpu"):
         raise UserError(
             f"update_path is '{path}', which is for perceptrons on the CPU, with one choice or one Gaussian and "
             f"neither masks nor memory; this policy is another one, or on {config.device}. Use auto or eager."
@@ -95,11 +99,9 @@ def with_update_chosen(
                 f"update_path is 'compiled', which needs numba and scipy: {reason}. "
                 'Install them with: pip install -c constraints.txt -e ".[fast]", or use update_path fused.'
             )
-        # Compiled and loaded before the run: SciPy's BLAS must be there when its threads are set.
         try:
             with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
-                _faster(config, policy, [1])
-                CompiledNetwork(policy, policy.actor)(policy.blank(1).astype(np.float32))
+                _compile(config, policy)
         except (UserError, MemoryError):
             raise
         except Exception as error:
@@ -107,11 +109,20 @@ def with_update_chosen(
     if config.threads:
         return config
     threads = 1
-    if path == "compiled":
+    if path == "compiled" and policy.is_plain:
         threads = min(2, n_cores())
     elif policy.encoder is not None and config.device == "cpu":
         threads = _faster(config, policy, [n_cores(), 1])
     return replace(config, threads=threads)
+
+
+def _compile(config: ControlConfig, policy: ActorCritic) -> None:
+    """Compile and load before the run: SciPy's BLAS must be there when its threads are set."""
+    if policy.memory is not None:
+        policy.memory.compiled = True
+    _faster(config, policy, [1])
+    if policy.is_plain:
+        CompiledNetwork(policy, policy.actor)(policy.blank(1).astype(np.float32))
 
 
 def _without_the_compiler(
@@ -123,11 +134,14 @@ def _without_the_compiler(
         f"the update could not be compiled: {in_words(error)}. If NUMBA_DISABLE_JIT is set, unset it; otherwise what "
         f"numba keeps in {folder} may be damaged: delete it"
     )
+    instead: UpdatePath = "fused" if policy.memory is None else "eager"
     if was_asked:
-        raise UserError(f"update_path is 'compiled', but {said}, or use update_path fused.") from error
-    say(f"{said[0].upper()}{said[1:]}. This run takes the fused update.")
+        raise UserError(f"update_path is 'compiled', but {said}, or use update_path {instead}.") from error
+    if policy.memory is not None:
+        policy.memory.compiled = False
+    say(f"{said[0].upper()}{said[1:]}. This run takes the {instead} update.")
     assert isinstance(config.algorithm, PPO)
-    return with_update_chosen(replace(config, algorithm=replace(config.algorithm, update_path="fused")), policy)
+    return with_update_chosen(replace(config, algorithm=replace(config.algorithm, update_path=instead)), policy)
 
 
 def _load_the_compiler() -> None:
@@ -149,12 +163,14 @@ def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
     if config.device != "cpu":
         can_graph = config.algorithm.can_graph and not policy.has_memory
         return "graphed" if config.device.startswith("cuda") and can_graph else "eager"
-    if not config.algorithm.can_fuse or not policy.is_plain:
+    if not config.algorithm.can_fuse or not (policy.is_plain or policy.has_memory):
         return "eager"
     iterations = config.total_steps // config.steps_per_iteration
     per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
     n_minibatches = iterations * config.algorithm.n_epochs * per_epoch
-    return "compiled" if n_minibatches >= MINIBATCHES_THAT_PAY and not why_not_compiled() else "fused"
+    otherwise: UpdatePath = "eager" if policy.has_memory else "fused"
+    pays = MINIBATCHES_WITH_MEMORY_THAT_PAY if policy.has_memory else MINIBATCHES_THAT_PAY
+    return "compiled" if n_minibatches >= pays and not why_not_compiled() else otherwise
 
 
 def _faster(config: ControlConfig, policy: ActorCritic, counts: list[int]) -> int:

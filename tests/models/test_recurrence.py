@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from proximo.core.recurrence import gru, lstm, plain_gru, plain_lstm
+from proximo.models.recurrence import gru, lstm, plain_gru, plain_lstm
 
 T, B, F, H = 5, 3, 2, 2
 
@@ -53,51 +53,53 @@ def test_one_step_of_a_gru_by_hand():
     assert out.item() == pytest.approx(0.5 * math.tanh(1.0) + 0.3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 class TestLstm:
     def given(self) -> tuple[Tensor, ...]:
         tensors = some(T, B, 4 * H), some(4 * H, H), some(B, H), some(B, H, seed=1)
         return tuple(tensor.requires_grad_() for tensor in tensors)
 
-    def test_is_torchs_over_each_episode(self):
+    def test_is_torchs_over_each_episode(self, compiled):
         layer = nn.LSTM(F, H).double()
         inputs, hidden, cell, keep = some(T, B, F), some(B, H), some(B, H, seed=1), episodes()
         gates = inputs @ layer.weight_ih_l0.T + layer.bias_ih_l0 + layer.bias_hh_l0
-        outputs, _ = lstm(gates, layer.weight_hh_l0, hidden, cell, keep)
+        outputs, _ = lstm(gates, layer.weight_hh_l0, hidden, cell, keep, compiled=compiled)
         torch.testing.assert_close(outputs, by_torch(layer, inputs, (hidden, cell), keep))
 
-    def test_derivatives(self):
-        assert torch.autograd.gradcheck(lambda *given: lstm(*given, episodes()), self.given())
+    def test_derivatives(self, compiled):
+        assert torch.autograd.gradcheck(lambda *given: lstm(*given, episodes(), compiled=compiled), self.given())
 
-    def test_derivatives_of_derivatives(self):
-        assert torch.autograd.gradgradcheck(lambda *given: lstm(*given, episodes()), self.given())
+    def test_derivatives_of_derivatives(self, compiled):
+        assert torch.autograd.gradgradcheck(lambda *given: lstm(*given, episodes(), compiled=compiled), self.given())
 
-    def test_written_out_and_plain_are_one(self):
+    def test_written_out_and_plain_are_one(self, compiled):
         given, keep = self.given(), episodes()
-        for one, other in zip(lstm(*given, keep), plain_lstm(*given, keep), strict=True):
+        for one, other in zip(lstm(*given, keep, compiled=compiled), plain_lstm(*given, keep), strict=True):
             torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 class TestGru:
     def given(self) -> tuple[Tensor, ...]:
         tensors = some(T, B, 3 * H), some(3 * H, H), some(3 * H), some(B, H)
         return tuple(tensor.requires_grad_() for tensor in tensors)
 
-    def test_is_torchs_over_each_episode(self):
+    def test_is_torchs_over_each_episode(self, compiled):
         layer = nn.GRU(F, H).double()
         inputs, hidden, keep = some(T, B, F), some(B, H), episodes()
         gates = inputs @ layer.weight_ih_l0.T + layer.bias_ih_l0
-        outputs = gru(gates, layer.weight_hh_l0, layer.bias_hh_l0, hidden, keep)
+        outputs = gru(gates, layer.weight_hh_l0, layer.bias_hh_l0, hidden, keep, compiled=compiled)
         torch.testing.assert_close(outputs, by_torch(layer, inputs, (hidden,), keep))
 
-    def test_derivatives(self):
-        assert torch.autograd.gradcheck(lambda *given: gru(*given, episodes()), self.given())
+    def test_derivatives(self, compiled):
+        assert torch.autograd.gradcheck(lambda *given: gru(*given, episodes(), compiled=compiled), self.given())
 
-    def test_derivatives_of_derivatives(self):
-        assert torch.autograd.gradgradcheck(lambda *given: gru(*given, episodes()), self.given())
+    def test_derivatives_of_derivatives(self, compiled):
+        assert torch.autograd.gradgradcheck(lambda *given: gru(*given, episodes(), compiled=compiled), self.given())
 
-    def test_written_out_and_plain_are_one(self):
+    def test_written_out_and_plain_are_one(self, compiled):
         given, keep = self.given(), episodes()
-        torch.testing.assert_close(gru(*given, keep), plain_gru(*given, keep))
+        torch.testing.assert_close(gru(*given, keep, compiled=compiled), plain_gru(*given, keep))
 
 
 def test_nothing_goes_over_the_start_of_an_episode():
