@@ -95,7 +95,7 @@ ALLOWED: dict[Use, str] = {
     Use("collect/worker_process.py", "find_spec", FILE): "the file that the parent process has imported already",
     Use("collect/worker_process.py", "make", "cloudpickle.dumps"): OWN_WORKERS,
     Use("collect/worker_process.py", "pack", "cloudpickle.dumps"): OWN_WORKERS,
-    Use("collect/worker_process.py", "_unpack", "cloudpickle.loads"): OWN_WORKERS,
+    Use("collect/worker_process.py", "unpack", "cloudpickle.loads"): OWN_WORKERS,
     Use("collect/workers.py", "_start", "cloudpickle.loads"): OWN_WORKERS,
     Use("collect/rewards.py", "__init__", "subprocess.Popen"): "Python with a module of ours, as a list of words",
     Use("doctor.py", "_tried", "subprocess.run"): "Python with a program of ours, as a list of words",

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from proximo.language import sft as sft
     from proximo.models.control import ActorCritic as ActorCritic
     from proximo.training.config import ControlConfig as ControlConfig
+    from proximo.tuning.loop import tune as tune
+    from proximo.tuning.result import Tuning as Tuning
 
     __version__: str
 
@@ -40,6 +42,8 @@ _HOMES = {
     "UserError": "proximo.errors",
     "ActorCritic": "proximo.models.control",
     "ControlConfig": "proximo.training.config",
+    "tune": "proximo.tuning.loop",
+    "Tuning": "proximo.tuning.result",
 }
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "Export",
     "Run",
     "StageRun",
+    "Tuning",
     "UserError",
     "align",
     "dpo",
@@ -58,6 +63,7 @@ __all__ = [
     "reward",
     "sft",
     "train",
+    "tune",
 ]
 
 

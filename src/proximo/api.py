@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -44,6 +44,9 @@ from proximo.training.choices import with_environments_chosen, with_update_chose
 from proximo.training.config import ControlConfig, EnvironmentConfig, changed_settings, settings_of, with_settings
 from proximo.training.environments import make_envs
 from proximo.training.estimate import estimated_seconds
+
+Ended = TypeVar("Ended", bound=Any)
+"""A run, or what else has a `path` and `interrupted_by`."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +100,31 @@ def train(
         UserError: for an unknown environment or setting, an impossible value, an existing `run_dir`, or an
             environment that breaks the rules of its own spaces.
     """
+    final, factory, source = complete_settings(env, config, settings, where="proximo.train()")
+    return unless_interrupted(train_with(final, factory, Display.choose(quiet=quiet), run_dir, source))
+
+
+def complete_settings(
+    env: Env | None, config: ControlConfig | None, settings: dict[str, Any], *, where: str
+) -> tuple[ControlConfig, EnvFactory, str]:
+    """What `train` is given, as all settings, a factory of the environment, and where the settings come from.
+
+    Raises:
+        UserError: for an unknown environment or setting, or an impossible value.
+    """
     if config is not None and not isinstance(config, ControlConfig):
         raise UserError(
-            f"proximo.train() takes settings as keywords, or a ControlConfig, not a {type(config).__name__}. "
-            'Write proximo.train("CartPole-v1", seed=1), or with a dict: proximo.train("CartPole-v1", **settings).'
+            f"{where} takes settings as keywords, or a ControlConfig, not a {type(config).__name__}. "
+            f'Write {where[:-1]}"CartPole-v1", seed=1), or with a dict: {where[:-1]}"CartPole-v1", **settings).'
         )
     env_id, factory = environment_source(env if env is not None else config.environment.env_id if config else None)
-    where = "proximo.train()"
     base, source = config, "given as a config"
     if base is None:
         kwargs = with_settings(EnvironmentConfig(), _only(settings, "env_kwargs"), where=where).env_kwargs
         on_device = settings.get("device", "cpu") if settings.get("vectorization") == "device" else None
         base, source = resolve_settings(env_id, lambda: make_to_look_at(factory, env_id, kwargs, on_device))
     final = with_settings(base, settings | {"env_id": env_id}, where=where)
-    return _unless_interrupted(train_with(final, factory, Display.choose(quiet=quiet), run_dir, source))
+    return final, factory, source
 
 
 def resume(
@@ -134,7 +148,7 @@ def resume(
         UserError: if there is no run, no sound checkpoint, or the environment cannot be made.
     """
     display = Display.choose(quiet=quiet)
-    return _unless_interrupted(resume_with(run, env, display, allow_import=allow_import, total_steps=total_steps))
+    return unless_interrupted(resume_with(run, env, display, allow_import=allow_import, total_steps=total_steps))
 
 
 def resume_with(
@@ -367,7 +381,7 @@ def _how_to_go_on(config: ControlConfig, directory: RunDirectory) -> str:
     )
 
 
-def _unless_interrupted(run: Run) -> Run:
+def unless_interrupted(run: Ended) -> Ended:
     """What a signal asked for is done (all is saved): now let it do what it does to any Python program."""
     if run.interrupted_by == signal.SIGINT:
         raise KeyboardInterrupt(f"{run.path} is saved")

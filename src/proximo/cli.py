@@ -30,6 +30,7 @@ proximo trains policies with proximal policy optimization.
   proximo report RUN...     pictures and a diagnosis; several runs are compared
   proximo check-env ENV     what is wrong with my environment, before training on it
   proximo doctor            versions, cores, GPU, disk, extras, and how to mend what is missing
+  proximo tune ENV          search for settings, with Optuna; the best ones as a file for train --config
   proximo presets           environments with tuned settings, their sources and measured scores
 
   proximo demo align        a language model aligned from nothing, on a CPU, in minutes
@@ -236,11 +237,37 @@ def _dispatch(words: list[str]) -> Outcome:
 
 def _train(words: list[str]) -> Outcome:
     """`proximo train ENV [--config FILE.toml] [flags]`: flags go over the file, the file over tuned settings."""
-    from proximo.api import make_to_look_at, train_with
+    from proximo.api import train_with
+    from proximo.terminal import Display
+    from proximo.training.config import train_arguments
+
+    read = _control_settings(words, "train", train_arguments)
+    display = Display.choose(quiet=read.output.quiet)
+    run = train_with(read.config, read.factory, display, read.output.run_dir, read.source)
+    return _finish(run, display, as_json=read.output.json)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the words after `train` and `tune` come to."""
+
+    config: Any
+    factory: Any
+    source: str
+    """Where the settings come from."""
+    flags: list[str]
+    """The flags that set a setting."""
+    output: Any
+    given: Any
+    """Everything that was parsed."""
+
+
+def _control_settings(words: list[str], command: str, arguments: Callable[[Any], Any]) -> _Read:
+    """Settings, from tuned ones, a file and flags; `arguments` says which flags there are, around tuned settings."""
+    from proximo.api import make_to_look_at
     from proximo.collect.make import environment_source
     from proximo.presets import resolve_settings
-    from proximo.terminal import Display
-    from proximo.training.config import ControlConfig, train_arguments, with_settings
+    from proximo.training.config import ControlConfig, with_settings
 
     file = _config_file(words)
     from_file = _read_toml(file) if file else {}
@@ -248,7 +275,9 @@ def _train(words: list[str]) -> Outcome:
     env_id = named or from_file.get("env_id")
     wants_help = any(word in ("-h", "--help") for word in words)
     if env_id is None and not wants_help:
-        raise UserError("proximo train needs an environment right after it, such as: proximo train CartPole-v1")
+        raise UserError(
+            f"proximo {command} needs an environment right after it, such as: proximo {command} CartPole-v1"
+        )
     base, source, factory = ControlConfig(), "", None
     in_file = from_file.get("env_kwargs", {})
     if not isinstance(in_file, dict):
@@ -263,21 +292,26 @@ def _train(words: list[str]) -> Outcome:
         named_algorithm = _flag_value(words, "--algorithm")
         chosen = {} if named_algorithm is None else {"algorithm": named_algorithm}
         changes = from_file | {"env_id": env_id, "env_kwargs": kwargs} | chosen
-        base = with_settings(base, changes, where=str(file) if file else "proximo train")
+        base = with_settings(base, changes, where=str(file) if file else f"proximo {command}")
         source += f"; changed by {file}" if file else ""
 
     rest = words[1:] if named else words
-    given = tyro.cli(train_arguments(base), args=rest, prog=f"proximo train {env_id or 'ENV'}")
+    given = tyro.cli(arguments(base), args=rest, prog=f"proximo {command} {env_id or 'ENV'}")
     final = replace(given.settings, algorithm=given.learner)
     assert factory is not None
-    display = Display.choose(quiet=given.output.quiet)
     about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed")
     flags = [_flag_name(word) for word in rest if word.startswith("--")]
     flags = [flag for flag in flags if flag not in about_output]
     source += f"; changed by {', '.join(flags)}" if flags else ""
-    return _finish(
-        train_with(final, factory, display, given.output.run_dir, source), display, as_json=given.output.json
-    )
+    return _Read(final, factory, source, flags, given.output, given)
+
+
+def _tune(words: list[str]) -> Outcome:
+    from proximo.cli_tuning import tune_arguments, tune_command
+
+    read = _control_settings(words, "tune", tune_arguments)
+    command = shlex.join(["proximo", "tune", *words])
+    return tune_command(read.config, read.factory, read.given.tuning, read.output, read.flags, command)
 
 
 def _resume(words: list[str]) -> Outcome:
@@ -554,6 +588,7 @@ def _export(words: list[str]) -> Outcome:
 COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "train": _train,
     "resume": _resume,
+    "tune": _tune,
     "evaluate": _evaluate,
     "watch": _watch,
     "export": _export,

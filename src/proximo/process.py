@@ -19,8 +19,11 @@ _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory",
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying; a second SIGINT interrupts at once."""
+def noted_signals(said: str = "finishing this iteration, then saving") -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 instead of dying; a second SIGINT interrupts at once.
+
+    `said` is what the first SIGINT is answered with.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -33,7 +36,7 @@ def noted_signals() -> Iterator[list[int]]:
         received.append(number)
         if number == signal.SIGINT:
             with suppress(OSError):  # not print: the loop may be in the middle of one
-                os.write(2, b"\nproximo: finishing this iteration, then saving; Ctrl-C again stops at once\n")
+                os.write(2, f"\nproximo: {said}; Ctrl-C again stops at once\n".encode())
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {number: signal.signal(number, note) for number in numbers}

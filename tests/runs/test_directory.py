@@ -61,7 +61,7 @@ def test_any_task_becomes_one_plain_folder_under_runs(task, folder):
 @given(task=st.text(st.characters(), max_size=300))
 @settings(max_examples=100)
 def test_no_task_leads_out_of_runs(task):
-    name = directory._folder_name(task)
+    name = directory.folder_name(task)
     assert Path(name).name == name
     assert not name.startswith((".", "-"))
     assert 0 < len(name) <= 80

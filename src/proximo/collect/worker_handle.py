@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -40,12 +40,12 @@ class Worker:
     was_waited_for: bool = False
 
     @staticmethod
-    def begin(number: int, start: int, stop: int) -> Worker:
-        """Start a process that waits for commands."""
+    def begin(number: int, start: int, stop: int, serve: Callable[[int, Connection, int], None] = work) -> Worker:
+        """Start a process that waits for commands, in `serve`."""
         context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads' locks, held or not
         ours, theirs = context.Pipe()
         with theirs, _clean_start():
-            process = context.Process(target=work, args=(number, theirs, as_parent()), name=f"proximo-worker-{number}")
+            process = context.Process(target=serve, args=(number, theirs, as_parent()), name=f"proximo-worker-{number}")
             process.start()
         return Worker(number, start, stop, process, ours)
 

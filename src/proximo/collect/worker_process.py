@@ -237,7 +237,7 @@ class _Service:
         """
         parcel, n_envs, seed, name, first_index, on_space_violation, max_restarts = task
         try:
-            factory = _unpack(parcel)
+            factory = unpack(parcel)
             envs = SerialEnvs(
                 factory,
                 n_envs,
@@ -353,7 +353,7 @@ class _FileFinder(MetaPathFinder):
         return spec_from_file_location(fullname, self._files[fullname]) if fullname in self._files else None
 
 
-def _unpack(parcel: Parcel) -> Callable[[], gym.Env]:
+def unpack(parcel: Parcel) -> Callable[[], gym.Env]:
     """Rebuild the factory and what it needs around it, looking where the main process has looked."""
     places = {str(Path.cwd()), *(str(Path(file).parent) for file in parcel.files.values())}
     before = sys.path.copy()

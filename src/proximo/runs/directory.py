@@ -191,7 +191,7 @@ def _never_began(path: Path) -> bool:
 
 
 def _new_default_folder(task: str, seed: int) -> Path:
-    parent = RUNS_ROOT / _folder_name(task)
+    parent = RUNS_ROOT / folder_name(task)
     files.make_folders(parent)
     # Local time without colons: readable to the person, and a legal name on every system.
     name = f"{datetime.datetime.now():%Y-%m-%dT%H-%M-%S}-seed{seed}"
@@ -206,7 +206,7 @@ def _new_default_folder(task: str, seed: int) -> Path:
     raise AssertionError("itertools.count ends never")
 
 
-def _folder_name(task: str) -> str:
+def folder_name(task: str) -> str:
     """Make `ALE/Pong-v5`, `my_file.py:MyEnv` or anything else a plain name of a folder."""
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", task).strip("-._")
     # The end is the telling part of a long path.
