@@ -307,8 +307,9 @@ def _control_settings(words: list[str], command: str, arguments: Callable[[Any],
 
 
 def _tune(words: list[str]) -> Outcome:
-    from proximo.cli_tuning import tune_arguments, tune_command
+    from proximo.cli_tuning import refuse_folder, tune_arguments, tune_command
 
+    refuse_folder(words)
     read = _control_settings(words, "tune", tune_arguments)
     command = shlex.join(["proximo", "tune", *words])
     return tune_command(read.config, read.factory, read.given.tuning, read.output, read.flags, command)

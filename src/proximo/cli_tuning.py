@@ -11,18 +11,24 @@ from typing import Annotated, Any
 import tyro
 
 from proximo.collect.make import EnvFactory
+from proximo.errors import UserError
+from proximo.runs import files
 from proximo.terminal import Display
 from proximo.training.config import ControlConfig, train_arguments
 from proximo.tuning.loop import TuneConfig, tune_with
 from proximo.tuning.result import BEST_NAME, PICTURE_NAME, Tuning, table
+from proximo.tuning.study import JOURNAL_NAME
 
 
 def tune_arguments(base: ControlConfig) -> Any:
     """The flags of `proximo tune`: its own, and all of `proximo train`, which hold a setting where it is."""
+    of_training = train_arguments(base)
     arguments = dataclasses.make_dataclass(
         "TuneArguments",
-        [("tuning", Annotated[TuneConfig, tyro.conf.OmitArgPrefixes], field(default_factory=TuneConfig))],
-        bases=(train_arguments(base),),
+        [
+            ("tuning", Annotated[TuneConfig, tyro.conf.OmitArgPrefixes], field(default_factory=TuneConfig)),
+            *((each.name, each.type, field(default=each.default)) for each in dataclasses.fields(of_training)),
+        ],
         frozen=True,
     )
     arguments.__doc__ = (
@@ -56,6 +62,19 @@ def _told(found: Tuning) -> dict[str, Any]:
         "seconds": found.seconds,
         "interrupted": found.interrupted_by is not None,
     }
+
+
+def refuse_folder(words: list[str]) -> None:
+    """Say how to go on with a study to someone who names its folder.
+
+    Raises:
+        UserError: if the first word is the folder of a study.
+    """
+    if words and not words[0].startswith("-") and (files.expanded(words[0]) / JOURNAL_NAME).is_file():
+        raise UserError(
+            f"{words[0]} is the folder of a study, and proximo tune takes an environment. To go on with it, give the "
+            f"command that began it once more: proximo tune ENV ... --run-dir {shlex.quote(words[0])}"
+        )
 
 
 def _in_words(found: Tuning) -> str:

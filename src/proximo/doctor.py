@@ -143,6 +143,7 @@ EXTRAS = {
         _LANGUAGE,
     ),
     "export": Extra(("onnx", "onnxscript", "onnxruntime"), "proximo export", _EXPORT),
+    "tune": Extra(("optuna",), "proximo tune"),
     "dev": Extra(
         ("pytest", "pytest_timeout", "hypothesis", "beartype", "ruff", "pyright", "importlinter", "pre_commit"),
         "working on Proximo itself",

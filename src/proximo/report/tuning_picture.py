@@ -18,7 +18,7 @@ _COLOURS = "viridis"
 _DOTS_PER_INCH = 120
 # Inches: between two axes, around all of them, and the height of the two panels.
 _APART, _LEFT, _RIGHT, _TOP, _BOTTOM = 1.0, 0.75, 0.6, 1.35, 0.65
-_HIGH, _GAP, _HISTORY_HIGH = 4.0, 1.15, 2.3
+_HIGH, _GAP, _HISTORY_HIGH = 4.0, 0.75, 2.3
 _FEWEST_INCHES = 9.0
 _LOWEST_SHARE = 0.1
 """Of the finished trials, the worst tenth has one colour: they may be worse without limit."""

@@ -285,21 +285,33 @@ class _Session:
         if best is not None and best.number == trial_number:
             self._write_best(best)
         ended = sum(each.counts for each in records)
-        settings = "  ".join(f"{name} {in_short(value)}" for name, value in record.settings.items())
-        self.display.say(
-            f"trial {record.number} ({ended}/{self.tuning.trials})  {_ending(record, best)}  {self._time_left()}"
-        )
-        self.display.say(f"    {settings}")
+        ending = self._ending(record, best)
+        self.display.say(f"trial {record.number} ({ended}/{self.tuning.trials})  {ending}  {self._time_left()}")
+        if record == best:
+            changed = (f"{name} {in_short(value)}" for name, value in record.settings.items())
+            self.display.say(f"    {'  '.join(changed)}")
+
+    def _ending(self, record: TrialRecord, best: TrialRecord | None) -> str:
+        """How a trial ended, in a few words."""
+        if record.state == "finished":
+            others = f"best {number(best.score)}, trial {best.number}" if best else ""
+            return f"score {number(record.score)} ({'the best so far' if best == record else others})"
+        if record.state == "pruned" and record.reached is not None:
+            share = self._share(record.reached[0])
+            return f"given up after {share:.0%} of its steps, at a return of {number(record.reached[1])}"
+        return f"failed: {record.reason.splitlines()[0]}"
+
+    def _share(self, step: int) -> float:
+        """Of a trial's steps that are done at a report."""
+        return step / (REPORTS * self.tuning.seeds)
 
     def _show(self, seat: _Seat, report: Report) -> None:
         """Show how a long trial does, now and then."""
         now = time.perf_counter()
         if seat.trial is not None and now - seat.shown >= PLAIN_LINE_EVERY:
             seat.shown = now
-            share = report.step / (REPORTS * self.tuning.seeds)
-            self.display.say(
-                f"trial {seat.trial.number}  {share:.0%}  return {number(report.value)}  {self._time_left(seat)}"
-            )
+            so_far = f"{self._share(report.step):.0%}  return {number(report.value)}"
+            self.display.say(f"trial {seat.trial.number}  {so_far}  {self._time_left(seat)}")
 
     def _time_left(self, running: _Seat | None = None) -> str:
         """By the mean time of the trials so far; before there is one, by the share of the one that runs."""
@@ -309,7 +321,7 @@ class _Session:
             passed = running.seconds if running else 0.0
             seconds = max(0.0, left * sum(times) / len(times) - passed)
         elif running and running.step:
-            seconds = running.seconds * (left * REPORTS * self.tuning.seeds / running.step - 1.0)
+            seconds = running.seconds * (left / self._share(running.step) - 1.0)
         else:
             return ""
         return f"{duration(seconds / min(self.tuning.jobs, max(1, left)))} left"
@@ -364,16 +376,3 @@ def _seats(count: int) -> Iterator[list[_Seat]]:
         deadline = time.monotonic() + CLOSE_SECONDS
         for seat in seats:
             seat.worker.end(deadline)
-
-
-def _ending(record: TrialRecord, best: TrialRecord | None) -> str:
-    """How a trial ended, in a few words."""
-    if record.state == "finished":
-        others = (
-            "the best so far" if best == record else f"best {number(best.score)}, trial {best.number}" if best else ""
-        )
-        return f"score {number(record.score)} ({others})"
-    if record.state == "pruned" and record.reached is not None:
-        step, value = record.reached
-        return f"given up after {step} tenths of a run: return {number(value)}, below the median there"
-    return f"failed: {record.reason.splitlines()[0]}"

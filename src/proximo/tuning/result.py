@@ -13,7 +13,7 @@ import tomli_w
 from proximo.errors import UserError
 from proximo.report.folder import png_bytes, prepare_folder, write_ours
 from proximo.report.tuning_picture import Coordinate, Outcome, tuning_figure
-from proximo.report.words import duration, number
+from proximo.report.words import number, plural
 from proximo.runs import files
 from proximo.training.config import ControlConfig, settings_of
 from proximo.tuning.space import Searched, in_short
@@ -120,38 +120,31 @@ def _write(path: Path, text: str) -> None:
         raise UserError(f"{path} could not be written: {files.reason(error)}. Free some space there.") from error
 
 
-def table(records: list[TrialRecord], most: int = 15) -> str:
-    """The trials as lines: the finished ones by their score, then the others, `most` of them in all."""
-    finished = sorted((r for r in records if r.score is not None), key=lambda r: (-(r.score or 0.0), r.number))
-    rest = [record for record in records if record.score is None and record.counts]
-    shown = (finished + rest)[:most]
-    names = list(shown[0].settings) if shown else []
-    same = [name for name in names if len({json.dumps(record.settings.get(name)) for record in records}) == 1]
-    names = [name for name in names if name not in same]
-    head = ["trial", "score", "time", *names]
+def table(records: list[TrialRecord], most: int = 6) -> str:
+    """How the trials ended, and below it the best ones side by side, with the one that the study began with."""
+    counted = [record for record in records if record.counts]
+    ranked = sorted((r for r in counted if r.score is not None), key=lambda r: (-(r.score or 0.0), r.number))
+    shown = ranked[:most] + [record for record in ranked[most:] if record.number == counted[0].number]
+    names = list(shown[0].settings)
     rows = [
-        [
-            str(record.number),
-            record.state if record.score is None else number(record.score),
-            duration(record.seconds),
-            *(in_short(record.settings.get(name, "-")) for name in names),
-        ]
-        for record in shown
+        ["trial", *(str(record.number) for record in shown)],
+        ["score", *(number(record.score) for record in shown)],
+        ["seconds", *(f"{record.seconds:.0f}" for record in shown)],
+        *([name, *(in_short(record.settings[name]) for record in shown)] for name in names),
     ]
-    left = len(finished) + len(rest) - len(shown)
-    more = [f"... and {left} more in {TRIALS_NAME}"] if left else []
-    return "\n".join([*_in_columns([head, *rows]), *more])
-
-
-def _in_columns(rows: list[list[str]]) -> list[str]:
-    """Rows with the columns' names broken at their underscores, so that many fit side by side."""
-    head, *body = rows
-    words = [name.split("_") for name in head]
-    height = max(map(len, words))
-    heads = [
-        [column[line - height + len(column)] if line >= height - len(column) else "" for column in words]
-        for line in range(height)
+    widths = [max(len(row[index]) for row in rows) for index in range(len(shown) + 1)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
     ]
-    cells = [*heads, *body]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    states = [(state, sum(record.state == state for record in counted)) for state in ("finished", "pruned", "failed")]
+    said = ", ".join(f"{count} {state}" for state, count in states if count)
+    best = (
+        f"the best {len(ranked[:most])} of the finished ones, trial 0 is what it began with" if len(ranked) > 1 else ""
+    )
+    failures = [f"trial {r.number} failed: {r.reason.splitlines()[0]}" for r in counted if r.state == "failed"]
+    more = [f"... and {len(failures) - 3} more in {TRIALS_NAME}"] if len(failures) > 3 else []
+    head = f"{plural(len(counted), 'trial')}: {said}"
+    return "\n".join([f"{head}; {best}" if best else head, "", *lines, *failures[:3], *more])

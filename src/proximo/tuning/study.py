@@ -114,7 +114,7 @@ class Study:
             TypeError,
             IndexError,
             AttributeError,
-        ) as error:  # lines that are none of Optuna's
+        ) as error:  # no lines of Optuna's
             raise UserError(
                 f"{self._journal} is damaged: {in_words(error)}. Restore it from a copy, or begin a study in another "
                 "folder (--run-dir)."
