@@ -34,6 +34,9 @@ TRIALS_BEFORE_PRUNING = 5
 SHARE_BEFORE_PRUNING = 0.3
 """Of its first run, before a trial may be given up: early returns say little."""
 
+_NOT_OURS = (KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+"""What Optuna raises for lines that it has not written."""
+
 State = Literal["finished", "pruned", "failed", "interrupted", "running", "waiting"]
 
 
@@ -108,13 +111,7 @@ class Study:
             raise UserError(
                 f"{self._journal} cannot be written: {files.reason(error)}. Choose another folder."
             ) from error
-        except (
-            KeyError,
-            ValueError,
-            TypeError,
-            IndexError,
-            AttributeError,
-        ) as error:  # no lines of Optuna's
+        except _NOT_OURS as error:
             raise UserError(
                 f"{self._journal} is damaged: {in_words(error)}. Restore it from a copy, or begin a study in another "
                 "folder (--run-dir)."
