@@ -23,7 +23,7 @@ from proximo.runs.metrics import read_metrics
 from proximo.training.config import settings_of
 from tests.commands import said_by
 
-SMALL = dict(steps=1024, episodes=4, settings=["learning_rate", "gamma", "hidden_sizes"], quiet=True, n_envs=4)
+SMALL = dict(steps=1024, episodes=4, settings=["learning_rate", "gamma", "hidden_sizes"], quiet=True)
 RUNS_OWN = ("seed", "checkpoint_every", "keep_checkpoints", "keep_every", "debug")
 
 
@@ -41,7 +41,7 @@ def test_the_first_trial_is_the_preset_and_the_best_one_has_the_highest_score(fo
     assert found.trials[0].settings == {"learning_rate": 1e-3, "gamma": 0.98, "hidden_sizes": [64, 64]}
     assert [record.state for record in found.trials] == ["finished"] * 3
     assert found.score == max(record.score for record in found.trials)
-    assert found.config.environment.n_envs == 4
+    assert found.config.environment.n_envs == 8
 
 
 def test_a_score_is_what_evaluate_says_of_the_run_that_was_left(found):
@@ -150,7 +150,7 @@ def test_where_every_trial_fails_the_last_reason_is_told(tmp_path):
 
 # ----------------------------------------------------------------------------------------------- the command
 
-WORDS = ("tune", "CartPole-v1", "--steps", "1024", "--episodes", "2", "--n-envs", "4", "--settings", "gamma,batch-size")
+WORDS = ("tune", "CartPole-v1", "--steps", "1024", "--episodes", "2", "--settings", "gamma,batch-size")
 
 
 def begun(folder, trials):
@@ -158,7 +158,7 @@ def begun(folder, trials):
     words = [sys.executable, "-m", "proximo.cli", *WORDS, "--trials", str(trials), "--run-dir", str(folder)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not (folder / "trials" / "0001-seed0").exists() and time.monotonic() < deadline:
+    while not (folder / "trials" / "0001-seed0").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     return process
 
