@@ -97,3 +97,8 @@ def test_rollouts_and_batches_fit_into_a_trial():
     proposed = fitting({"rollout_length": 16, "batch_size": 512}, config)
     assert proposed == {"rollout_length": 16, "batch_size": 64}
     assert with_settings(config, proposed, where="test").batch_size == 64
+
+
+def test_rollouts_hold_whole_pieces_of_policies_with_memory():
+    config = configured(total_steps=4096, n_envs=4, rollout_length=64, memory="gru", sequence_length=32)
+    assert searched(config, CHOICE, named=["rollout_length"])["rollout_length"].options == (32, 64, 128)

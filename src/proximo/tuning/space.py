@@ -221,8 +221,10 @@ def _fitted(name: str, base: ControlConfig) -> Searched:
     assert isinstance(limits, Choice)
     longest = base.total_steps // FEWEST_ITERATIONS
     per_option = base.environment.n_envs if name == "rollout_length" else 1
-    options = tuple(option for option in limits.options if option * per_option <= longest)
-    return replace(limits, options=options or (settings_value(base, name),))
+    options = [option for option in limits.options if option * per_option <= longest]
+    if name == "rollout_length":  # whole pieces, with memory
+        options = [option for option in options if option % (base.sequence_length or 1) == 0]
+    return replace(limits, options=tuple(options) or (settings_value(base, name),))
 
 
 def fitting(settings: dict[str, Any], base: ControlConfig) -> dict[str, Any]:
