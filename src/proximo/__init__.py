@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from proximo.errors import UserError as UserError
     from proximo.exporting import Export as Export
     from proximo.exporting import export as export
+    from proximo.from_data import ClonedRun as ClonedRun
+    from proximo.from_data import clone as clone
+    from proximo.from_data import record as record
     from proximo.language import StageRun as StageRun
     from proximo.language import align as align
     from proximo.language import dpo as dpo
@@ -34,6 +37,9 @@ _HOMES = {
     "export": "proximo.exporting",
     "Export": "proximo.exporting",
     "Run": "proximo.api",
+    "clone": "proximo.from_data",
+    "record": "proximo.from_data",
+    "ClonedRun": "proximo.from_data",
     "align": "proximo.language",
     "dpo": "proximo.language",
     "reward": "proximo.language",
@@ -48,6 +54,7 @@ _HOMES = {
 
 __all__ = [
     "ActorCritic",
+    "ClonedRun",
     "ControlConfig",
     "Export",
     "Run",
@@ -55,10 +62,12 @@ __all__ = [
     "Tuning",
     "UserError",
     "align",
+    "clone",
     "dpo",
     "evaluate",
     "export",
     "load",
+    "record",
     "resume",
     "reward",
     "sft",

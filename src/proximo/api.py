@@ -44,6 +44,7 @@ from proximo.training.choices import with_environments_chosen, with_update_chose
 from proximo.training.config import ControlConfig, EnvironmentConfig, changed_settings, settings_of, with_settings
 from proximo.training.environments import make_envs
 from proximo.training.estimate import estimated_seconds
+from proximo.training.initial import begin_from
 
 Ended = TypeVar("Ended", bound=Any)
 """A run, or what else has a `path` and `interrupted_by`."""
@@ -118,6 +119,8 @@ def complete_settings(
             f'Write {where[:-1]}"CartPole-v1", seed=1), or with a dict: {where[:-1]}"CartPole-v1", **settings).'
         )
     env_id, factory = environment_source(env if env is not None else config.environment.env_id if config else None)
+    if settings.get("init_from") is not None:  # a run, or where it is
+        settings["init_from"] = str(getattr(settings["init_from"], "path", settings["init_from"]))
     base, source = config, "given as a config"
     if base is None:
         kwargs = with_settings(EnvironmentConfig(), _only(settings, "env_kwargs"), where=where).env_kwargs
@@ -160,6 +163,11 @@ def resume_with(
     with locked(directory):  # before anything is read that another process may be writing
         config = read_run_config(directory)
         checkpoint = newest_checkpoint(directory.checkpoints)
+        if "clone" in checkpoint.state:
+            raise UserError(
+                f"{directory.path} is a cloned policy, with nothing to go on with. Let PPO begin from it: "
+                f"{shlex.join(['proximo', 'train', config.environment.env_id, '--init-from', str(directory.path)])}"
+            )
         changed = changed_settings(checkpoint.state.get("settings"), config)
         if total_steps is not None:
             config = _with_total_steps(config, total_steps, checkpoint.step, directory)
@@ -307,6 +315,8 @@ def train_with(
     config = with_environments_chosen(config, factory)
     with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
         state = control.start(config, envs)
+        if config.init_from is not None:
+            source = f"{source}; {begin_from(config, state.policy)}"
         config = with_update_chosen(config, state.policy, display.say)
         seen = state.carry.observations
         if isinstance(seen, np.ndarray):

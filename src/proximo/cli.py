@@ -23,6 +23,9 @@ USAGE = """\
 proximo trains policies with proximal policy optimization.
 
   proximo train ENV         learn a control task          ENV: Gymnasium id, my_file.py:MyEnv, package.module:MyEnv
+  proximo train ENV --init-from RUN   ... beginning from the policy of another run
+  proximo record RUN        episodes of a policy, in a file
+  proximo clone ENV         a policy from recorded episodes or a Minari dataset, to begin from
   proximo resume RUN        go on exactly where it stopped
   proximo evaluate RUN      episodes with frozen weights and normalizer
   proximo watch RUN         a video of the policy
@@ -551,6 +554,25 @@ def _presets(words: list[str]) -> Outcome:
     return EXIT_DONE, captured.get().rstrip("\n")
 
 
+def _clone(words: list[str]) -> Outcome:
+    from proximo.cli_from_data import clone_command
+
+    file = _config_file(words)
+    from_file = _read_toml(file) if file else {}
+    named = words[0] if words and not words[0].startswith("-") else None
+    env_id = named or from_file.get("env_id")
+    if env_id is None and not any(word in ("-h", "--help") for word in words):
+        raise UserError("proximo clone needs an environment right after it: proximo clone CartPole-v1 --data FILE.npz")
+    kwargs = from_file.get("env_kwargs", {}) | _json_object("--env-kwargs", _flag_value(words, "--env-kwargs"))
+    return clone_command(env_id, words[1:] if named else words, from_file, kwargs)
+
+
+def _record(words: list[str]) -> Outcome:
+    from proximo.cli_from_data import record_command
+
+    return record_command(words)
+
+
 def _is_language_run(path: Path) -> bool:
     from proximo.runs.directory import open_run, read_config
 
@@ -597,6 +619,8 @@ COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "check-env": _check_env,
     "doctor": _doctor,
     "presets": _presets,
+    "clone": _clone,
+    "record": _record,
     "sft": _language("stage_command", "sft"),
     "reward": _language("stage_command", "reward"),
     "align": _language("stage_command", "align"),

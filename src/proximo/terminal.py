@@ -80,7 +80,7 @@ class Display:
             "expected time": expected,
             "run directory": str(run.path),
         }
-        self._facts(rows)
+        self.facts(rows)
 
     def resumed(
         self, run: RunDirectory, checkpoint: Checkpoint, fresh: list[int], config: ControlConfig, changed: str
@@ -101,7 +101,7 @@ class Display:
         elif config.device != "cpu":
             level = "statistical: a GPU adds numbers up in no fixed order"
         level = "\n".join(filter(None, [level, changed, differences(checkpoint.versions)]))
-        self._facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
+        self.facts({"run directory": str(run.path), "goes on at": f"step {checkpoint.step:,}", "resume": level})
 
     @contextmanager
     def live(self, config: ControlConfig, steps_before: int = 0) -> Iterator[Show]:
@@ -144,7 +144,7 @@ class Display:
     ) -> None:
         """Say what came out of it, where the pictures are, and what may be typed next."""
         self.console.print()
-        self._facts(facts)
+        self.facts(facts)
         if pictures:
             self.console.print(f"picture     {escape(str(pictures[0]))}", soft_wrap=True)
         for finding in findings:
@@ -158,7 +158,8 @@ class Display:
         """Print one line."""
         self.console.print(escape(text), soft_wrap=True)
 
-    def _facts(self, rows: dict[str, str]) -> None:
+    def facts(self, rows: dict[str, str]) -> None:
+        """Print names with what there is to say of each."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column(overflow="fold")

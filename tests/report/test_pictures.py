@@ -14,7 +14,7 @@ from proximo.report.records import read_records, run_names
 from proximo.runs.directory import RunDirectory
 from tests.report.samples import make_run, rows
 
-NAMES = ["overview", *(chart.name for chart in CHARTS)]
+NAMES = ["overview", *(chart.name for chart in CHARTS if chart.name != "cloning")]  # of a run that stepped environments
 
 
 def figure_of(name, *runs):

@@ -82,6 +82,30 @@ CHARTS = (
         ),
     ),
     Chart(
+        "cloning",
+        (
+            Panel(
+                "Log-probability of demonstrated actions",
+                "mean over a step; where the held-out curve falls again, the best weights are those before",
+                "log-probability (nats)",
+                (Line("log_prob_learned", "learned from"), Line("log_prob_held_out", "held out")),
+                is_noisy=False,
+                in_overview=True,
+            ),
+            Panel(
+                "How good the critic is on held-out returns",
+                "1: it foresees them; 0: no better than their mean",
+                "share of the variance explained",
+                (Line("value_r2_held_out"),),
+                is_noisy=False,
+                floor=-1.0,
+                ceiling=1.0,
+                level=0.0,
+                in_overview=True,
+            ),
+        ),
+    ),
+    Chart(
         "losses",
         (
             Panel(
@@ -207,4 +231,4 @@ CHARTS = (
         ),
     ),
 )
-"""The pictures of a control run."""
+"""The pictures of a control run; `cloning` is that of one cloned from data."""

@@ -67,8 +67,13 @@ def summarize(record: RunRecord) -> RunSummary:
         seconds=seconds,
         steps_per_second=steps / seconds if steps is not None and seconds else None,
         collecting_share=collecting / (collecting + updating) if collecting + updating > 0 else None,
-        findings=tuple(diagnose(rows, settings)),
+        findings=() if is_cloned(rows) else tuple(diagnose(rows, settings)),
     )
+
+
+def is_cloned(rows: Sequence[Row]) -> bool:
+    """Whether these are the metrics of a policy's cloning: epochs over data, and no steps of an environment."""
+    return bool(rows) and "log_prob_learned" in rows[0]
 
 
 LEARNING_METRICS = (
@@ -175,7 +180,9 @@ def what_happened(summary: RunSummary) -> str:
                 f"{percent(1 - summary.collecting_share)} for updating"
             )
         told.append(f"That is {number(summary.steps_per_second)} steps per second{shares}.")
-    if summary.final_return is None:
+    if summary.env_steps is None:
+        told.append("It was cloned from data, so there are no episodes.")
+    elif summary.final_return is None:
         told.append("No episode has finished yet.")
     else:
         count = summary.n_episodes or 0

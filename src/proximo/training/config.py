@@ -125,6 +125,8 @@ class ControlConfig:
     sequence_length: int | None = None
     """With memory: steps that are learned from in one piece, beginning with what was remembered then; all of a rollout
     by default. It must divide rollout_length."""
+    init_from: str | None = None
+    """Begin with weights and normalizers of this run's policy, or of one of its checkpoints: RUN/checkpoints/best."""
     seed: int = 0
     """Seeds the weights, the actions, the minibatches, and each episode of each environment."""
     checkpoint_every: int | None = None
@@ -284,6 +286,7 @@ _NO_NUMBER_HANGS_ON = (
     *("checkpoint_every", "keep_checkpoints", "keep_every", "max_restarts", "max_skipped_updates", "step_timeout"),
     *("n_workers", "on_environment_fault", "reward_timeout", "judge_timeout", "judge_parallel", "debug"),
     "total_steps",  # a schedule does, but whoever resumes with another number has just asked for that
+    "init_from",  # it is read once: the first checkpoint has its weights
 )
 
 
