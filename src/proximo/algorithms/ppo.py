@@ -15,6 +15,7 @@ from proximo.algorithms.adam import FlatAdam, Optimizer
 from proximo.algorithms.compiled import run_compiled_epochs
 from proximo.algorithms.fused import ClipSettings, can_fuse, run_fused_epochs
 from proximo.algorithms.graphed import GraphedSettings, run_graphed_epochs
+from proximo.algorithms.rnd import IntrinsicConfig
 from proximo.algorithms.update import Epochs, Loss, Minibatch, estimated, run_epochs
 from proximo.core.batch import Batch
 from proximo.core.distributions import Distribution
@@ -27,7 +28,7 @@ from proximo.core.losses import (
     reference_kl_loss,
     value_loss,
 )
-from proximo.core.masked import masked_mean
+from proximo.core.masked import explained_variance, masked_mean
 from proximo.core.policy import Evaluation, Policy
 from proximo.errors import UserError, in_range, one_of
 
@@ -194,6 +195,7 @@ class PPO:
         *,
         reference_kl: ReferenceKL | None = None,
         learn_policy: bool = True,
+        intrinsic: IntrinsicConfig | None = None,
     ) -> dict[str, float]:
         """Improve `policy` in place on one rollout; return metrics by their names.
 
@@ -208,6 +210,8 @@ class PPO:
             reference_kl: a penalty in the loss for the distance to the reference.
             learn_policy: False fits the critic alone, to the rewards that followed (VC-PPO, Yuan et al. 2025)
                 where value_gae_lambda says nothing else; its weights must not be shared with the actor.
+            intrinsic: learn from the intrinsic rewards of the batch too, by a policy with a critic of them; this
+                takes the eager path.
 
         Raises:
             NonFiniteUpdateError: if the loss or gradient is not finite; the weights stay finite.
@@ -220,7 +224,7 @@ class PPO:
             everything, quality = alone._estimated(policy, batch)
             everything = replace(everything, advantages=torch.zeros_like(everything.advantages))
             return alone._learn(policy, optimizer, everything, generator, None, quality)
-        everything, quality = self._estimated(policy, batch)
+        everything, quality = self._estimated(policy, batch, intrinsic)
         return self._learn(policy, optimizer, everything, generator, reference_kl, quality)
 
     def _learn(
@@ -233,11 +237,13 @@ class PPO:
         quality: float,
     ) -> dict[str, float]:
         """Go through the epochs by the path that fits."""
-        if self._is_graphed(policy, optimizer, everything, reference_kl):
+        is_eager = everything.intrinsic_returns is not None
+        if not is_eager and self._is_graphed(policy, optimizer, everything, reference_kl):
             assert isinstance(optimizer, FlatAdam)
             metrics = run_graphed_epochs(policy, optimizer, everything, self._graphed_settings, generator)
             return metrics | {"explained_variance": quality}
-        if self.update_path in ("auto", "fused", "compiled") and self.can_fuse and reference_kl is None:
+        may_fuse = self.can_fuse and reference_kl is None and not is_eager
+        if self.update_path in ("auto", "fused", "compiled") and may_fuse:
             plain = policy.plain(everything.batch)
             if plain is not None and can_fuse(plain, optimizer):
                 assert isinstance(optimizer, FlatAdam)
@@ -260,6 +266,11 @@ class PPO:
             generator,
         )
         metrics["explained_variance"] = quality
+        if everything.intrinsic_returns is not None:
+            foreseen, mask = everything.batch.intrinsic_values, everything.batch.mask
+            assert foreseen is not None
+            found = explained_variance(foreseen, everything.intrinsic_returns, mask)
+            metrics["intrinsic_explained_variance"] = float(found)
         if everything.old_distribution is not None:
             metrics["kl_coef"] = self.kl_coef
             metrics["kl_old_new"] = _mean_kl(policy, everything, everything.old_distribution)
@@ -285,7 +296,9 @@ class PPO:
             )
         return possible
 
-    def _estimated(self, policy: Policy, batch: Batch) -> tuple[Minibatch, float]:
+    def _estimated(
+        self, policy: Policy, batch: Batch, intrinsic: IntrinsicConfig | None = None
+    ) -> tuple[Minibatch, float]:
         """Advantages, the critic's targets, and the explained variance of the values of collection time."""
         gae_lambda: float | Tensor = self.gae_lambda
         if self.gae_lambda_per_step is not None:
@@ -293,7 +306,14 @@ class PPO:
                 raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
             steps = batch.mask.sum(1).clamp(min=1).to(batch.rewards.dtype)
             gae_lambda = (1.0 - 1.0 / (self.gae_lambda_per_step * steps)).clamp(min=0.0)
-        return estimated(policy, batch, gamma=self.gamma, gae_lambda=gae_lambda, value_gae_lambda=self.value_gae_lambda)
+        return estimated(
+            policy,
+            batch,
+            gamma=self.gamma,
+            gae_lambda=gae_lambda,
+            value_gae_lambda=self.value_gae_lambda,
+            intrinsic=intrinsic,
+        )
 
     @property
     def _graphed_settings(self) -> GraphedSettings:
@@ -321,6 +341,10 @@ class PPO:
             "entropy": entropy,
             "clip_fraction": surrogate.clip_fraction,
         }
+        if minibatch.intrinsic_returns is not None:
+            intrinsic_loss = _intrinsic_value_loss(new, minibatch)
+            total = total + self.value_coef * intrinsic_loss
+            metrics["intrinsic_value_loss"] = intrinsic_loss
         if reference_kl is not None:
             kl_loss = kl_term(new.log_probs, batch, reference_kl, denominator)
             total = total + reference_kl.coef * kl_loss
@@ -364,6 +388,14 @@ class PPO:
             clip_epsilon=self.value_clip_epsilon,
             denominator=denominator,
         )
+
+
+def _intrinsic_value_loss(new: Evaluation, minibatch: Minibatch) -> Tensor:
+    if new.intrinsic_values is None:
+        raise ValueError("intrinsic rewards need a policy with a critic of them")
+    assert minibatch.intrinsic_returns is not None
+    mask, denominator = minibatch.batch.mask, minibatch.denominator
+    return value_loss(new.intrinsic_values, minibatch.intrinsic_returns, mask, denominator=denominator)
 
 
 def kl_term(log_probs: Tensor, batch: Batch, reference_kl: ReferenceKL, denominator: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from proximo.algorithms.adam import NonFiniteUpdateError, Optimizer
+from proximo.algorithms.rnd import IntrinsicConfig, intrinsic_advantages
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch, minibatch_indices, pieces
 from proximo.core.distributions import Distribution
@@ -23,8 +24,9 @@ from proximo.core.policy import Policy
 class Minibatch:
     """Rows of a batch with what learning adds to them; advantages and returns are `[B, T]`.
 
-    `returns` is None without a critic. `denominator`: what the sums of losses are divided by, as in
-    `masked_mean`: a number for the whole minibatch that this is a part of, or one per row `[B, 1]`.
+    `returns` is None without a critic, `intrinsic_returns` without one of intrinsic rewards. `denominator`: what the
+    sums of losses are divided by, as in `masked_mean`: a number for the whole minibatch that this is a part of, or one
+    per row `[B, 1]`.
     """
 
     batch: Batch
@@ -32,6 +34,7 @@ class Minibatch:
     returns: Tensor | None
     old_distribution: Distribution | None = None
     denominator: Tensor | None = None
+    intrinsic_returns: Tensor | None = None
 
     def __getitem__(self, rows: Tensor) -> Minibatch:
         """Select rows (along B) of every field."""
@@ -39,7 +42,8 @@ class Minibatch:
         returns = None if self.returns is None else self.returns[rows]
         per_row = self.denominator is not None and self.denominator.ndim > 0
         denominator = self.denominator[rows] if per_row and self.denominator is not None else self.denominator
-        return Minibatch(self.batch[rows], self.advantages[rows], returns, old, denominator)
+        intrinsic = None if self.intrinsic_returns is None else self.intrinsic_returns[rows]
+        return Minibatch(self.batch[rows], self.advantages[rows], returns, old, denominator, intrinsic)
 
     def as_steps(self) -> Minibatch:
         """Every valid step as a row of its own, as `Batch.as_steps`; before there is an old distribution."""
@@ -50,7 +54,8 @@ class Minibatch:
             return (tensor.flatten() if everywhere else tensor[keep]).unsqueeze(1)
 
         returns = None if self.returns is None else steps(self.returns)
-        return Minibatch(self.batch.as_steps(), steps(self.advantages), returns)
+        intrinsic = None if self.intrinsic_returns is None else steps(self.intrinsic_returns)
+        return Minibatch(self.batch.as_steps(), steps(self.advantages), returns, intrinsic_returns=intrinsic)
 
     def as_pieces(self) -> Minibatch:
         """The rows of a policy that remembers, cut where it is known what it remembered, as `Batch.as_pieces`."""
@@ -58,7 +63,8 @@ class Minibatch:
             return self
         n = self.batch.n_pieces
         returns = None if self.returns is None else pieces(self.returns, n)
-        return Minibatch(self.batch.as_pieces(), pieces(self.advantages, n), returns)
+        intrinsic = None if self.intrinsic_returns is None else pieces(self.intrinsic_returns, n)
+        return Minibatch(self.batch.as_pieces(), pieces(self.advantages, n), returns, intrinsic_returns=intrinsic)
 
 
 def estimated(
@@ -68,11 +74,13 @@ def estimated(
     gamma: float,
     gae_lambda: float | Tensor,
     value_gae_lambda: float | None = None,
+    intrinsic: IntrinsicConfig | None = None,
 ) -> tuple[Minibatch, float]:
     """Advantages by GAE, the critic's targets, and the explained variance of the values of collection time.
 
-    The targets are advantages plus values, the advantages those of `value_gae_lambda` where that is given. Without
-    memory every step is a row of its own.
+    The targets are advantages plus values, the advantages those of `value_gae_lambda` where that is given. With
+    `intrinsic` the advantages are the weighted sum of those of both rewards. Without memory every step is a row of its
+    own.
     """
     if batch.values is None or batch.next_values is None:
         raise ValueError("this algorithm needs values in the batch; one without a critic is in grpo.py")
@@ -92,7 +100,11 @@ def estimated(
     else:
         returns = estimate(gae_lambda=value_gae_lambda) + batch.values
     quality = float(explained_variance(batch.values, returns, batch.mask))
-    everything = Minibatch(batch, advantages, returns)
+    intrinsic_returns = None
+    if intrinsic is not None:
+        novel, intrinsic_returns = intrinsic_advantages(batch, intrinsic, gae_lambda)
+        advantages = intrinsic.extrinsic_coef * advantages + intrinsic.intrinsic_coef * novel
+    everything = Minibatch(batch, advantages, returns, intrinsic_returns=intrinsic_returns)
     return everything.as_pieces() if policy.has_memory else everything.as_steps(), quality
 
 

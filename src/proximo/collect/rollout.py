@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple
@@ -45,6 +46,10 @@ class Episodes(NamedTuple):
     returns: list[float]
     lengths: list[int]
     n_terminated: int
+    ends: Sequence[tuple[int, int]] = ()
+    """(t, i) of every end that learning sees, those of lives among them; none of environments on a device."""
+    final_observations: Sequence[np.ndarray] = ()
+    """`[*O]` each: what was truly seen last, at the `ends`."""
 
 
 class Clock:
@@ -151,7 +156,8 @@ def _count_episodes(recorder: _Recorder, carry: Carry) -> Episodes:
     lives = set(recorder.lives)
     over = [place for place in recorder.ends if place not in lives]
     cuts = [*((t, i, True) for t, i in over), *((int(t), int(i), False) for t, i in np.argwhere(lost))]
-    episodes = Episodes([], [], sum(bool(recorder.terminated[place]) for place in over))
+    n_terminated = sum(bool(recorder.terminated[place]) for place in over)
+    episodes = Episodes([], [], n_terminated, recorder.ends, recorder.finals)
     first = np.zeros(len(carry.episode_return), np.int64)
 
     def add_up(i: int, last: int) -> None:

@@ -35,6 +35,8 @@ class Batch:
     | group          | [B]        |               | rows with one number are answers to one prompt; None: none  |
     | hidden         | [B, K, S]  |               | what a recurrent policy remembered before the first step of |
     |                |            |               | each of the K equal pieces of a row; None without memory    |
+    | intrinsic_     | [B, T]     |               | a second reward with its own critic (algorithms/rnd.py):    |
+    | rewards, values, next_values |             | as above, scaled; None without one                          |
     """
 
     observations: Shaped[Tensor, "B T *O"] | dict[str, Tensor]
@@ -49,6 +51,9 @@ class Batch:
     ref_log_probs: Float[Tensor, "B T"] | None = None
     group: Int[Tensor, " B"] | None = None
     hidden: Float[Tensor, "B K S"] | None = None
+    intrinsic_rewards: Float[Tensor, "B T"] | None = None
+    intrinsic_values: Float[Tensor, "B T"] | None = None
+    intrinsic_next_values: Float[Tensor, "B T"] | None = None
 
     @property
     def n_valid(self) -> int:

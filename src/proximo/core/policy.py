@@ -15,13 +15,15 @@ from proximo.core.distributions import Distribution
 class Evaluation(NamedTuple):
     """What `policy.evaluate(batch)` returns; every tensor `[B, T]`, `distribution` over `[B, T]`.
 
-    `values` is None without a critic, `distribution` where it would be too large to hold (language models).
+    `values` is None without a critic, `distribution` where it would be too large to hold (language models),
+    `intrinsic_values` without a critic of intrinsic rewards.
     """
 
     log_probs: Tensor
     entropy: Tensor
     values: Tensor | None
     distribution: Distribution | None
+    intrinsic_values: Tensor | None = None
 
 
 class Policy(Protocol):

@@ -98,6 +98,10 @@ class NetworkConfig:
         in_range("clip_reward", self.clip_reward, above=0.0, usual="10")
 
 
+_AT_ONCE = 1024
+"""Observations that the critic of the intrinsic reward sees at a time."""
+
+
 class Acted(NamedTuple):
     """What the policy did at N observations: actions `[N, *A]` as sampled, log-probs and values `[N]`."""
 
@@ -129,8 +133,12 @@ class ActorCritic(nn.Module):
         action_space: spaces.Space,
         config: NetworkConfig,
         generator: torch.Generator | None = None,
+        *,
+        has_intrinsic_critic: bool = False,
     ) -> None:
         """Build the networks; `generator` draws the initial weights.
+
+        `has_intrinsic_critic`: a second critic, for the value of an intrinsic reward (algorithms/rnd.py).
 
         Raises:
             UserError: if a space is of a kind that is not supported.
@@ -162,6 +170,9 @@ class ActorCritic(nn.Module):
             seen = config.memory_size
         self.actor = perceptron(seen, hidden, config, self.head.n_outputs, head_gain=0.01, generator=generator)
         self.critic = perceptron(seen, hidden, config, 1, head_gain=1.0, generator=generator)
+        self.intrinsic_critic = None
+        if has_intrinsic_critic:
+            self.intrinsic_critic = perceptron(seen, hidden, config, 1, head_gain=1.0, generator=generator)
         for name, moments in (
             ("observation", RunningMoments.empty((n_inputs,))),
             ("return", RunningMoments.empty()),
@@ -215,7 +226,9 @@ class ActorCritic(nn.Module):
             for_actor, for_critic = self.memory.run(for_actor, batch.hidden[:, 0], batch.continues)
         distribution = self._distribution(for_actor, self._mask(batch.observations))
         values = self.critic(for_critic).squeeze(-1)
-        return Evaluation(distribution.log_prob(batch.actions), distribution.entropy(), values, distribution)
+        intrinsic = None if self.intrinsic_critic is None else self.intrinsic_critic(for_critic).squeeze(-1)
+        log_probs, entropy = distribution.log_prob(batch.actions), distribution.entropy()
+        return Evaluation(log_probs, entropy, values, distribution, intrinsic)
 
     def row_lengths(self, batch: Batch) -> list[int]:
         """Every step costs the same."""
@@ -253,8 +266,8 @@ class ActorCritic(nn.Module):
 
     def critic_weights(self) -> list[Tensor]:
         """Weights that change the values and nothing else."""
-        own = None if self.memory is None else self.memory.critic
-        return [*self.critic.parameters(), *(() if own is None else own.parameters())]
+        others = (None if self.memory is None else self.memory.critic, self.intrinsic_critic)
+        return [*self.critic.parameters(), *(weight for own in others if own is not None for weight in own.parameters())]
 
     def layers(self, network: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
         """Weight `[out, in]` and bias `[out]` of each layer of the actor or the critic."""
@@ -278,6 +291,13 @@ class ActorCritic(nn.Module):
         with torch.no_grad():
             before = None if memory is None else memory.clone()
             return self.critic(self._seen(observations, before)[1]).squeeze(-1)
+
+    def intrinsic_values(self, observations: Tensor) -> Tensor:
+        """The critic of the intrinsic reward at raw `observations` `[N, *O]`, in its scaled units; no gradient."""
+        assert self.intrinsic_critic is not None
+        with torch.no_grad():
+            some = [self.intrinsic_critic(self._features(piece)) for piece in observations.split(_AT_ONCE)]
+            return torch.cat(some).squeeze(-1)
 
     def to_environment(self, actions: Tensor) -> np.ndarray:
         """Turn sampled actions `[N, *A]` into a fresh array of actions that the environment accepts."""

@@ -83,6 +83,9 @@ def with_update_chosen(
     """
     if not isinstance(config.algorithm, PPO):
         return config if config.threads else replace(config, threads=1 if policy.encoder is None else n_cores())
+    if config.intrinsic.explores:
+        config = _with_eager(config)
+        assert isinstance(config.algorithm, PPO)
     asked = path = config.algorithm.update_path
     if path == "auto":
         path = _path(config, policy)
@@ -123,6 +126,17 @@ def _compile(config: ControlConfig, policy: ActorCritic) -> None:
     _faster(config, policy, [1])
     if policy.is_plain:
         CompiledNetwork(policy, policy.actor)(policy.blank(1).astype(np.float32))
+
+
+def _with_eager(config: ControlConfig) -> ControlConfig:
+    """The only path of the update that knows of an intrinsic reward."""
+    assert isinstance(config.algorithm, PPO)
+    if config.algorithm.update_path not in ("auto", "eager"):
+        raise UserError(
+            f"update_path is '{config.algorithm.update_path}', which knows nothing of exploration "
+            f"'{config.intrinsic.exploration}'. Use auto or eager."
+        )
+    return replace(config, algorithm=replace(config.algorithm, update_path="eager"))
 
 
 def _without_the_compiler(

@@ -20,6 +20,7 @@ import tyro
 from proximo.algorithms.a2c import A2C
 from proximo.algorithms.ppo import PPO, UpdatePath
 from proximo.algorithms.reinforce import Reinforce
+from proximo.algorithms.rnd import IntrinsicConfig
 from proximo.algorithms.trpo import TRPO
 from proximo.collect.atari import is_atari
 from proximo.collect.envs import SpacePolicy
@@ -117,6 +118,7 @@ class ControlConfig:
 
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    intrinsic: IntrinsicConfig = field(default_factory=IntrinsicConfig)
     algorithm: Annotated[Algorithm, tyro.conf.Suppress] = field(default_factory=PPO)
     total_steps: int = 1_000_000
     """Environment steps in all, over all environments; the run ends before it would go past them."""
@@ -203,6 +205,15 @@ class ControlConfig:
                 f"(n_envs {self.environment.n_envs} x rollout_length {self.rollout_length}). Set total_steps to at "
                 f"least {self.steps_per_iteration}, or rollout_length to at most "
                 f"{max(1, self.total_steps // self.environment.n_envs)}."
+            )
+
+        warming = self.intrinsic.warmup_rollouts if self.intrinsic.explores else 0
+        if self.total_steps < (warming + 1) * self.steps_per_iteration:
+            raise UserError(
+                f"total_steps is {self.total_steps}, but the {warming} warmup_rollouts of exploration "
+                f"'{self.intrinsic.exploration}' take {warming * self.steps_per_iteration} steps, and an iteration "
+                f"that learns {self.steps_per_iteration} more. Set total_steps to at least "
+                f"{(warming + 1) * self.steps_per_iteration}, or fewer warmup_rollouts."
             )
 
     @property

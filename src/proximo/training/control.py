@@ -33,6 +33,7 @@ from proximo.runs.metrics import sync_metrics
 from proximo.training.compiled_acting import network_for
 from proximo.training.config import Algorithm, ControlConfig, recorded, settings_of, with_settings
 from proximo.training.environments import Envs
+from proximo.training.exploration import Explorer, explored_update, is_warming_up, refuse_what_cannot_explore, warm_up
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
@@ -55,6 +56,8 @@ class ControlState:
     action_generator: torch.Generator
     shuffle_generator: torch.Generator
     kl_coef: float
+    explorer: Explorer | None = None
+    """What the intrinsic reward has learned; None without one."""
     rate_factor: float = 1.0
     """What the learning rate is multiplied by, where it follows the KL."""
     iteration: int = 0
@@ -74,9 +77,10 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
     """The state before the first step.
 
     Raises:
-        UserError: if a space is of a kind that is not supported.
+        UserError: if a space is of a kind that is not supported, or settings do not go together.
         EnvironmentFault: if an environment cannot be reset.
     """
+    refuse_what_cannot_explore(config)
     is_on_device = config.environment.vectorization == "device"
     weights, actions, shuffles = np.random.SeedSequence([config.seed, 0x9E3779B9]).generate_state(3, np.uint64)
     policy = ActorCritic(
@@ -84,6 +88,7 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
         envs.action_space,
         config.network,
         torch.Generator().manual_seed(int(weights)),
+        has_intrinsic_critic=config.intrinsic.explores,
     ).to(config.device)
     return ControlState(
         policy=policy,
@@ -93,6 +98,7 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
         # Half a million steps are shuffled where they are.
         shuffle_generator=torch.Generator(config.device if is_on_device else "cpu").manual_seed(int(shuffles)),
         kl_coef=config.algorithm.kl_coef if isinstance(config.algorithm, PPO) else 0.0,
+        explorer=Explorer.start(config, policy) if config.intrinsic.explores else None,
     )
 
 
@@ -133,7 +139,7 @@ def iterate(
         clock.restart()
         batch, episodes = _collect(config, run, envs, collect)
         collected = time.perf_counter()
-        metrics = _learn(config, run, state, algorithm, batch, moments)
+        metrics = _learn(config, run, state, algorithm, batch, episodes, moments)
         _count(state, batch, episodes)
         updated = time.perf_counter()
         state.seconds += updated - began
@@ -200,6 +206,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: E
         },
         "carry": {n: torch.as_tensor(array) for n, array in vars(state.carry).items() if 0 not in array.shape[1:]},
         "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
+        "explorer": {} if state.explorer is None else state.explorer.state_dict(),
     }
     # One file, not four: what a small run's save costs is the flushing of its files to the disk.
     training = {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
@@ -240,12 +247,15 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: Envs) -> tuple[
 
 def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[ControlState, list[int]]:
     described = checkpoint.state
-    parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "generators": {}, "carry": {}, "environments": {}}
+    names = ("optimizer", "generators", "carry", "environments", "explorer")
+    parts: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
     for name, tensor in checkpoint.tensors["training"].items():
         part, _, inner = name.partition("/")
         parts[part][inner] = tensor
     state.policy.load_state_dict(checkpoint.tensors["policy"])
     state.optimizer.load_state_dict(parts["optimizer"])
+    if state.explorer is not None:
+        state.explorer.load_state_dict(parts["explorer"])
     state.action_generator.set_state(parts["generators"]["actions"])
     state.shuffle_generator.set_state(parts["generators"]["shuffles"])
     for name, own in vars(state.carry).items():
@@ -277,11 +287,12 @@ def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[
 
 def describe_policy(policy: ActorCritic) -> dict[str, Any]:
     """What `load_policy` needs beside the tensors, as JSON-able values."""
-    return {
+    described = {
         "observation_space": space_to_json(policy.observation_space),
         "action_space": space_to_json(policy.action_space),
         "network": settings_of(policy.config),
     }
+    return described if policy.intrinsic_critic is None else described | {"has_intrinsic_critic": True}
 
 
 def _described_now(described: Any, policy: ActorCritic) -> Any:
@@ -383,6 +394,7 @@ def _learn(
     state: ControlState,
     algorithm: Algorithm,
     batch: Batch,
+    episodes: Episodes,
     moments: dict[str, torch.Tensor],
 ) -> Metrics:
     """Update the policy on a rollout, then its observation normalizer; an update that is not finite is left out.
@@ -390,9 +402,12 @@ def _learn(
     Raises:
         UserError: if it was one too many in a row.
     """
+    if state.explorer is not None and is_warming_up(config, state.iteration):
+        warm_up(state.explorer, batch, episodes, cast(Carry, state.carry).observations)
+        return {"learning_rate": algorithm.learning_rate}
     first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
     try:
-        metrics: Metrics = algorithm.update(state.policy, state.optimizer, batch, state.shuffle_generator)
+        metrics: Metrics = _updated(config, state, algorithm, batch, episodes)
     except NonFiniteUpdateError as error:
         metrics = _left_out(config, run, state, batch, error, moments)
     else:
@@ -407,6 +422,17 @@ def _learn(
         metrics["first_ratio_error"] = first_ratio_error
     clip = {"clip_epsilon": algorithm.clip_epsilon} if isinstance(algorithm, PPO) else {}
     return metrics | {"learning_rate": algorithm.learning_rate} | clip
+
+
+def _updated(
+    config: ControlConfig, state: ControlState, algorithm: Algorithm, batch: Batch, episodes: Episodes
+) -> Metrics:
+    policy, optimizer, generator = state.policy, state.optimizer, state.shuffle_generator
+    if state.explorer is None:
+        return algorithm.update(policy, optimizer, batch, generator)
+    carried = cast(Carry, state.carry).observations
+    algorithm = cast(PPO, algorithm)
+    return explored_update(config, state.explorer, algorithm, policy, optimizer, batch, episodes, carried, generator)
 
 
 def _count(state: ControlState, batch: Batch, episodes: Episodes) -> None:
@@ -470,7 +496,8 @@ def load_policy(checkpoint: Checkpoint) -> ActorCritic:
         settings = BEFORE_ENCODERS | described["network"]
         network = with_settings(NetworkConfig(), settings, where=str(checkpoint.path))
         observations = space_from_json(described["observation_space"])
-        policy = ActorCritic(observations, space_from_json(described["action_space"]), network)
+        actions, has_more = space_from_json(described["action_space"]), bool(described.get("has_intrinsic_critic"))
+        policy = ActorCritic(observations, actions, network, has_intrinsic_critic=has_more)
         policy.load_state_dict(checkpoint.tensors["policy"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{checkpoint.path} does not hold a policy of this kind ({error}).") from error
