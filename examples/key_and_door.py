@@ -6,19 +6,20 @@ proximo train examples/key_and_door.py:KeyAndDoor --total-steps 200000 --explora
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 
 MAP = (
     "###################",
-    "#K......#.......G.#",
+    "#K......#.....#..G#",
+    "#.......#.....#...#",
     "#.......#.........#",
-    "#.......#.........#",
-    "###.#####.........#",
-    "#.......D.........#",
-    "#.......#.........#",
-    "#......S#.........#",
+    "###.#####.....#...#",
+    "#.......D.....#...#",
+    "#.......#.....#...#",
+    "#......S#.....#...#",
     "###################",
 )
 """# wall, S start, K key, D door, which is wall without the key, G goal."""
@@ -31,17 +32,17 @@ class KeyAndDoor(gymnasium.Env):
 
     action_space = gymnasium.spaces.Discrete(4)
 
-    def __init__(self, time_limit: int = 150) -> None:
-        """`time_limit`: steps after which an episode is truncated."""
-        self.time_limit = time_limit
-        self.cells = [(y, x) for y, row in enumerate(MAP) for x, letter in enumerate(row) if letter != "#"]
+    def __init__(self, layout: Sequence[str] = MAP, time_limit: int = 90) -> None:
+        """`layout`: rows of letters as in `MAP`; `time_limit`: steps after which an episode is truncated."""
+        self.layout, self.time_limit = layout, time_limit
+        self.cells = [(y, x) for y, row in enumerate(layout) for x, letter in enumerate(row) if letter != "#"]
         self.numbers = {cell: number for number, cell in enumerate(self.cells)}
         self.observation_space = gymnasium.spaces.MultiDiscrete([len(self.cells), 2])
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
         """Begin at S, without the key."""
         super().reset(seed=seed)
-        self.place = next(cell for cell in self.cells if MAP[cell[0]][cell[1]] == "S")
+        self.place = next(cell for cell in self.cells if self.layout[cell[0]][cell[1]] == "S")
         self.has_key, self.steps = False, 0
         return self._see(), {}
 
@@ -49,7 +50,7 @@ class KeyAndDoor(gymnasium.Env):
         """Go up (0), down (1), left (2) or right (3); a wall, or the door without the key, stops it."""
         self.steps += 1
         y, x = self.place[0] + MOVES[action][0], self.place[1] + MOVES[action][1]
-        letter = MAP[y][x]
+        letter = self.layout[y][x]
         if letter != "#" and (letter != "D" or self.has_key):
             self.place = (y, x)
             self.has_key = self.has_key or letter == "K"
