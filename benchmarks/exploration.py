@@ -132,6 +132,7 @@ def draw() -> None:
         means = [np.interp(steps, *zip(*row["curve"], strict=True)) for row in rows]
         axes[0].plot(steps, np.mean(means, 0), color=color, linewidth=2.5, label=f"{variant} ({len(rows)} seeds)")
     axes[0].set(xlabel="environment steps", ylabel="return, mean of 100 episodes", ylim=(-0.05, 1.05))
+    axes[0].set_xticks(range(0, TOTAL_STEPS + 1, 50_000), ["0", "50,000", "100,000", "150,000"])
     axes[0].set_title("Key and door: thin lines are seeds")
     axes[0].legend(loc="upper left", frameon=False)
     axes[0].spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,7 @@
 """A task that chance hardly ever solves: fetch a key, open a door, walk to the goal; nothing is paid before that.
 
-proximo train examples/key_and_door.py:KeyAndDoor --total-steps 200000                      # learns nothing
-proximo train examples/key_and_door.py:KeyAndDoor --total-steps 200000 --exploration rnd    # finds it
+proximo train examples/key_and_door.py:KeyAndDoor --total-steps 150000                      # learns nothing
+proximo train examples/key_and_door.py:KeyAndDoor --total-steps 150000 --exploration rnd    # finds it
 """
 
 from __future__ import annotations

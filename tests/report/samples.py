@@ -43,6 +43,8 @@ def rows(n=100, **columns):
         "n_updates": np.full(n, 320),
         "kl_stopped": np.zeros(n),
         "explained_variance": 0.9 * learned,
+        "intrinsic_reward_mean": 0.1 / (1.0 + learned),
+        "intrinsic_explained_variance": 0.5 * learned,
         "learning_rate": np.full(n, 3e-4),
         "clip_epsilon": np.full(n, 0.2),
         "seconds": np.arange(1, n + 1) * 0.5,

@@ -54,6 +54,15 @@ CHANGED: dict[str, Any] = dict(
     clip_observation=5.5,
     normalize_rewards=True,
     clip_reward=4.5,
+    exploration="rnd",
+    intrinsic_coef=0.5,
+    extrinsic_coef=3.0,
+    intrinsic_gamma=0.9,
+    intrinsic_episodic=True,
+    rnd_width=16,
+    predictor_learning_rate=2e-4,
+    predictor_share=0.5,
+    warmup_rollouts=6,
     objective="kl_penalty",
     learning_rate=1e-5,
     learning_rate_schedule="linear",
@@ -115,7 +124,7 @@ class TestNames:
         names = names_in(ControlConfig)
         assert len(names) > 35
         assert len(set(names)) == len(names)
-        assert not set(names) & {"environment", "network", "algorithm"}
+        assert not set(names) & {"environment", "network", "intrinsic", "algorithm"}
 
     def test_each_reaches_its_place_and_comes_back(self):
         config = change(**CHANGED)

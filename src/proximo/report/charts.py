@@ -190,6 +190,27 @@ CHARTS = (
         ),
     ),
     Chart(
+        "exploration",
+        (
+            Panel(
+                "Intrinsic reward: how new what is seen is",
+                "the predictor's error at what follows a step, in standard deviations of its returns",
+                "intrinsic reward",
+                (Line("intrinsic_reward_mean"),),
+                may_be_log=True,
+            ),
+            Panel(
+                "Explained variance of the intrinsic critic",
+                "1: it foresees the intrinsic returns; 0: no better than their mean; below: worse",
+                "explained variance",
+                (Line("intrinsic_explained_variance"),),
+                floor=-1.0,
+                ceiling=1.0,
+                level=0.0,
+            ),
+        ),
+    ),
+    Chart(
         "schedules",
         (
             Panel(
