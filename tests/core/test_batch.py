@@ -60,6 +60,8 @@ def test_as_steps_keeps_the_valid_ones_in_order_each_a_row_of_its_own():
 def test_rows_are_selected_in_every_field():
     batch = numbered([[True, True], [True, False], [False, True]])
     batch = dataclasses.replace(batch, hidden=torch.arange(12.0).view(3, 2, 2))
+    novel = {f"intrinsic_{name}": batch.rewards + 1.0 for name in ("rewards", "values", "next_values")}
+    batch = dataclasses.replace(batch, **novel)
     chosen = batch[torch.tensor([2, 0])]
     for field in dataclasses.fields(Batch):
         whole, part = getattr(batch, field.name), getattr(chosen, field.name)

@@ -170,6 +170,7 @@ def test_it_solves_what_ppo_with_an_entropy_bonus_does_not(tmp_path: Path):
     ("settings", "said"),
     [
         ({"algorithm": "a2c"}, "exploration is 'rnd', which is for PPO, and the algorithm is a2c"),
+        ({"memory": "gru"}, "which a policy with memory does not have yet"),
         ({"vectorization": "device"}, "which environments on a device do not have here"),
         (
             {"update_path": "fused"},

@@ -266,8 +266,8 @@ class ActorCritic(nn.Module):
 
     def critic_weights(self) -> list[Tensor]:
         """Weights that change the values and nothing else."""
-        others = (None if self.memory is None else self.memory.critic, self.intrinsic_critic)
-        return [*self.critic.parameters(), *(weight for own in others if own is not None for weight in own.parameters())]
+        own = [self.critic, self.intrinsic_critic, None if self.memory is None else self.memory.critic]
+        return [weight for network in own if network is not None for weight in network.parameters()]
 
     def layers(self, network: nn.Sequential) -> list[tuple[Tensor, Tensor]]:
         """Weight `[out, in]` and bias `[out]` of each layer of the actor or the critic."""

@@ -84,6 +84,11 @@ def refuse_what_cannot_explore(config: ControlConfig) -> None:
             f"exploration is '{config.intrinsic.exploration}', which is for PPO, and the algorithm is "
             f"{config.algorithm_name}. Use --algorithm ppo, or --exploration none."
         )
+    if config.network.memory != "none":
+        raise UserError(
+            f"exploration is '{config.intrinsic.exploration}', which a policy with memory does not have yet (memory is "
+            f"'{config.network.memory}'). Use --memory none, or --exploration none."
+        )
     if config.environment.vectorization == "device":
         raise UserError(
             f"exploration is '{config.intrinsic.exploration}', which environments on a device do not have here. Use "
