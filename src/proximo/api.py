@@ -19,8 +19,8 @@ from proximo.algorithms.ppo import PPO
 from proximo.collect.device_envs import make_device_envs
 from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
+from proximo.collect.parallel_envs import ParallelEnvs
 from proximo.errors import UserError, shown, tell
-from proximo.models.control import ActorCritic
 from proximo.models.packing import PackedObservations
 from proximo.presets import resolve_settings
 from proximo.process import check_device, enough_memory, noted_signals, training_device, training_threads
@@ -32,14 +32,17 @@ from proximo.runs.metrics import truncate_metrics
 from proximo.saved_run import (
     checkpoint_of,
     evaluate_opened,
+    load_policy,
     needs_trust,
     open_policy,
+    rate_opened,
     read_run_config,
     run_environment,
     skipped_in_words,
 )
 from proximo.terminal import Display
-from proximo.training import control
+from proximo.training import agents, control, selfplay
+from proximo.training.agents_config import AgentsConfig, SelfPlayConfig
 from proximo.training.choices import with_environments_chosen, with_update_chosen
 from proximo.training.config import ControlConfig, EnvironmentConfig, changed_settings, settings_of, with_settings
 from proximo.training.environments import make_envs
@@ -73,8 +76,8 @@ class Run:
     in `seconds_collecting`, `seconds_updating`, and `seconds_overhead` between the iterations."""
 
     @property
-    def policy(self) -> ActorCritic:
-        """The policy of the newest checkpoint, for acting."""
+    def policy(self) -> Any:
+        """The policy of the newest checkpoint, for acting; see `load`."""
         return load(self.path)
 
 
@@ -174,7 +177,7 @@ def resume_with(
         written = config
         config = with_environments_chosen(config, factory)
         with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
-            state, fresh = control.restore(config, checkpoint, envs)
+            state, fresh = _loop_of(config).restore(config, checkpoint, envs)
             config = with_update_chosen(config, state.policy, display.say)
             with training_threads(config):
                 if total_steps is not None or config != written:  # what `auto` came to in a run of before
@@ -224,8 +227,10 @@ def resume_command(config: ControlConfig, directory: RunDirectory, *, total_step
     return shlex.join(["proximo", "resume", str(directory.path), *trust, *steps])
 
 
-def load(run: str | Path | Run, *, checkpoint: str = "latest") -> ActorCritic:
+def load(run: str | Path | Run, *, checkpoint: str = "latest") -> Any:
     """Load the policy of a run, for acting. Safe for runs from anyone: nothing of theirs is executed.
+
+    It is an `ActorCritic`; of a run of several agents an `AgentsPolicy`, which takes and returns dicts by agent.
 
     Args:
         run: the run, or its directory.
@@ -239,7 +244,7 @@ def load(run: str | Path | Run, *, checkpoint: str = "latest") -> ActorCritic:
     _refuse_language_run(directory)
     found = checkpoint_of(directory, checkpoint)
     _warn_of_skipped(found)
-    return control.load_policy(found)
+    return load_policy(found)
 
 
 def _refuse_language_run(directory: RunDirectory) -> None:
@@ -267,13 +272,17 @@ def evaluate(
 
     Returns:
         `env_id`, `episodes`, `return_mean`, `return_std` (population), `return_min`, `return_max`,
-        `length_mean`, `deterministic`, `seed`, and `step`, that of the checkpoint.
+        `length_mean`, `deterministic`, `seed`, and `step`, that of the checkpoint. Of several agents also `agents`,
+        each one's mean return, and `team_return_mean`. Of self-play what `training.selfplay.rate` says: ratings of past
+        selves, by `episodes` games of each pair.
 
     Raises:
         UserError: if the run, the checkpoint or the environment is not to be had, or `episodes` is below 1.
     """
     config, policy, found = open_policy(_directory(run), checkpoint)
     _warn_of_skipped(found)
+    if isinstance(config, SelfPlayConfig):
+        return rate_opened(config, found, env, episodes=episodes, seed=seed, allow_import=allow_import)
     return evaluate_opened(
         config,
         policy,
@@ -314,7 +323,8 @@ def train_with(
     _check_environment(config.environment)
     config = with_environments_chosen(config, factory)
     with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
-        state = control.start(config, envs)
+        loop = _loop_of(config)
+        state = loop.start(config, envs)
         if config.init_from is not None:
             source = f"{source}; {begin_from(config, state.policy)}"
         config = with_update_chosen(config, state.policy, display.say)
@@ -326,7 +336,7 @@ def train_with(
             if directory.config_path.exists():  # two began at once, and the other one was faster
                 raise UserError(f"{directory.path} holds the run of another process. Choose another --run-dir.")
             write_config(directory, settings_of(config))
-            control.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
+            loop.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
             seconds = _estimate(config, factory, state, display)
             display.plan(config, directory, _spaces_in_words(envs), source, seconds)
             return _train_to_the_end(config, directory, state, envs, display)
@@ -351,6 +361,8 @@ def _estimate(
 
 
 def _spaces_in_words(envs: control.Envs) -> str:
+    if isinstance(envs, ParallelEnvs):
+        return envs.in_words()
     seen, actions = envs.observation_space, envs.action_space
     sees = shown(seen) if isinstance(seen, PackedObservations) else seen.shape
     acts = f"actions {actions.shape}" if type(actions) is gym.spaces.Box else f"actions {shown(actions)}"
@@ -370,7 +382,7 @@ def _train_to_the_end(
     interrupted_by = None
     try:
         with noted_signals() as received, display.live(config, state.env_steps) as show:
-            for row in control.iterate(config, directory, state, envs, lambda: received):
+            for row in _loop_of(config).iterate(config, directory, state, envs, lambda: received):
                 show(row, cast(VectorEnvs, envs))
             if received and not control.finished(config, state):
                 interrupted_by = received[0]
@@ -389,6 +401,13 @@ def _how_to_go_on(config: ControlConfig, directory: RunDirectory) -> str:
         f"stopped at once; the last checkpoint is of step {names.step_of(saved[0]):,}. "
         f"Go on from there: {resume_command(config, directory)}"
     )
+
+
+def _loop_of(config: ControlConfig) -> Any:
+    """The module with the loop for such a config: all have start, iterate, save, restore."""
+    if isinstance(config, SelfPlayConfig):
+        return selfplay
+    return agents if isinstance(config, AgentsConfig) else control
 
 
 def unless_interrupted(run: Ended) -> Ended:
@@ -421,7 +440,8 @@ def _check_environment(task: EnvironmentConfig) -> None:
 
 @contextmanager
 def _open_envs(config: ControlConfig, factory: EnvFactory) -> Iterator[control.Envs]:
-    envs = make_envs(config, factory)
+    is_game = isinstance(config, SelfPlayConfig)
+    envs: Any = selfplay.make_self_play(config, factory) if is_game else make_envs(config, factory)
     try:
         yield envs
     finally:

@@ -420,7 +420,8 @@ def _evaluate(words: list[str]) -> Outcome:
 
         return compare_command(words)
     from proximo.runs.directory import open_run
-    from proximo.saved_run import evaluate_opened, open_policy, skipped_in_words
+    from proximo.saved_run import evaluate_opened, open_policy, rate_opened, skipped_in_words
+    from proximo.training.agents_config import SelfPlayConfig
 
     given = _parse(EvaluateArguments, words, "evaluate")
     if _is_language_run(given.run):
@@ -431,6 +432,16 @@ def _evaluate(words: list[str]) -> Outcome:
     config, policy, checkpoint = open_policy(open_run(given.run), given.checkpoint)
     if checkpoint.skipped:
         tell(f"proximo: {skipped_in_words(checkpoint)}")
+    if isinstance(config, SelfPlayConfig):
+        rated = rate_opened(
+            config,
+            checkpoint,
+            given.env,
+            episodes=given.episodes,
+            seed=given.seed,
+            allow_import=given.allow_import,
+        )
+        return _ratings(rated, open_run(given.run).report, as_json=given.json)
     result = evaluate_opened(
         config,
         policy,
@@ -450,15 +461,49 @@ def _evaluate(words: list[str]) -> Outcome:
         f"return  {result['return_mean']:.2f} +- {result['return_std']:.2f}"
         f"  (from {result['return_min']:.2f} to {result['return_max']:.2f})\n"
         f"length  {result['length_mean']:.1f} steps"
+        f"{_by_agent(result)}"
     )
 
 
+def _ratings(rated: dict[str, Any], folder: Path, *, as_json: bool) -> Outcome:
+    """The ratings of a self-play run in words and as a picture."""
+    from proximo.report.ratings import draw_ratings
+
+    picture = draw_ratings(rated, rated["env_id"], folder)
+    if as_json:
+        return EXIT_DONE, json.dumps(rated | {"picture": str(picture)})
+    widest = max(len(player["name"]) for player in rated["players"])
+    lines = [
+        f"{player['name']:<{widest}}  {player['rating']:7.0f} +- {player['standard_error']:.0f}"
+        for player in rated["players"]
+    ]
+    return EXIT_DONE, (
+        f"{rated['env_id']}, self-play: {rated['games_per_pair']} games of each pair, sampled moves, seed "
+        f"{rated['seed']}\nElo ratings, with standard errors:\n" + "\n".join(lines) + "\n"
+        f"latest against random: {rated['wins']} won, {rated['draws']} drawn, {rated['losses']} lost "
+        f"(score {rated['score_mean']:.3f} +- {rated['score_standard_error']:.3f})\n{picture}"
+    )
+
+
+def _by_agent(result: dict[str, Any]) -> str:
+    """What each agent scored, and all together, where there are several."""
+    if "agents" not in result:
+        return ""
+    agents = ((agent, "-" if mean is None else f"{mean:.2f}") for agent, mean in result["agents"].items())
+    each = "".join(f"\n  {agent}  {mean}" for agent, mean in agents)
+    return f" (the return above is the mean over agents)\nteam    {result['team_return_mean']:.2f}, of{each}"
+
+
 def _watch(words: list[str]) -> Outcome:
+    from proximo.collect.several import make_several
     from proximo.models.control import RowActor
     from proximo.report.video import record_video
     from proximo.runs.directory import open_run
     from proximo.saved_run import make_for, open_policy, run_environment, skipped_in_words
+    from proximo.training.agents_config import AgentsConfig, SelfPlayConfig
+    from proximo.training.agents_evaluate import FilmedAgents, filmed
     from proximo.training.evaluate import check_same_spaces
+    from proximo.training.selfplay import FilmedGame
 
     given = _parse(WatchArguments, words, "watch")
     directory = open_run(given.run)
@@ -468,12 +513,17 @@ def _watch(words: list[str]) -> Outcome:
     env_id, factory = run_environment(config, given.env, allow_import=given.allow_import)
 
     def make_filmed() -> Any:
+        if isinstance(config, SelfPlayConfig):
+            return FilmedGame(config, factory, policy)
+        if isinstance(config, AgentsConfig):
+            kwargs = config.environment.env_kwargs | {"render_mode": "rgb_array"}
+            return FilmedAgents(make_several(factory, env_id, kwargs, "parallel"), config)
         env = make_for(config, factory, render_mode="rgb_array")
         check_same_spaces(env_id, env, policy)
         return env
 
     path = record_video(
-        RowActor(policy),
+        filmed(policy) if isinstance(config, AgentsConfig) else RowActor(policy),
         make_filmed,
         directory.videos / f"step_{checkpoint.step}-seed{given.seed}",
         n_episodes=given.episodes,

@@ -48,6 +48,7 @@ from proximo.runs import files
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory, open_run, read_config
 from proximo.saved_run import make_for, open_policy, run_environment, skipped_in_words
+from proximo.training.agents_config import AgentsConfig
 from proximo.training.config import ControlConfig
 from proximo.training.evaluate import check_same_spaces
 
@@ -150,6 +151,11 @@ def export_opened(
     allow_import: bool,
 ) -> Export:
     """`export` with what `open_policy` returned."""
+    if isinstance(config, AgentsConfig):
+        raise UserError(
+            f"{directory.path} is a run of several agents, whose policies are not exported yet. Load them in Python: "
+            f"proximo.load({str(directory.path)!r})."
+        )
     path = _target(directory, format, output)
     notes = []
     if policy.config.precision != "float32":

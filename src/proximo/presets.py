@@ -14,10 +14,13 @@ import gymnasium as gym
 from gymnasium import spaces
 
 from proximo.collect.atari import is_atari
+from proximo.collect.envs import close_quietly
 from proximo.collect.packed_env import mask_of
+from proximo.collect.several import SeveralAgentsError, agents_of, policy_spaces, spaces_of
 from proximo.errors import tell
 from proximo.models.encoders import chosen_encoder
 from proximo.models.packing import PackedActions, PackedObservations, leaves
+from proximo.training.agents_config import AgentsConfig, SelfPlayConfig
 from proximo.training.config import ControlConfig, with_settings
 
 ZOO = "RL Baselines3 Zoo, hyperparams/ppo.yml"
@@ -281,7 +284,10 @@ def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlC
         settings = {"env_id": env_id, "action_mask": "none", **preset.settings}
         config = with_settings(ControlConfig(), settings, where=f"preset {env_id}")
         return config, f"tuned for {env_id} ({preset.source}); measured: {preset.score}"
-    env = make()
+    try:
+        env = make()
+    except SeveralAgentsError as found:
+        return _settings_of_several(env_id, found)
     settings = default_settings(env.action_space, env.observation_space)
     if isinstance(env, gym.Env):
         settings["action_mask"] = mask_of(env, seed=0)
@@ -292,3 +298,20 @@ def resolve_settings(env_id: str, make: Callable[[], gym.Env]) -> tuple[ControlC
     config = with_settings(ControlConfig(), {"env_id": env_id, **settings}, where="defaults")
     kind = "continuous" if _is_continuous(env.action_space) else "discrete"
     return config, f"defaults for {kind} actions: nobody has tuned {env_id}"
+
+
+def _settings_of_several(env_id: str, found: SeveralAgentsError) -> tuple[ControlConfig, str]:
+    """Defaults for an environment of several agents, by the spaces of the first one."""
+    agents = agents_of(found.env, env_id)
+    seen, acts = policy_spaces(*spaces_of(found.env, env_id, agents[0]), "auto", env_id)
+    close_quietly(env_id, [found.env])
+    settings = default_settings(acts, seen)
+    if found.kind == "parallel":
+        config = with_settings(AgentsConfig(), {"env_id": env_id, **settings}, where="defaults")
+        return config, f"defaults for {len(agents)} agents that act at once: nobody has tuned {env_id}"
+    settings |= {"n_envs": 32, "normalize_observations": False}
+    config = with_settings(SelfPlayConfig(), {"env_id": env_id, **settings}, where="defaults")
+    return config, (
+        "defaults for self-play: one policy for both players (for agents that learn together, have the environment "
+        f"pass through pettingzoo.utils.aec_to_parallel); nobody has tuned {env_id}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -10,22 +11,28 @@ import numpy as np
 
 from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
 from proximo.errors import UserError
-from proximo.models.control import ActorCritic
 from proximo.runs.checkpoint import Checkpoint, named_checkpoint, newest_checkpoint
 from proximo.runs.directory import RunDirectory, read_config
-from proximo.training import control
+from proximo.training import agents, control, selfplay
+from proximo.training.agents_config import AgentsConfig, SelfPlayConfig, config_for
+from proximo.training.agents_evaluate import evaluate_agents
 from proximo.training.config import ControlConfig, with_settings
 from proximo.training.evaluate import evaluate_policy
 
 
-def open_policy(directory: RunDirectory, checkpoint: str) -> tuple[ControlConfig, ActorCritic, Checkpoint]:
+def open_policy(directory: RunDirectory, checkpoint: str) -> tuple[ControlConfig, Any, Checkpoint]:
     """The settings of a run, the policy of one of its checkpoints, and that checkpoint.
 
     The caller must show the checkpoint's `skipped` to the person.
     """
     config = read_run_config(directory)
     found = checkpoint_of(directory, checkpoint)
-    return config, control.load_policy(found), found
+    return config, load_policy(found), found
+
+
+def load_policy(checkpoint: Checkpoint) -> Any:
+    """The policy of a checkpoint: an `ActorCritic`, or, of several agents, an `AgentsPolicy`."""
+    return agents.load_policies(checkpoint) if "learners" in checkpoint.state else control.load_policy(checkpoint)
 
 
 def checkpoint_of(directory: RunDirectory, name: str) -> Checkpoint:
@@ -62,7 +69,7 @@ def read_run_config(directory: RunDirectory) -> ControlConfig:
             'or write all settings of the run into it again: env_id = "CartPole-v1", ..., and at the end [env_kwargs]'
         )
     settings = control.BEFORE_ENCODERS | {"action_mask": "none"} | settings  # what runs that say nothing of it had
-    return with_settings(ControlConfig(), settings, where=str(directory.config_path))
+    return with_settings(config_for(settings), settings, where=str(directory.config_path))
 
 
 def run_environment(config: ControlConfig, env: Env | None, *, allow_import: bool) -> tuple[str, EnvFactory]:
@@ -131,7 +138,7 @@ def make_for(config: ControlConfig, factory: EnvFactory, *, render_mode: str | N
 
 def evaluate_opened(
     config: ControlConfig,
-    policy: ActorCritic,
+    policy: Any,
     step: int,
     env: Env | None,
     *,
@@ -142,6 +149,12 @@ def evaluate_opened(
 ) -> dict[str, Any]:
     """`evaluate` with what `open_policy` returned."""
     env_id, factory = run_environment(config, env, allow_import=allow_import)
+    about = {"env_id": env_id, "episodes": episodes, "deterministic": deterministic, "seed": seed, "step": step}
+    if isinstance(config, AgentsConfig):
+        config = replace(config, environment=replace(config.environment, env_id=env_id))
+        return about | evaluate_agents(
+            config, policy, factory, n_episodes=episodes, seed=seed, deterministic=deterministic
+        )
     scores = evaluate_policy(
         policy,
         lambda: make_for(config, factory),
@@ -162,3 +175,13 @@ def evaluate_opened(
         "seed": seed,
         "step": step,
     }
+
+
+def rate_opened(
+    config: SelfPlayConfig, checkpoint: Checkpoint, env: Env | None, *, episodes: int, seed: int, allow_import: bool
+) -> dict[str, Any]:
+    """The evaluation of a self-play run: ratings of its past selves; see `training.selfplay.rate`."""
+    env_id, factory = run_environment(config, env, allow_import=allow_import)
+    config = replace(config, environment=replace(config.environment, env_id=env_id))
+    rated = selfplay.rate(config, checkpoint, factory, n_games=episodes, seed=seed)
+    return {"env_id": env_id, "step": checkpoint.step, "seed": seed} | rated

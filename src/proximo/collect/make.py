@@ -16,6 +16,7 @@ from gymnasium.error import DependencyNotInstalled
 from proximo.collect.atari import AtariGame, is_atari, register_games
 from proximo.collect.envs import close_quietly
 from proximo.collect.packed_env import ActionMask, packed
+from proximo.collect.several import refuse_several
 from proximo.errors import UserError, in_words, nearest
 
 Env = str | type[gym.Env] | Callable[..., Any]
@@ -24,7 +25,14 @@ Env = str | type[gym.Env] | Callable[..., Any]
 EnvFactory = Callable[..., gym.Env]
 """Makes one environment; takes `render_mode=` and whatever `env_kwargs` holds."""
 
-EXTRA_OF_MODULE = {"ale_py": "atari", "Box2D": "box2d", "mujoco": "mujoco", "pygame": "video"}
+EXTRA_OF_MODULE = {
+    "ale_py": "atari",
+    "Box2D": "box2d",
+    "mujoco": "mujoco",
+    "pygame": "video",
+    "pettingzoo": "agents",
+    "mpe2": "agents",
+}
 """The extra of Proximo that installs a module which some environment needs."""
 
 
@@ -106,6 +114,7 @@ def make_env(
     except BaseException as error:
         raise UserError(f"{env_id} could not be made with {kwargs or 'no arguments'}: {in_words(error)}") from error
     if not isinstance(env, gym.Env):
+        refuse_several(env, env_id)
         raise UserError(
             f"{env_id} made a {type(env).__name__}, which is not a gymnasium.Env. "
             "Derive the class from gymnasium.Env (the old gym package is another one)."
@@ -202,10 +211,11 @@ def _import_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"The module {name!r} could not be imported: {error}. "
-            "It must be installed, or lie in the folder where the command is run."
-        ) from error
+        extra = EXTRA_OF_MODULE.get(name.partition(".")[0])
+        mend = "It must be installed, or lie in the folder where the command is run."
+        if extra is not None:
+            mend = f'Install it with: pip install -c constraints.txt -e ".[{extra}]"'
+        raise UserError(f"The module {name!r} could not be imported: {error}. {mend}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:

@@ -91,7 +91,7 @@ def rollout(
         EnvironmentFault: if an environment raises or returns what it must not.
     """
     clock = clock or Clock()
-    recorder = _Recorder.empty(envs.n_envs, length, carry.observations)
+    recorder = Recorder.empty(envs.n_envs, length, carry.observations)
     memory = Remembered(carry.memory, piece or length) if policy.has_memory else None
     actor = acting(policy, envs.n_envs, length, generator, network, memory)
     # Around the steps: weights that are cast to bfloat16 for one action are kept for the next one.
@@ -111,12 +111,12 @@ def rollout(
             np.copyto(carry.observations, step.observations)
     episodes = _count_episodes(recorder, carry)
     device = next(policy.parameters()).device
-    batch = _assemble(policy, recorder, actor, carry, gamma, device)
+    batch = assemble(policy, recorder, actor, carry, gamma, device)
     return batch if memory is None else replace(batch, hidden=memory.starts.to(device)), episodes
 
 
 @dataclass(frozen=True)
-class _Recorder:
+class Recorder:
     """Arrays `[T, N]` that the loop writes into, and the true last observations of episodes with their places."""
 
     observations: np.ndarray
@@ -130,12 +130,14 @@ class _Recorder:
     """Of the ends those where the game goes on: learning sees an end there, returns and lengths do not."""
 
     @staticmethod
-    def empty(n: int, length: int, observations: np.ndarray) -> _Recorder:
+    def empty(n: int, length: int, observations: np.ndarray) -> Recorder:
+        """Nothing recorded yet."""
         terminated, truncated, valid = (np.zeros((length, n), bool) for _ in range(3))
         seen = np.empty((length, *observations.shape), observations.dtype)
-        return _Recorder(seen, np.empty((length, n)), terminated, truncated, valid, [], [], [])
+        return Recorder(seen, np.empty((length, n)), terminated, truncated, valid, [], [], [])
 
     def write(self, t: int, step: Step, goes_on: np.ndarray | None) -> None:
+        """Record step `t`; `goes_on` as in `VectorEnvs`."""
         self.rewards[t] = step.rewards
         self.terminated[t] = step.terminated
         self.truncated[t] = step.truncated
@@ -149,7 +151,7 @@ class _Recorder:
                     self.lives.append((t, int(i)))
 
 
-def _count_episodes(recorder: _Recorder, carry: Carry) -> Episodes:
+def _count_episodes(recorder: Recorder, carry: Carry) -> Episodes:
     """The episodes that ended, in order of time; `carry` keeps what the open ones have so far."""
     rewards = np.where(recorder.valid, recorder.rewards, 0.0)
     lost = recorder.truncated & ~recorder.valid
@@ -179,7 +181,7 @@ def _count_episodes(recorder: _Recorder, carry: Carry) -> Episodes:
     return episodes
 
 
-def _discounted(recorder: _Recorder, cut: np.ndarray, carry: Carry, gamma: float) -> np.ndarray:
+def _discounted(recorder: Recorder, cut: np.ndarray, carry: Carry, gamma: float) -> np.ndarray:
     """Running discounted returns `[T, N]`, from 0 again after every `cut` `[T, N]`; advances `carry`."""
     discounted = np.empty_like(recorder.rewards)
     running = carry.discounted_return
@@ -195,8 +197,8 @@ def _discounted(recorder: _Recorder, cut: np.ndarray, carry: Carry, gamma: float
     return discounted
 
 
-def _assemble(
-    policy: ActorCritic, recorder: _Recorder, actor: Acting, carry: Carry, gamma: float, device: torch.device
+def assemble(
+    policy: ActorCritic, recorder: Recorder, actor: Acting, carry: Carry, gamma: float, device: torch.device
 ) -> Batch:
     """Put the pieces together; the critic sees the true final observations of the episodes that ended."""
     finals = np.array(recorder.finals, carry.observations.dtype).reshape(-1, *carry.observations.shape[1:])

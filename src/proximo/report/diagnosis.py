@@ -401,7 +401,10 @@ def time_is_lopsided(evidence: Evidence) -> Finding | None:
             + (f", {number(1e6 * per_step)} microseconds a step." if per_step else "."),
             "The environment sets the pace; updates hardly count.",
             'Set vectorization to "workers", which steps environments on all cores.'
-            if is_slow and evidence.settings.get("vectorization") != "workers"
+            # Several agents, and games, are stepped serially.
+            if is_slow
+            and evidence.settings.get("vectorization") != "workers"
+            and not {"agents", "latest_share"} & set(evidence.settings)
             else f"Raise {evidence.setting('n_envs')}, or make the environment's step() faster.",
         )
     if 1 - share >= UPDATE_SHARE:

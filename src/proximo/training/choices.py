@@ -27,6 +27,8 @@ from proximo.collect.native import comes_back_exactly
 from proximo.collect.packed_env import ActionMask, mask_of
 from proximo.errors import UserError, in_words
 from proximo.models.control import ActorCritic
+from proximo.training.agents_config import SEVERAL
+from proximo.training.agents_evaluate import action_mask_of
 from proximo.training.compiled_acting import CompiledNetwork
 from proximo.training.config import ControlConfig, EnvironmentConfig
 from proximo.training.estimate import minibatch_seconds
@@ -57,7 +59,10 @@ def with_environments_chosen(config: ControlConfig, factory: EnvFactory) -> Cont
         # Of a single step all may be resets.
         native = not task.restarts_allowed and config.rollout_length > 1 and (exact or is_atari(task.env_id))
         task = replace(task, vectorization="native" if native else "serial")
-    if task.action_mask == "auto":
+    if isinstance(config, SEVERAL):
+        mask = action_mask_of(config, factory) if task.action_mask == "auto" else task.action_mask
+        task = replace(task, action_mask=mask)
+    elif task.action_mask == "auto":
         task = replace(task, action_mask=_action_mask(task, factory, config.seed))
     return replace(config, environment=task)
 
@@ -175,10 +180,14 @@ def why_not_compiled() -> str:
 def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
     assert isinstance(config.algorithm, PPO)
     if config.device != "cpu":
+        if isinstance(config, SEVERAL):
+            return "eager"
         can_graph = config.algorithm.can_graph and not policy.has_memory
         return "graphed" if config.device.startswith("cuda") and can_graph else "eager"
     if not config.algorithm.can_fuse or not (policy.is_plain or policy.has_memory):
         return "eager"
+    if isinstance(config, SEVERAL):
+        return "fused"
     iterations = config.total_steps // config.steps_per_iteration
     per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
     n_minibatches = iterations * config.algorithm.n_epochs * per_epoch

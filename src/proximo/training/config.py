@@ -271,7 +271,7 @@ def train_arguments(base: ControlConfig) -> Any:
     arguments = dataclasses.make_dataclass(
         "TrainArguments",
         [
-            ("settings", Annotated[ControlConfig, tyro.conf.OmitArgPrefixes], field(default=without)),
+            ("settings", Annotated[type(base), tyro.conf.OmitArgPrefixes], field(default=without)),
             ("learner", Annotated[type(base.algorithm), tyro.conf.OmitArgPrefixes], field(default=base.algorithm)),
             ("output", Annotated[_TrainOutput, tyro.conf.OmitArgPrefixes], field(default=output)),
         ],

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.compiled import Pace
@@ -82,14 +83,8 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
     """
     refuse_what_cannot_explore(config)
     is_on_device = config.environment.vectorization == "device"
-    weights, actions, shuffles = np.random.SeedSequence([config.seed, 0x9E3779B9]).generate_state(3, np.uint64)
-    policy = ActorCritic(
-        envs.observation_space,
-        envs.action_space,
-        config.network,
-        torch.Generator().manual_seed(int(weights)),
-        has_intrinsic_critic=config.intrinsic.explores,
-    ).to(config.device)
+    _, actions, shuffles = _seeds(config)
+    policy = first_policy(config, envs.observation_space, envs.action_space).to(config.device)
     return ControlState(
         policy=policy,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
@@ -100,6 +95,22 @@ def start(config: ControlConfig, envs: Envs) -> ControlState:
         kl_coef=config.algorithm.kl_coef if isinstance(config.algorithm, PPO) else 0.0,
         explorer=Explorer.start(config, policy) if config.intrinsic.explores else None,
     )
+
+
+def first_policy(config: ControlConfig, observations: spaces.Space, actions: spaces.Space) -> ActorCritic:
+    """The policy that a run begins with, on the CPU.
+
+    Raises:
+        UserError: if a space is of a kind that is not supported.
+    """
+    weights, _, _ = _seeds(config)
+    generator, has_more = torch.Generator().manual_seed(int(weights)), config.intrinsic.explores
+    return ActorCritic(observations, actions, config.network, generator, has_intrinsic_critic=has_more)
+
+
+def _seeds(config: ControlConfig) -> np.ndarray:
+    """Those of the first weights, of the actions, and of the shuffles."""
+    return np.random.SeedSequence([config.seed, 0x9E3779B9]).generate_state(3, np.uint64)
 
 
 def _first_carry(envs: Envs, policy: ActorCritic) -> Carry | DeviceCarry:
@@ -134,18 +145,18 @@ def iterate(
     while not (finished(config, state) or stopped):
         began = time.perf_counter()
         overhead = began - updated
-        algorithm = _in_force(config, state)
+        algorithm = in_force(config, state)
         moments = {name: buffer.clone() for name, buffer in state.policy.named_buffers()}
         clock.restart()
         batch, episodes = _collect(config, run, envs, collect)
         collected = time.perf_counter()
-        metrics = _learn(config, run, state, algorithm, batch, episodes, moments)
+        metrics = learn(config, run, state, algorithm, batch, episodes, moments)
         _count(state, batch, episodes)
         updated = time.perf_counter()
         state.seconds += updated - began
         if config.environment.restarts_allowed:
             metrics["env_restarts"] = envs.n_restarts
-        clocks = _clocks(state, clock, batch.n_valid, overhead, began, collected, updated)
+        clocks = clocks_of(state, clock, batch.n_valid, overhead, began, collected, updated)
         row = _progress(state) | metrics | clocks
         stopped, ended = bool(stopping()), finished(config, state)
         due = state.env_steps - state.saved_at_step >= config.checkpoint_interval
@@ -160,7 +171,7 @@ def iterate(
         yield row
 
 
-def _in_force(config: ControlConfig, state: ControlState) -> Algorithm:
+def in_force(config: ControlConfig, state: ControlState) -> Algorithm:
     """The algorithm with the settings of this moment."""
     remaining = 1.0 - state.env_steps / config.total_steps
     if isinstance(config.algorithm, PPO):
@@ -388,7 +399,7 @@ def _ratio_error(policy: ActorCritic, batch: Batch) -> float:
     return error
 
 
-def _learn(
+def learn(
     config: ControlConfig,
     run: RunDirectory,
     state: ControlState,
@@ -454,7 +465,7 @@ def _progress(state: ControlState) -> Metrics:
     }
 
 
-def _clocks(
+def clocks_of(
     state: ControlState, clock: Clock, n_steps: int, overhead: float, began: float, collected: float, updated: float
 ) -> Metrics:
     """What the clocks say of an iteration, which is counted into the phases of `state`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from proximo.collect.atari import is_atari
 from proximo.collect.child_process import n_cores
@@ -15,6 +15,8 @@ from proximo.collect.native import NativeEnvs, make_native
 from proximo.collect.serial_envs import SerialEnvs
 from proximo.collect.workers import WorkerEnvs
 from proximo.errors import UserError
+from proximo.training.agents_config import AgentsConfig
+from proximo.training.agents_evaluate import make_parallel_envs
 from proximo.training.config import ControlConfig
 
 Envs = VectorEnvs | DeviceEnvs
@@ -23,6 +25,8 @@ Envs = VectorEnvs | DeviceEnvs
 def make_envs(config: ControlConfig, factory: EnvFactory) -> Envs:
     """Make the vector environment that the config asks for."""
     task = config.environment
+    if isinstance(config, AgentsConfig):
+        return cast(VectorEnvs, make_parallel_envs(config, factory))
     if task.vectorization == "native":
         native = NativeEnvs(
             make_native(
