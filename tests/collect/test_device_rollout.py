@@ -82,14 +82,20 @@ def policy_for(envs: DeviceEnvs, **settings: Any) -> ActorCritic:
 BOTH = dict(normalize_observations=True, normalize_rewards=True)
 
 
-@pytest.mark.parametrize("settings", [{}, BOTH, BOTH | {"clip_reward": 0.5}], ids=["raw", "normalized", "clipped"])
+GSDE = dict(distribution="gsde", sde_sample_freq=7)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, BOTH, BOTH | {"clip_reward": 0.5}, GSDE], ids=["raw", "normalized", "clipped", "gsde"]
+)
 @pytest.mark.parametrize("make", [cart_poles, pixels])
 def test_the_batch_is_that_of_the_host_rollout(make, settings, monkeypatch):
     monkeypatch.setattr(acting, "can_act_in_numpy", lambda policy: False)  # which draws a rollout's noise at once
     on_host, on_device = make(), make()
     host_policy, policy = policy_for(on_host, **settings), policy_for(on_device, **settings)
     host_envs: Any = OnTheHost(on_host)
-    host_carry, carry = Carry.start(host_envs.reset()), DeviceCarry.start(on_device.reset())
+    shape = policy.noise_shape
+    host_carry, carry = Carry.start(host_envs.reset(), noise_shape=shape), DeviceCarry.start(on_device.reset(), shape)
     generators = [torch.Generator().manual_seed(9) for _ in range(2)]
     n_ended = 0
     for length in (40, 1, 33):
@@ -106,11 +112,11 @@ def test_the_batch_is_that_of_the_host_rollout(make, settings, monkeypatch):
             )
         assert episodes == ended
         n_ended += len(ended.returns)
-        for name, array in vars(host_carry).items():
+        for name, array in ((name, array) for name, array in vars(host_carry).items() if array is not None):
             if name == "memory":
                 assert not array.size
                 continue
-            np.testing.assert_allclose(getattr(carry, name).numpy(), array, rtol=1e-6)
+            np.testing.assert_allclose(np.asarray(getattr(carry, name)), array, rtol=1e-6)
         for one, other in ((host_policy, expected), (policy, batch)):
             one.update_observation_moments(other.observations[other.mask])
         assert host_policy.reward_scale == pytest.approx(policy.reward_scale, rel=1e-9)
@@ -155,12 +161,12 @@ def test_what_is_not_finite_is_refused(field, bad):
 
 
 @pytest.mark.parametrize("length", [2, 30])
-@pytest.mark.parametrize("action_space", ["discrete", "continuous"])
+@pytest.mark.parametrize("action_space", ["discrete", "continuous", "gsde"])
 def test_capturing_leaves_no_trace_and_a_step_never_waits_for_the_host(monkeypatch, length, action_space):
     class Poles(TorchCartPole):
         def __init__(self) -> None:
             super().__init__(5, seed=2, max_episode_steps=25)
-            if action_space == "continuous":
+            if action_space != "discrete":
                 self.action_space = spaces.Box(-3.0, 5.0, (1,), np.float32)
 
         def step(self, actions: torch.Tensor) -> DeviceStep:
@@ -170,8 +176,9 @@ def test_capturing_leaves_no_trace_and_a_step_never_waits_for_the_host(monkeypat
     ends = []
     for capture in (False, True):
         envs = Poles()
-        policy = policy_for(envs, **BOTH)
-        carry, generator = DeviceCarry.start(envs.reset()), torch.Generator().manual_seed(1)
+        policy = policy_for(envs, **BOTH | (GSDE if action_space == "gsde" else {}))
+        carry = DeviceCarry.start(envs.reset(), policy.noise_shape)
+        generator = torch.Generator().manual_seed(1)
         collector = DeviceCollector(policy, envs, carry, length, generator, gamma=0.9, capture=capture)
         collector.collect()
         batch, _ = collector.collect()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from proximo.core.distributions import (
+    GSDE,
     Beta,
     Categorical,
     DiagonalGaussian,
@@ -226,6 +227,72 @@ def test_several_choices_come_as_often_as_their_probability():
     assert shares.tolist() == pytest.approx([0.02, 0.05, 0.03, 0.18, 0.45, 0.27], abs=0.01)
 
 
+# --- state-dependent exploration ---------------------------------------------------------------------------
+
+
+def some_gsde(*, seed: int = 0, with_noise: bool = False) -> GSDE:
+    noise = normal(4, 3, 2, 5, seed=seed + 3) if with_noise else None
+    return GSDE(normal(4, 3, 5, seed=seed), normal(4, 3, 2, seed=seed + 1), normal(2, 5, seed=seed + 2), noise)
+
+
+def test_gsde_by_hand():
+    # features 3 and -1, std 1 and 2: a variance of 9 + 4; the matrix (0.5, 1) makes 3 * 0.5 - 1 * 2 = -0.5 of them
+    log_std, noise = doubles(0.0, math.log(2)).unsqueeze(-1), doubles(0.5, 1.0).unsqueeze(-1)
+    p = GSDE(doubles(10.0), doubles(3.0, -1.0), log_std, noise)
+    assert p.sample().tolist() == pytest.approx([9.5])
+    assert p.log_prob(doubles(9.5)).item() == pytest.approx(-0.125 / 13 - 0.5 * math.log(2 * math.pi * 13), abs=1e-6)
+    assert p.entropy().item() == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 13), abs=1e-6)
+    assert p.mode().tolist() == [10.0]
+    assert GSDE.parameter_size(3) == 3
+
+
+def test_gsde_against_the_covariance_of_a_flat_matrix():
+    """The action is a linear function of a normal matrix: its covariance is J diag(std^2) J^T, by torch's own class."""
+    p = GSDE(normal(3, seed=0), normal(4, seed=1), normal(4, 3, seed=2))
+    flat = p.log_std.exp().flatten()
+    jacobian = torch.kron(p.features, torch.eye(3, dtype=torch.float64))
+    assert jacobian.shape == (3, 12)
+    covariance = jacobian @ flat.square().diag() @ jacobian.T + 1e-6 * torch.eye(3, dtype=torch.float64)
+    expected = torch.distributions.MultivariateNormal(p.mean, covariance)
+    actions = normal(6, 3, seed=3)
+    torch.testing.assert_close(torch.stack([p.log_prob(a) for a in actions]), expected.log_prob(actions))
+    torch.testing.assert_close(p.entropy(), expected.entropy())
+    q = GSDE(normal(3, seed=4), p.features, p.log_std + 0.1)
+    both = jacobian @ (flat * math.exp(0.1)).square().diag() @ jacobian.T + 1e-6 * torch.eye(3, dtype=torch.float64)
+    other = torch.distributions.MultivariateNormal(q.mean, both)
+    torch.testing.assert_close(p.kl(q), torch.distributions.kl_divergence(expected, other))
+
+
+def test_gsde_samples_have_the_spread_that_its_density_says():
+    n, features, log_std = 40_000, doubles(0.5, -2.0, 1.0), normal(3, 2, seed=5)
+    p = GSDE(doubles(1.0, -1.0).expand(n, 2), features.expand(n, 3), log_std)
+    actions = p.sample(torch.Generator().manual_seed(0))
+    stds = (features.square() @ (2 * log_std).exp()).sqrt()
+    assert actions.mean(0).tolist() == pytest.approx([1.0, -1.0], abs=4 * float(stds.max()) / math.sqrt(n))
+    assert actions.std(0).tolist() == pytest.approx(stds.tolist(), rel=0.015)
+    assert float(torch.corrcoef(actions.T)[0, 1]) == pytest.approx(0.0, abs=0.02)
+    assert float(-p.log_prob(actions).mean()) == pytest.approx(float(p.entropy()[0]), abs=0.02)
+
+
+def test_gsde_with_one_matrix_is_one_linear_function_of_the_features():
+    noise = normal(2, 3, seed=0).expand(6, 2, 3)
+    features = normal(6, 2, seed=1)
+    features[5] = 2.0 * features[0] - features[1]
+    p = GSDE(torch.zeros(6, 3, dtype=torch.float64), features, normal(2, 3, seed=2), noise)
+    deviations = p.sample()
+    torch.testing.assert_close(deviations[5], 2.0 * deviations[0] - deviations[1])
+    assert not torch.allclose(deviations[0], deviations[1])
+
+
+def test_gsde_at_features_of_nothing_is_a_density_all_the_same():
+    log_std = torch.zeros(2, 1, requires_grad=True)
+    p = GSDE(torch.zeros(1), torch.zeros(2), log_std)
+    for quantity in (p.log_prob(torch.tensor([0.1])), p.entropy()):
+        (gradient,) = torch.autograd.grad(quantity, log_std)
+        assert quantity.isfinite()
+        assert gradient.isfinite().all()
+
+
 # --- squashed Gaussian -------------------------------------------------------------------------------------
 
 
@@ -379,6 +446,7 @@ SOME = {
     "squashed, std of each state": SquashedGaussian(normal(4, 3, 5, seed=0), normal(4, 3, 5, seed=1)),
     "beta": Beta(normal(4, 3, 5, 2, seed=0)),
     "joint": some_joint(),
+    "gsde": some_gsde(),
 }
 
 
@@ -408,6 +476,7 @@ MAKE = {
     "several choices": lambda x: MultiCategorical(x, (2, 3)),
     "squashed": lambda x: SquashedGaussian(x, 0.1 * x[0, 0]),
     "beta": lambda x: Beta(x[..., :4].unflatten(-1, (2, 2))),
+    "gsde": lambda x: GSDE(x, 1.0 + x[..., :2], x[0, :2]),
 }
 
 

@@ -91,6 +91,7 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "n_workers": none_or(st.integers(1, 4)),
     "action_mask": st.sampled_from(["auto", "none"]),
     "state_dependent_std": st.booleans(),
+    "sde_sample_freq": st.sampled_from([-1, 1, 7]),
     "hidden_sizes": st.lists(st.integers(1, 6), max_size=3),
     "activation": st.sampled_from(["tanh", "relu"]),
     "orthogonal_init": st.booleans(),

@@ -10,7 +10,15 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from proximo.core.distributions import Beta, Categorical, DiagonalGaussian, Joint, MultiCategorical, SquashedGaussian
+from proximo.core.distributions import (
+    GSDE,
+    Beta,
+    Categorical,
+    DiagonalGaussian,
+    Joint,
+    MultiCategorical,
+    SquashedGaussian,
+)
 from proximo.errors import UserError
 from proximo.models.actions import ActionHead
 from proximo.models.control import ActorCritic, NetworkConfig
@@ -182,6 +190,7 @@ class TestPolicies:
             {"distribution": "beta"},
             {"state_dependent_std": True},
             {"distribution": "squashed_gaussian", "state_dependent_std": True},
+            {"distribution": "gsde", "log_std_init": 1.0},
         ],
     )
     def test_log_prob_is_the_density_in_the_environments_units(self, settings: dict[str, Any]):
@@ -190,14 +199,92 @@ class TestPolicies:
         policy = ActorCritic(
             spaces.Box(-1, 1, (2,)),
             space,
-            NetworkConfig(log_std_init=-1.0, **settings),
+            NetworkConfig(**{"log_std_init": -1.0} | settings),
             torch.Generator().manual_seed(0),
         )
-        actions = np.linspace(-1.0, 11.0, 40_001) if settings in ({}, {"state_dependent_std": True}) else None
-        actions = np.linspace(3.0, 7.0, 40_001)[1:-1] if actions is None else actions
-        log_probs = policy.log_prob(np.zeros((len(actions), 2), np.float32), actions[:, None].astype(np.float64))
+        is_within = settings.get("distribution") in ("squashed_gaussian", "beta")
+        actions = np.linspace(3.0, 7.0, 40_001)[1:-1] if is_within else np.linspace(-15.0, 25.0, 40_001)
+        log_probs = policy.log_prob(np.full((len(actions), 2), 0.3, np.float32), actions[:, None].astype(np.float64))
         assert np.trapezoid(np.exp(log_probs), actions) == pytest.approx(1.0, abs=2e-3)
 
-    def test_beta_and_a_state_dependent_spread_are_one_too_many(self):
-        with pytest.raises(UserError, match="state_dependent_std is on and distribution is 'beta'"):
-            NetworkConfig(distribution="beta", state_dependent_std=True)
+    @pytest.mark.parametrize("name", ["beta", "gsde"])
+    def test_two_spreads_that_hang_on_the_state_are_one_too_many(self, name: Any):
+        with pytest.raises(UserError, match=f"state_dependent_std is on and distribution is '{name}'"):
+            NetworkConfig(distribution=name, state_dependent_std=True)
+
+
+class TestStateDependentExploration:
+    def policy(self, **settings: Any) -> ActorCritic:
+        config = NetworkConfig(distribution="gsde", hidden_sizes=(6,), **settings)
+        return ActorCritic(spaces.Box(-1, 1, (2,)), BOX, config, torch.Generator().manual_seed(0))
+
+    def test_what_it_begins_with_hangs_on_no_width(self):
+        for width in (4, 400):
+            config = NetworkConfig(distribution="gsde", hidden_sizes=(width,), log_std_init=-0.7)
+            policy = ActorCritic(spaces.Box(-1, 1, (2,)), BOX, config)
+            assert policy.noise_shape == (width, 2)
+            assert policy.log_std is not None
+            of_ones = torch.ones(width).square() @ (2 * policy.log_std.detach()).exp()
+            assert of_ones.log().tolist() == pytest.approx([-1.4, -1.4], abs=1e-4)
+
+    def test_one_seed_is_one_function_of_the_state(self):
+        policy = self.policy(log_std_init=-2.0)
+        seen = np.random.default_rng(0).uniform(-1, 1, (5, 2)).astype(np.float32)
+        together = policy(seen, deterministic=False, seed=3)
+        assert np.allclose(together, [policy(row, deterministic=False, seed=3) for row in seen], atol=1e-5)
+        assert not np.allclose(together, policy(seen, deterministic=False, seed=4), atol=1e-3)
+        assert not np.allclose(policy(seen, deterministic=False), policy(seen, deterministic=False), atol=1e-3)
+        assert np.array_equal(policy(seen), policy(seen))
+        # Noise that is linear in the features: with them twice as large it is, too.
+        features = policy.actor[:-1](torch.from_numpy(seen)).detach()
+        deviation = torch.from_numpy((together - policy(seen)) / np.array([2.0, 5.0], np.float32))
+        matrix = torch.linalg.lstsq(features[:, :5], deviation).solution
+        assert matrix.isfinite().all()
+
+    def test_its_spread_teaches_the_features_nothing(self):
+        policy = self.policy()
+        distribution = policy._distribution(torch.randn(7, 2))
+        distribution.entropy().sum().backward()
+        assert all(weight.grad is None for weight in policy.actor.parameters())
+        assert policy.log_std is not None
+        assert policy.log_std.grad is not None
+        assert policy.log_std.grad.abs().min() > 0
+
+    def test_choices_beside_it_are_drawn_as_ever(self):
+        config = NetworkConfig(distribution="gsde", hidden_sizes=(6,), log_std_init=-3.0)
+        policy = ActorCritic(spaces.Box(-1, 1, (2,)), PackedActions(HYBRID), config, torch.Generator().manual_seed(0))
+        assert policy.noise_shape == (6, 2)
+        seen = torch.zeros(200, 2) + 0.5
+        noise = torch.randn(1, 6, 2).expand(200, -1, -1)
+        actions = policy.act(seen, torch.Generator().manual_seed(0), noise=noise).actions
+        assert len(actions[:, :2].unique(dim=0)) == 1  # one state, one matrix: one aim
+        assert len(actions[:, 2].unique()) == 3
+
+    def test_a_policy_of_choices_alone_has_no_matrix(self):
+        policy = ActorCritic(spaces.Box(-1, 1, (2,)), spaces.Discrete(3), NetworkConfig(distribution="gsde"))
+        assert policy.noise_shape is None
+
+    @pytest.mark.parametrize("value", [0, -2, 1.5, True])
+    def test_how_long_a_matrix_is_kept_is_checked(self, value: Any):
+        with pytest.raises(UserError, match="sde_sample_freq is "):
+            NetworkConfig(sde_sample_freq=value)
+
+
+class TestClasses:
+    @pytest.mark.parametrize(
+        ("kind", "name"),
+        [(DiagonalGaussian, "gaussian"), (SquashedGaussian, "squashed_gaussian"), (Beta, "beta"), (GSDE, "gsde")],
+    )
+    def test_a_class_is_its_name(self, kind: Any, name: str):
+        assert NetworkConfig(distribution=kind) == NetworkConfig(distribution=name)  # type: ignore[arg-type]
+
+    def test_a_class_without_a_name_is_refused_with_those_that_have_one(self):
+        class Mine(Beta):
+            pass
+
+        with pytest.raises(UserError, match=r"Mine, a class that no name stands for; there are .*Beta \('beta'\)"):
+            NetworkConfig(distribution=Mine)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="what choices always have"):
+            NetworkConfig(distribution=Categorical)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"distribution is 'bata'; .*Did you mean 'beta'\?"):
+            NetworkConfig(distribution="bata")  # type: ignore[arg-type]

@@ -65,10 +65,11 @@ def train(config: ControlConfig, make: Make, folder: Path) -> Trained:
 
 def tensors_of(state: ControlState) -> dict[str, torch.Tensor]:
     """Every tensor that a run's future depends on."""
+    carried = {name: array for name, array in vars(state.carry).items() if array is not None}
     return (
         {f"policy {name}": tensor for name, tensor in state.policy.state_dict().items()}
         | {f"optimizer {name}": tensor for name, tensor in state.optimizer.state_dict().items()}
-        | {f"carry {name}": torch.from_numpy(np.array(array)) for name, array in vars(state.carry).items()}
+        | {f"carry {name}": torch.from_numpy(np.array(array)) for name, array in carried.items()}
         | {
             "actions": state.action_generator.get_state(),
             "shuffles": state.shuffle_generator.get_state(),

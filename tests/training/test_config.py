@@ -38,6 +38,7 @@ CHANGED: dict[str, Any] = dict(
     action_mask="none",
     distribution="squashed_gaussian",
     state_dependent_std=True,
+    sde_sample_freq=4,
     encoder="nature_cnn",
     precision="bfloat16",
     max_episode_steps=77,

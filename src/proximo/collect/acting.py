@@ -15,6 +15,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from proximo.collect.envs import Step
+from proximo.collect.gsde import SteadyNoise
 from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.models.control import Acted, ActorCritic
 
@@ -49,15 +50,16 @@ def acting(
     generator: torch.Generator,
     network: MakeNetwork | None = None,
     memory: Remembered | None = None,
+    noise: SteadyNoise | None = None,
 ) -> Acting:
     """The way of acting that fits the policy; its weights must not change before `acted` is called.
 
     `network` makes the actor of a small perceptron; by default it is a `NumpyNetwork`. `memory` is for a policy that
-    remembers.
+    remembers, `noise` what gsde acts with; without it each step has matrices of its own.
     """
     if can_act_in_numpy(policy):
         return _NumpyActing(policy, n_envs, length, generator, network or NumpyNetwork)
-    return _TorchActing(policy, generator, memory)
+    return _TorchActing(policy, generator, memory, noise)
 
 
 class Remembered:
@@ -207,21 +209,25 @@ class _NumpyActing:
 
 
 class _TorchActing:
-    def __init__(self, policy: ActorCritic, generator: torch.Generator, memory: Remembered | None) -> None:
+    def __init__(
+        self, policy: ActorCritic, generator: torch.Generator, memory: Remembered | None, noise: SteadyNoise | None
+    ) -> None:
         self._policy = policy
         self._generator = generator
+        self._noise = noise
         self._device = generator.device
         self._memory = memory
         self._acted: list[Acted] = []
 
     def act(self, t: int, observations: np.ndarray) -> np.ndarray:
         rows = torch.from_numpy(observations).to(self._device)
+        noise = None if self._noise is None else self._noise.next().to(self._device)
         if self._memory is None:
-            acted = self._policy.act(rows, self._generator)
+            acted = self._policy.act(rows, self._generator, noise=noise)
         else:
             self._memory.before(t)
             state = self._memory.state.to(self._device)
-            acted = self._policy.act(rows, self._generator, state)
+            acted = self._policy.act(rows, self._generator, state, noise)
             self._memory.state.copy_(state)
         self._acted.append(acted)
         return self._policy.to_environment(acted.actions)

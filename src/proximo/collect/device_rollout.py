@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from proximo.collect.device_envs import DeviceEnvs
 from proximo.collect.envs import EnvironmentFault
+from proximo.collect.gsde import steady_noise
 from proximo.collect.rollout import Episodes
 from proximo.core.batch import Batch
 from proximo.core.capture import captured
@@ -28,12 +30,20 @@ class DeviceCarry:
     """[N], int64: steps since the reset."""
     discounted_return: Tensor
     """[N], float64: sum of gamma^k r since the reset, as the reward scale sees it."""
+    noise: Tensor | None = None
+    """[N, F, columns]: gsde's matrices; None for every other distribution."""
+    noise_age: np.ndarray | None = None
+    """[], on the host: steps taken with them; -1 before there are any."""
 
     @staticmethod
-    def start(observations: Tensor) -> DeviceCarry:
+    def start(observations: Tensor, noise_shape: tuple[int, int] | None = None) -> DeviceCarry:
         """At the first observations of all environments."""
         zeros = torch.zeros(len(observations), dtype=torch.float64, device=observations.device)
-        return DeviceCarry(observations.clone(), zeros.clone(), zeros.to(torch.int64), zeros.clone())
+        carry = DeviceCarry(observations.clone(), zeros.clone(), zeros.to(torch.int64), zeros.clone())
+        if noise_shape is not None:
+            carry.noise = torch.zeros(len(observations), *noise_shape, device=observations.device)
+            carry.noise_age = np.array(-1)
+        return carry
 
 
 def device_rollout(
@@ -95,14 +105,17 @@ class DeviceCollector:
             if self._may_capture:
                 self._capture()
         self._t.zero_()
+        noise = steady_noise(self._policy, self.carry, self._generator)
         for _ in range(self._length):
+            if noise is not None:
+                noise.next()  # in place, where the step reads it
             self._step()
         return self._assemble(self._record)
 
     def _memory(self) -> dict[str, Tensor]:
         """Every field of a rollout `[T, N, ...]`; what the policy gives is tried out, without drawing anything."""
         carry, before = self.carry, self._generator.get_state()
-        acted = self._policy.act(carry.observations, self._generator)
+        acted = self._policy.act(carry.observations, self._generator, noise=carry.noise)
         self._generator.set_state(before)
         numbers = carry.episode_return
         flags = torch.zeros_like(numbers, dtype=torch.bool)
@@ -118,7 +131,7 @@ class DeviceCollector:
         """Capture a step, and undo the steps that this takes."""
         carry, envs = self.carry, self._envs
         before, acting = envs.snapshot(), self._generator.get_state()
-        kept = {name: tensor.clone() for name, tensor in vars(carry).items()}
+        kept = {name: tensor.clone() for name, tensor in vars(carry).items() if isinstance(tensor, Tensor)}
         generators = [self._generator] + ([] if envs.generator is None else [envs.generator])
         self._step = captured(self._take_step, envs.device, generators)
         envs.restore(before)
@@ -129,7 +142,7 @@ class DeviceCollector:
     def _take_step(self) -> None:
         """Act, step, and write row `t` of the record. Tensors alone: nothing here asks for a value."""
         carry = self.carry
-        acted = self._policy.act(carry.observations, self._generator)
+        acted = self._policy.act(carry.observations, self._generator, noise=carry.noise)
         self._write(observations=carry.observations, **acted._asdict())  # before the step: it may overwrite them
         step = self._envs.step(self._to_environment(acted.actions))
         rewards, valid = step.rewards.to(torch.float64), step.valid

@@ -12,6 +12,7 @@ import torch
 
 from proximo.collect.acting import Acting, MakeNetwork, Remembered, acting
 from proximo.collect.envs import Step, VectorEnvs
+from proximo.collect.gsde import steady_noise
 from proximo.core.batch import Batch
 from proximo.models.control import ActorCritic
 
@@ -28,16 +29,24 @@ class Carry:
     """[N]: steps since the reset."""
     discounted_return: np.ndarray
     """[N]: sum of gamma^k r since the reset, as the reward scale sees it."""
-
     memory: np.ndarray
     """[N, S]: what the policy remembers of the episodes; S is 0 where it has no memory."""
+    noise: np.ndarray | None = None
+    """[N, F, columns]: gsde's matrices; None for every other distribution."""
+    noise_age: np.ndarray | None = None
+    """[]: steps taken with them; -1 before there are any."""
 
     @staticmethod
-    def start(observations: np.ndarray, memory: np.ndarray | None = None) -> Carry:
+    def start(
+        observations: np.ndarray, memory: np.ndarray | None = None, noise_shape: tuple[int, int] | None = None
+    ) -> Carry:
         """At the first observations of all environments."""
         n = len(observations)
         memory = np.zeros((n, 0), np.float32) if memory is None else memory
-        return Carry(observations.copy(), np.zeros(n), np.zeros(n, np.int64), np.zeros(n), memory)
+        carry = Carry(observations.copy(), np.zeros(n), np.zeros(n, np.int64), np.zeros(n), memory)
+        if noise_shape is not None:
+            carry.noise, carry.noise_age = np.zeros((n, *noise_shape), np.float32), np.array(-1)
+        return carry
 
 
 class Episodes(NamedTuple):
@@ -93,7 +102,8 @@ def rollout(
     clock = clock or Clock()
     recorder = Recorder.empty(envs.n_envs, length, carry.observations)
     memory = Remembered(carry.memory, piece or length) if policy.has_memory else None
-    actor = acting(policy, envs.n_envs, length, generator, network, memory)
+    noise = steady_noise(policy, carry, generator)
+    actor = acting(policy, envs.n_envs, length, generator, network, memory, noise)
     # Around the steps: weights that are cast to bfloat16 for one action are kept for the next one.
     with torch.autocast("cpu", enabled=False):
         for t in range(length):

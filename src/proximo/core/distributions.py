@@ -221,6 +221,80 @@ class DiagonalGaussian:
         return actions
 
 
+@dataclass(frozen=True)
+class GSDE:
+    """Generalized state-dependent exploration (Raffin, Kober and Stulp 2021): noise that is a function of the state.
+
+        action = mean + features^T theta,   theta_ij = std_ij * noise_ij,   noise_ij ~ N(0, 1)
+
+    One matrix `noise` that is kept for several steps makes the noise change as smoothly as the features do. Over all
+    matrices an action is normal, of variance `features^2 @ std^2` (eq. 9), and that is what its log-probability,
+    entropy and KL are of, whichever matrix it came from. 1e-6 is added to the variance, so that features of 0 leave it
+    a density. Give the features without gradient: the noise is then no reason to change them, as in the paper.
+    """
+
+    mean: Float[Tensor, "*S A"]
+    features: Float[Tensor, "*S F"]
+    log_std: Float[Tensor, "F A"]
+    noise: Float[Tensor, "*S F A"] | None = None
+    """Standard normal; without it, `sample` draws a matrix per leading index."""
+
+    def __getitem__(self, rows: Tensor) -> GSDE:
+        """Select along the first dimension."""
+        noise = None if self.noise is None else self.noise[rows]
+        return GSDE(self.mean[rows], self.features[rows], self.log_std, noise)
+
+    def frozen(self) -> GSDE:
+        """A copy that no later step of the networks changes, without gradient."""
+        mean, features, log_std = (part.detach().clone() for part in (self.mean, self.features, self.log_std))
+        return GSDE(mean, features, log_std, self.noise)
+
+    @staticmethod
+    def parameter_size(n_dimensions: int) -> int:
+        """Number of network outputs (the means) for `n_dimensions` action dimensions."""
+        return n_dimensions
+
+    @property
+    def marginal(self) -> DiagonalGaussian:
+        """The distribution over all matrices."""
+        variance = self.features.square() @ (2.0 * self.log_std).exp()
+        return DiagonalGaussian(self.mean, 0.5 * (variance + 1e-6).log())
+
+    def sample(self, generator: torch.Generator | None = None) -> Float[Tensor, "*S A"]:
+        """What the matrices that are given make of the features; nothing is drawn then."""
+        noise = self.noise
+        if noise is None:
+            shape = (*self.features.shape, self.mean.shape[-1])
+            noise = self.mean.new_empty(shape).normal_(generator=generator)
+        return self.mean + (self.features.unsqueeze(-2) @ (self.log_std.exp() * noise)).squeeze(-2)
+
+    def mode(self) -> Float[Tensor, "*S A"]:
+        """The mean."""
+        return self.mean
+
+    def log_prob(self, actions: Shaped[Tensor, "*S A"]) -> Float[Tensor, "*S"]:
+        """Log-density of `actions` over all matrices, summed over dimensions."""
+        return self.marginal.log_prob(actions)
+
+    def entropy(self) -> Float[Tensor, "*S"]:
+        """That of the marginal."""
+        return self.marginal.entropy()
+
+    def kl(self, other: GSDE) -> Float[Tensor, "*S"]:
+        """That of the marginals."""
+        return self.marginal.kl(other.marginal)
+
+    @staticmethod
+    def to_box(actions: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """As they are: nothing keeps them within -1 and 1."""
+        return actions
+
+    @staticmethod
+    def from_box(actions: Float[Tensor, "*S A"]) -> Float[Tensor, "*S A"]:
+        """The inverse of `to_box`."""
+        return actions
+
+
 _HERMITE_NODES, _HERMITE_WEIGHTS = (torch.from_numpy(array) for array in np.polynomial.hermite_e.hermegauss(64))
 """Gauss-Hermite quadrature: a mean over a standard normal is the weighted sum over these, divided by sqrt(2 pi)."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from proximo.core.distributions import (
+    GSDE,
     Beta,
     Categorical,
     DiagonalGaussian,
@@ -26,12 +27,47 @@ from proximo.core.distributions import (
 from proximo.errors import UserError
 from proximo.models.packing import PackedActions, leaves, named, options_of
 
-Continuous = Literal["gaussian", "squashed_gaussian", "beta"]
-CONTINUOUS: tuple[Continuous, ...] = ("gaussian", "squashed_gaussian", "beta")
-_BY_NAME = {"gaussian": DiagonalGaussian, "squashed_gaussian": SquashedGaussian, "beta": Beta}
+Continuous = Literal["gaussian", "squashed_gaussian", "beta", "gsde"]
+CONTINUOUS: tuple[Continuous, ...] = ("gaussian", "squashed_gaussian", "beta", "gsde")
+_BY_NAME = {"gaussian": DiagonalGaussian, "squashed_gaussian": SquashedGaussian, "beta": Beta, "gsde": GSDE}
+_WITHIN_BOUNDS = ("squashed_gaussian", "beta")
 
 LOG_STD_RANGE = (-20.0, 2.0)
 """Where a standard deviation that hangs on the state is kept."""
+
+
+def distribution_name(value: Any) -> Any:
+    """The name of a distribution that is given as its class; what is no class, as it is.
+
+    Raises:
+        UserError: if it is a class that has no name here.
+    """
+    if not isinstance(value, type):
+        return value
+    for name, kind in _BY_NAME.items():
+        if value is kind:
+            return name
+    said = f"{value.__module__}.{value.__qualname__}"
+    if value in (Categorical, MultiCategorical):
+        raise UserError(
+            f"distribution is {said}, which is what choices always have; the setting is for the numbers of a Box. "
+            "Leave it out."
+        )
+    known = ", ".join(f"{kind.__name__} ({name!r})" for name, kind in _BY_NAME.items())
+    raise UserError(
+        f"distribution is {said}, a class that no name stands for; there are {known}. A run keeps the name alone, so "
+        "that loading a policy runs nobody's code. To add one: a class in proximo/core/distributions.py, its name in "
+        "proximo/models/actions.py."
+    )
+
+
+class Seen(NamedTuple):
+    """What state-dependent exploration needs beside the actor's outputs."""
+
+    features: Tensor
+    """`[*S, F]`: what the actor's last layer sees, without gradient."""
+    noise: Tensor | None
+    """`[*S, F, columns]`: the matrices to act with; None draws afresh."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +87,8 @@ class _Choices:
     def n_outputs(self) -> int:
         return sum(self.sizes)
 
-    def distribution(self, logits: Tensor, log_std: Tensor | None) -> Distribution:
-        del log_std
+    def distribution(self, logits: Tensor, log_std: Tensor | None, seen: Seen | None) -> Distribution:
+        del log_std, seen
         return Categorical(logits) if self.is_one else MultiCategorical(logits, self.sizes)
 
     def to_environment(self, actions: np.ndarray) -> np.ndarray:
@@ -105,9 +141,13 @@ class _Numbers:
         """How many standard deviations are weights of their own."""
         return 0 if self.kind == "beta" or self.has_own_std else self.n_columns
 
-    def distribution(self, outputs: Tensor, log_std: Tensor | None) -> Distribution:
+    def distribution(self, outputs: Tensor, log_std: Tensor | None, seen: Seen | None) -> Distribution:
         if self.kind == "beta":
             return Beta(outputs.unflatten(-1, (-1, 2)))
+        if self.kind == "gsde":
+            assert log_std is not None
+            assert seen is not None
+            return GSDE(outputs, seen.features, log_std, seen.noise)
         if self.has_own_std:
             outputs, raw = outputs.chunk(2, -1)
             log_std = (raw + self.log_std_init).clamp(*LOG_STD_RANGE)
@@ -116,7 +156,7 @@ class _Numbers:
 
     def to_environment(self, actions: np.ndarray) -> np.ndarray:
         boxed = actions
-        if self.kind != "gaussian":
+        if self.kind in _WITHIN_BOUNDS:
             boxed = _BY_NAME[self.kind].to_box(torch.from_numpy(actions)).numpy()
         return (boxed * self.scale + self.offset).clip(self.low, self.high)
 
@@ -134,7 +174,9 @@ class _Numbers:
 
     def from_environment(self, actions: np.ndarray) -> np.ndarray:
         boxed = ((actions - self.offset) / self.scale).astype(np.float32)  # at once: "just inside" is of this kind
-        return boxed if self.kind == "gaussian" else _BY_NAME[self.kind].from_box(torch.from_numpy(boxed)).numpy()
+        if self.kind in _WITHIN_BOUNDS:
+            return _BY_NAME[self.kind].from_box(torch.from_numpy(boxed)).numpy()
+        return boxed
 
 
 class ActionHead:
@@ -170,6 +212,7 @@ class ActionHead:
         self._columns = [slice(*ends) for ends in pairwise([0, *accumulate(self._widths)])]
         self.log_stds = [part.n_log_stds if isinstance(part, _Numbers) else 0 for part in self.parts]
         self._is_joint = isinstance(space, PackedActions)
+        self.has_noise = kind == "gsde" and sum(self.log_stds) > 0
 
     @property
     def is_plain(self) -> bool:
@@ -179,10 +222,15 @@ class ActionHead:
             return part.is_one and not self._is_joint
         return part.kind == "gaussian" and not part.has_own_std and not self._is_joint
 
-    def distribution(self, outputs: Tensor, log_std: Tensor | None, mask: Tensor | None = None) -> Distribution:
-        """The distribution at outputs `[*S, n_outputs]`; `mask` `[*S, sum(options)]` says which options there are."""
+    def distribution(
+        self, outputs: Tensor, log_std: Tensor | None, mask: Tensor | None = None, seen: Seen | None = None
+    ) -> Distribution:
+        """The distribution at outputs `[*S, n_outputs]`; `mask` `[*S, sum(options)]` says which options there are.
+
+        `log_std` is `[n]`, one for all states, or `[F, n]` with `seen` (gsde), n being the sum of `log_stds`.
+        """
         if len(self.parts) == 1 and not self._is_joint and mask is None:
-            return self.parts[0].distribution(outputs, log_std)
+            return self.parts[0].distribution(outputs, log_std, seen)
         pieces = list(outputs.split(self._outputs, -1))
         if mask is not None:
             masks = iter(mask.split([part.n_outputs for part in self.parts if isinstance(part, _Choices)], -1))
@@ -191,8 +239,12 @@ class ActionHead:
                 for part, piece in zip(self.parts, pieces, strict=True)
             ]
         spreads = [None] * len(pieces) if log_std is None else list(log_std.split(self.log_stds, -1))
+        seens = [seen] * len(pieces)
+        if seen is not None and seen.noise is not None:
+            seens = [Seen(seen.features, noise) for noise in seen.noise.split(self.log_stds, -1)]
         parts = tuple(
-            part.distribution(piece, spread) for part, piece, spread in zip(self.parts, pieces, spreads, strict=True)
+            part.distribution(piece, spread, own)
+            for part, piece, spread, own in zip(self.parts, pieces, spreads, seens, strict=True)
         )
         return Joint(parts, self._widths) if self._is_joint else parts[0]
 
@@ -253,7 +305,10 @@ class ActionHead:
 
     def modes(self, outputs: Tensor, log_std: Tensor | None, mask: Tensor | None = None) -> list[Tensor]:
         """The most likely action of each part, `[N]` or `[N, columns]`, as `distribution` has it."""
-        distribution = self.distribution(outputs, log_std, mask)
+        seen = None
+        if self.has_noise and log_std is not None:  # which the mode of gsde does not hang on
+            seen = Seen(outputs.new_zeros(*outputs.shape[:-1], len(log_std)), None)
+        distribution = self.distribution(outputs, log_std, mask, seen)
         parts = distribution.parts if isinstance(distribution, Joint) else (distribution,)
         return [part.mode() for part in parts]
 
@@ -281,7 +336,7 @@ def _part(
         )
     low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
     bounded = (np.abs(low) < 1e8) & (np.abs(high) < 1e8) & rescale  # some write the largest float for infinity
-    if kind != "gaussian" and not bounded.all():
+    if kind in _WITHIN_BOUNDS and not bounded.all():
         raise UserError(
             f"distribution is {kind!r}, which lies between bounds, but {name} is unbounded: {space}"
             f"{'' if rescale else ' (and rescale_actions is off)'}. Give its space bounds, or use gaussian."

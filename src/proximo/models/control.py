@@ -17,7 +17,7 @@ from proximo.core.distributions import Distribution
 from proximo.core.normalize import RunningMoments
 from proximo.core.policy import Evaluation, PlainActorCritic
 from proximo.errors import UserError, in_range, one_of, shown
-from proximo.models.actions import CONTINUOUS, ActionHead, Continuous
+from proximo.models.actions import CONTINUOUS, ActionHead, Continuous, Seen, distribution_name
 from proximo.models.encoders import Encoder
 from proximo.models.memory import Memory
 from proximo.models.networks import image_encoder_of, perceptron
@@ -50,11 +50,15 @@ class NetworkConfig:
     shared_memory: bool = False
     """Actor and critic stand on the same recurrent layers, which takes about half the time."""
     distribution: Continuous = "gaussian"
-    """Of continuous actions: `gaussian`, clipped to the bounds; `squashed_gaussian`, its tanh; `beta`, between them."""
+    """Of continuous actions: `gaussian`, clipped to the bounds; `squashed_gaussian`, its tanh; `beta`, between them;
+    `gsde`, a Gaussian whose noise is a function of the state that is kept for some steps. In Python its class of
+    proximo.core.distributions will do."""
+    sde_sample_freq: int = -1
+    """gsde: steps after which each environment has another function; -1: with each rollout."""
     state_dependent_std: bool = False
     """The standard deviation is an output of the actor, too, instead of one weight for all states."""
     log_std_init: float = 0.0
-    """Logarithm of the standard deviation of continuous actions to begin with."""
+    """Logarithm of the standard deviation of continuous actions to begin with (gsde: at features of mean square 1)."""
     rescale_actions: bool = True
     """Continuous actions: -1 and 1 of the policy are the lowest and highest action of a bounded space."""
     normalize_observations: bool = False
@@ -82,12 +86,16 @@ class NetworkConfig:
         in_range("memory_size", self.memory_size, at_least=1, at_most=10**5, whole=True, usual="64")
         in_range("memory_layers", self.memory_layers, at_least=1, at_most=100, whole=True, usual="1")
         one_of("encoder", self.encoder, ("auto", "mlp", "nature_cnn", "impala"))
+        object.__setattr__(self, "distribution", distribution_name(self.distribution))
         one_of("distribution", self.distribution, CONTINUOUS)
-        if self.state_dependent_std and self.distribution == "beta":
+        if self.state_dependent_std and self.distribution in ("beta", "gsde"):
             raise UserError(
-                "state_dependent_std is on and distribution is 'beta', whose spread hangs on the state as it is. Leave "
-                "one of them out."
+                f"state_dependent_std is on and distribution is {self.distribution!r}, whose spread hangs on the state "
+                "as it is. Leave one of them out."
             )
+        in_range("sde_sample_freq", self.sde_sample_freq, at_least=-1, whole=True, usual="4, or -1: once per rollout")
+        if self.sde_sample_freq == 0:
+            raise UserError("sde_sample_freq is 0; it must be -1 (once per rollout) or a whole number of steps >= 1.")
         one_of("precision", self.precision, ("float32", "bfloat16"))
         if self.sign_rewards and self.normalize_rewards:
             raise UserError(
@@ -157,9 +165,6 @@ class ActorCritic(nn.Module):
         packed = self.observation_space if isinstance(self.observation_space, PackedObservations) else None
         n_inputs = int(np.prod(self.observation_space.shape)) if packed is None else packed.n_numbers
         self.encoder = image_encoder_of(self.observation_space, config, generator)
-        self.log_std = None
-        if sum(self.head.log_stds):
-            self.log_std = nn.Parameter(torch.full((sum(self.head.log_stds),), config.log_std_init))
         seen, hidden = n_inputs, config.hidden_sizes
         if self.encoder is not None:
             n_inputs = 0 if packed is None else n_inputs
@@ -173,6 +178,9 @@ class ActorCritic(nn.Module):
         self.intrinsic_critic = None
         if has_intrinsic_critic:
             self.intrinsic_critic = perceptron(seen, hidden, config, 1, head_gain=1.0, generator=generator)
+        self.log_std = None
+        if sum(self.head.log_stds):
+            self.log_std = nn.Parameter(self._first_log_std())
         for name, moments in (
             ("observation", RunningMoments.empty((n_inputs,))),
             ("return", RunningMoments.empty()),
@@ -193,11 +201,20 @@ class ActorCritic(nn.Module):
         size = 0 if self.memory is None else self.memory.state_size
         return torch.zeros(n, size, device=next(self.parameters()).device)
 
-    def act(self, observations: Tensor, generator: torch.Generator, memory: Tensor | None = None) -> Acted:
-        """Sample actions at raw `observations` `[N, *O]`; no gradient. `memory` `[N, S]` goes on in place."""
+    def act(
+        self,
+        observations: Tensor,
+        generator: torch.Generator,
+        memory: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Acted:
+        """Sample actions at raw `observations` `[N, *O]`, gsde with the matrices `noise` `[N, *noise_shape]`.
+
+        No gradient. `memory` `[N, S]` goes on in place.
+        """
         with torch.no_grad():
             for_actor, for_critic = self._seen(observations, memory)
-            distribution = self._distribution(for_actor, self._mask(observations))
+            distribution = self._distribution(for_actor, self._mask(observations), noise)
             actions = distribution.sample(generator)
             return Acted(actions, distribution.log_prob(actions), self.critic(for_critic).squeeze(-1))
 
@@ -211,10 +228,15 @@ class ActorCritic(nn.Module):
     ) -> np.ndarray:
         """Actions for the environments at raw `observations` `[N, *O]`: the most likely ones, or sampled.
 
-        `memory` `[N, S]` goes on in place; without it, these are the first observations of their episodes.
+        `memory` `[N, S]` goes on in place; without it, these are the first observations of their episodes. gsde draws
+        one matrix, for all of them.
         """
+        noise = None
+        if self.noise_shape is not None and not deterministic:
+            noise = torch.empty(1, *self.noise_shape, device=observations.device).normal_(generator=generator)
+            noise = noise.expand(len(observations), -1, -1)
         with torch.no_grad():
-            distribution = self._distribution(self._seen(observations, memory)[0], self._mask(observations))
+            distribution = self._distribution(self._seen(observations, memory)[0], self._mask(observations), noise)
             return self.to_environment(distribution.mode() if deterministic else distribution.sample(generator))
 
     def evaluate(self, batch: Batch) -> Evaluation:
@@ -248,6 +270,15 @@ class ActorCritic(nn.Module):
     def is_plain(self) -> bool:
         """Whether actor and critic are perceptrons apart, for one choice or one Gaussian, without masks or memory."""
         return self.encoder is None and self.memory is None and self.head.is_plain and not self.has_masks
+
+    @property
+    def noise_shape(self) -> tuple[int, int] | None:
+        """`[F, columns]` of gsde's matrix; None for every other distribution."""
+        if not self.head.has_noise:
+            return None
+        assert self.log_std is not None
+        n_features, n_columns = self.log_std.shape
+        return n_features, n_columns
 
     @property
     def has_masks(self) -> bool:
@@ -347,7 +378,8 @@ class ActorCritic(nn.Module):
         Args:
             observation: of the observation space, or a batch: each array in it with one leading dimension.
             deterministic: take the most likely action; False samples.
-            seed: makes a sampled action repeatable.
+            seed: makes a sampled action repeatable; with gsde, the same one throughout an episode makes the noise one
+                function of the state.
             action_mask: where the environment tells in its `info` what is possible: that, for each observation.
             memory: of a policy that remembers: what it remembers of the episode so far, for each observation;
                 `fresh_memory` at its start.
@@ -467,8 +499,20 @@ class ActorCritic(nn.Module):
         limit = self.config.clip_observation
         return ((flat - mean) * scale).clamp(-limit, limit)
 
-    def _distribution(self, inputs: Tensor, mask: Tensor | None = None) -> Distribution:
-        return self.head.distribution(self.actor(inputs), self.log_std, mask)
+    def _distribution(self, inputs: Tensor, mask: Tensor | None = None, noise: Tensor | None = None) -> Distribution:
+        if not self.head.has_noise:
+            return self.head.distribution(self.actor(inputs), self.log_std, mask)
+        features = self.actor[:-1](inputs)
+        seen = Seen(features.detach(), noise)
+        return self.head.distribution(self.actor[-1](features), self.log_std, mask, seen)
+
+    def _first_log_std(self) -> Tensor:
+        """`[n]`; for gsde `[F, n]`, lower by log(F) / 2, so that F features of size 1 make log_std_init of them."""
+        n = sum(self.head.log_stds)
+        if not self.head.has_noise:
+            return torch.full((n,), self.config.log_std_init)
+        n_features = self.layers(self.actor)[-1][0].shape[1]
+        return torch.full((n_features, n), self.config.log_std_init - 0.5 * math.log(n_features))
 
     def _rows(self, observation: Any, action_mask: Any, *, needs_mask: bool = True) -> tuple[Tensor, bool]:
         """Raw observations `[N, *O]` of what a person has given, one or many; True if it was one."""

@@ -26,6 +26,7 @@ from proximo.collect.atari import is_atari
 from proximo.collect.envs import SpacePolicy
 from proximo.collect.packed_env import ActionMask
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
+from proximo.models.actions import distribution_name
 from proximo.models.control import NetworkConfig
 
 Vectorization = Literal["auto", "serial", "workers", "native", "envpool", "device"]
@@ -355,6 +356,8 @@ def with_settings(config: Config, settings: dict[str, Any], *, where: str) -> Co
     if isinstance(config, ControlConfig) and "algorithm" in settings:
         config = with_algorithm(config, settings["algorithm"], where=where)
         settings = {name: value for name, value in settings.items() if name != "algorithm"}
+    if "distribution" in settings:
+        settings = settings | {"distribution": distribution_name(settings["distribution"])}
     known = settings_of(config)
     for name in settings:
         if name not in known:

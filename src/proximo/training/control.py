@@ -116,8 +116,14 @@ def _seeds(config: ControlConfig) -> np.ndarray:
 def _first_carry(envs: Envs, policy: ActorCritic) -> Carry | DeviceCarry:
     first = envs.reset()
     if isinstance(first, torch.Tensor):
-        return DeviceCarry.start(first)
-    return Carry.start(first, policy.blank_memory(len(first)).cpu().numpy())
+        return DeviceCarry.start(first, policy.noise_shape)
+    return Carry.start(first, policy.blank_memory(len(first)).cpu().numpy(), policy.noise_shape)
+
+
+def _carried(carry: Carry | DeviceCarry) -> dict[str, Any]:
+    """The arrays or tensors of it, by their names; a policy without memory, or without matrices, has none of these."""
+    kept = {name: array for name, array in vars(carry).items() if array is not None}
+    return {name: array for name, array in kept.items() if 0 not in array.shape[1:]}
 
 
 def iterate(
@@ -215,7 +221,7 @@ def _save(config: ControlConfig, run: RunDirectory, state: ControlState, envs: E
             "actions": state.action_generator.get_state(),
             "shuffles": state.shuffle_generator.get_state(),
         },
-        "carry": {n: torch.as_tensor(array) for n, array in vars(state.carry).items() if 0 not in array.shape[1:]},
+        "carry": {name: torch.as_tensor(array) for name, array in _carried(state.carry).items()},
         "environments": {name: torch.from_numpy(array) for name, array in snapshot.arrays.items()},
         "explorer": {} if state.explorer is None else state.explorer.state_dict(),
     }
@@ -269,9 +275,7 @@ def _restored(checkpoint: Checkpoint, envs: Envs, state: ControlState) -> tuple[
         state.explorer.load_state_dict(parts["explorer"])
     state.action_generator.set_state(parts["generators"]["actions"])
     state.shuffle_generator.set_state(parts["generators"]["shuffles"])
-    for name, own in vars(state.carry).items():
-        if 0 in own.shape[1:]:
-            continue  # of a policy without memory nothing is kept
+    for name, own in _carried(state.carry).items():
         kept = parts["carry"][name]
         array = kept.to(own.device) if isinstance(own, torch.Tensor) else kept.numpy().copy()
         if (array.shape, array.dtype) != (own.shape, own.dtype):
