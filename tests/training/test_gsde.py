@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 import proximo
 from proximo.core.distributions import GSDE, Beta
 from proximo.errors import UserError
+from proximo.models.agents import CentralActorCritic
 from proximo.models.control import NetworkConfig
 from proximo.models.graph import PolicyGraph
 from proximo.runs.checkpoint import newest_checkpoint
@@ -152,3 +154,28 @@ def test_a_policy_with_memory_has_it_too_and_goes_into_a_graph(tmp_path: Path):
     action, _ = policy(seen, memory=memory)
     given = {"observation": torch.from_numpy(seen[None]), "memory": torch.from_numpy(memory[None])}
     assert PolicyGraph(policy)(given)["action"].tolist() == [pytest.approx(action.tolist(), abs=1e-6)]
+
+
+def test_several_agents_have_it_too_and_resume_with_it(tmp_path: Path):
+    pytest.importorskip("pettingzoo")
+    from tests.several import Kinds
+
+    settings = dict(SMALL, distribution="gsde", sde_sample_freq=7, rollout_length=16, agents="by_space")
+    runs = [
+        proximo.train(Kinds, run_dir=tmp_path / str(steps), **settings | {"total_steps": steps}) for steps in (256, 128)
+    ]
+    half = proximo.resume(runs[1].path, Kinds, total_steps=256, quiet=True)
+    ours, theirs = (newest_checkpoint(RunDirectory(run.path).checkpoints).tensors for run in (runs[0], half))
+    assert [name for name in ours["training"] if name.endswith("/noise")]
+    for part in ("policy", "training"):
+        assert [name for name, tensor in ours[part].items() if not torch.equal(tensor, theirs[part][name])] == []
+
+
+def test_a_critic_that_sees_everything_leaves_the_matrices_to_the_actor():
+    box = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    config = NetworkConfig(distribution="gsde", hidden_sizes=(4,))
+    policy = CentralActorCritic(box, box, config, 3, torch.Generator().manual_seed(0))
+    seen, noise = torch.randn(6, 5), torch.randn(6, 4, 2)
+    one, other = (policy.act(seen, torch.Generator().manual_seed(seed), noise=noise).actions for seed in (1, 2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, policy.act(seen, torch.Generator().manual_seed(1), noise=-noise).actions)

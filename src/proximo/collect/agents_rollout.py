@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from proximo.collect.acting import acting
+from proximo.collect.gsde import steady_noise
 from proximo.collect.parallel_envs import ParallelEnvs
 from proximo.collect.rollout import Carry, Clock, Recorder, assemble
 from proximo.core.batch import Batch
@@ -38,7 +39,16 @@ def rollout_agents(
     """
     sizes = {name: len(carry.observations) for name, carry in carries.items()}
     recorders = {name: Recorder.empty(sizes[name], length, carry.observations) for name, carry in carries.items()}
-    actors = {name: acting(policy, sizes[name], length, generators[name]) for name, policy in policies.items()}
+    actors = {
+        name: acting(
+            policy,
+            sizes[name],
+            length,
+            generators[name],
+            noise=steady_noise(policy, carries[name], generators[name]),
+        )
+        for name, policy in policies.items()
+    }
     with torch.autocast("cpu", enabled=False):
         for t in range(length):
             began = perf_counter()

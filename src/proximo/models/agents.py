@@ -99,13 +99,19 @@ class CentralActorCritic(ActorCritic):
         """Nothing that the fused update knows."""
         del batch
 
-    def act(self, observations: Tensor, generator: torch.Generator, memory: Tensor | None = None) -> Acted:
+    def act(
+        self,
+        observations: Tensor,
+        generator: torch.Generator,
+        memory: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Acted:
         """Sample actions at rows `[N, R + S]`; no gradient."""
         del memory
         own = observations[..., : self.n_own]
         with torch.no_grad():
             inputs = self._features(own)
-            distribution = self._distribution(inputs, self._mask(own))
+            distribution = self._distribution(inputs, self._mask(own), noise)
             actions = distribution.sample(generator)
             return Acted(actions, distribution.log_prob(actions), self._central_values(inputs, observations))
 

@@ -109,11 +109,16 @@ def _first_learner(
     return ControlState(
         policy=policy,
         optimizer=FlatAdam(policy, learning_rate=config.algorithm.learning_rate),
-        carry=Carry.start(observations),
+        carry=Carry.start(observations, noise_shape=policy.noise_shape),
         action_generator=torch.Generator(config.device).manual_seed(int(actions)),
         shuffle_generator=torch.Generator().manual_seed(int(shuffles)),
         kl_coef=config.algorithm.kl_coef if isinstance(config.algorithm, PPO) else 0.0,
     )
+
+
+def _carried(learner: ControlState) -> dict[str, Any]:
+    """The arrays that a group hands from one rollout to the next, by their names; matrices where it has gsde."""
+    return {key: array for key, array in vars(learner.carry).items() if array is not None}
 
 
 def _policy(
@@ -279,7 +284,7 @@ def _save(config: AgentsConfig, run: RunDirectory, state: AgentsState, envs: Par
                 "actions": learner.action_generator.get_state(),
                 "shuffles": learner.shuffle_generator.get_state(),
             },
-            "carry": {key: torch.as_tensor(array) for key, array in vars(learner.carry).items()},
+            "carry": {key: torch.as_tensor(array) for key, array in _carried(learner).items()},
         }
         for part, group in parts.items():
             training |= {f"{part}/{number}/{key}": tensor for key, tensor in group.items()}
@@ -353,7 +358,7 @@ def _restored(checkpoint: Checkpoint, envs: ParallelEnvs, state: AgentsState) ->
         learner.action_generator.set_state(training[f"generators/{number}/actions"])
         learner.shuffle_generator.set_state(training[f"generators/{number}/shuffles"])
         take_counters(learner, described["learners"][name], _OF_LEARNERS, optional=("rate_factor",))
-        for key, own in vars(learner.carry).items():
+        for key, own in _carried(learner).items():
             array = training[f"carry/{number}/{key}"].numpy().copy()
             if (array.shape, array.dtype) != (own.shape, own.dtype):
                 raise ValueError(f"its {key} are {array.dtype} of shape {array.shape}, not {own.dtype} of {own.shape}")
