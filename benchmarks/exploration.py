@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
-from key_and_door import MAP, KeyAndDoor  # noqa: E402
+from key_and_door import MAP, KeyAndDoor  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 RESULTS = HERE / "results" / "exploration.jsonl"
 PICTURE = HERE.parent / "docs" / "pictures" / "exploration.png"
@@ -70,7 +70,8 @@ def main() -> None:
 
 
 def run_one(variant: str, seed: int) -> dict:
-    gym.register("KeyAndDoor-v0", Counted) if "KeyAndDoor-v0" not in gym.registry else None
+    if "KeyAndDoor-v0" not in gym.registry:
+        gym.register("KeyAndDoor-v0", lambda **kwargs: Counted(**kwargs))
     VISITS.clear()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
@@ -129,7 +130,7 @@ def draw() -> None:
         for row in rows:
             axes[0].plot(*zip(*row["curve"], strict=True), color=color, alpha=0.35, linewidth=1)
         steps = np.linspace(0, TOTAL_STEPS, 300)
-        means = [np.interp(steps, *zip(*row["curve"], strict=True)) for row in rows]
+        means = [np.interp(steps, *np.array(row["curve"]).T) for row in rows]
         axes[0].plot(steps, np.mean(means, 0), color=color, linewidth=2.5, label=f"{variant} ({len(rows)} seeds)")
     axes[0].set(xlabel="environment steps", ylabel="return, mean of 100 episodes", ylim=(-0.05, 1.05))
     axes[0].set_xticks(range(0, TOTAL_STEPS + 1, 50_000), ["0", "50,000", "100,000", "150,000"])

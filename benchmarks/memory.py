@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def run_one(task: str, variant: str, seed: int) -> None:
-    import memory_tasks
+    import memory_tasks  # pyright: ignore[reportMissingImports]
 
     import proximo
     from proximo.runs.metrics import read_metrics
@@ -98,7 +98,7 @@ def costs() -> dict[str, float]:
     CartPole without velocities, 16 environments and 128 steps, 4 epochs of 4 minibatches, one thread, by the plain
     path (`eager`), and with the loops over time in machine code (`compiled`); medians of 15, taken in turns.
     """
-    import memory_tasks
+    import memory_tasks  # pyright: ignore[reportMissingImports]
 
     from proximo.algorithms.adam import FlatAdam
     from proximo.algorithms.ppo import PPO

@@ -55,7 +55,7 @@ class Given:
     """Of policies that remember."""
 
     @property
-    def asides(self) -> dict[str, np.ndarray]:
+    def asides(self) -> dict[str, Any]:
         """What `policy.value` takes beside observations."""
         return {} if self.memory is None else {"memory": self.memory}
 
