@@ -4,9 +4,9 @@
     python benchmarks/atari.py --only Breakout
     python benchmarks/atari.py --table         # only the table and the picture of docs/atari.md
 
-Pong has 3 million steps (12 million frames) with the preset's settings, its schedules ending there. Breakout has as many
-steps as are done in ten minutes. Scores are of whole games with the game's own rewards, by the final policy with sampled
-actions, 20 games. One seed each: this shows that they learn, not how well they do.
+Pong has 3 million steps (12 million frames) with the preset's settings, its schedules ending there. Breakout has as
+many steps as are done in ten minutes. Scores are of 20 whole games with the game's own rewards, by the final policy with
+sampled actions. One seed each: this shows that they learn, not how well they do.
 """
 
 from __future__ import annotations
