@@ -5,8 +5,8 @@
     python benchmarks/atari.py --table         # only the table and the picture of docs/atari.md
 
 Pong has 3 million steps (12 million frames) with the preset's settings, its schedules ending there. Breakout has as
-many steps as are done in ten minutes. Scores are of 20 whole games with the game's own rewards, by the final policy with
-sampled actions. One seed each: this shows that they learn, not how well they do.
+many steps as are done in ten minutes. Scores are of 20 whole games with the game's own rewards, by the final policy
+with sampled actions. One seed each: this shows that they learn, not how well they do.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def steps_within(game: str, settings: dict[str, Any], minutes: float) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        short = settings | {"total_steps": 20_480}
+        short: dict[str, Any] = settings | {"total_steps": 20_480}
         run = proximo.train(f"ALE/{game}-v5", run_dir=Path(folder) / "run", quiet=True, **short)
         speed = run.env_steps / (time.perf_counter() - began)
-    return round(speed * 60 * minutes, -4)  # type: ignore[return-value]
+    return int(speed * 60 * minutes)
 
 
 def write_page() -> None:

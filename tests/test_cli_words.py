@@ -69,7 +69,7 @@ def test_a_finished_run_says_so_and_how_to_go_on(run: Path, capsys: pytest.Captu
 
 def test_settings_that_were_changed_are_named_where_a_run_goes_on(run: Path, capsys) -> None:
     text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(re.sub(r"learning_rate = .*", "learning_rate = 0.1", text))
+    (run / "config.toml").write_text(re.sub(r"(?m)^learning_rate = .*", "learning_rate = 0.1", text))
     code, _, error = said_by(capsys, "resume", str(run), "--total-steps", "1024")
     said = " ".join(error.split())
     assert code == 0

@@ -21,6 +21,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import proximo
+from proximo.algorithms.rnd import IntrinsicConfig
 from proximo.cli import main
 from proximo.errors import UserError
 from proximo.language import config_of, written_settings
@@ -92,6 +93,10 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "action_mask": st.sampled_from(["auto", "none"]),
     "state_dependent_std": st.booleans(),
     "sde_sample_freq": st.sampled_from([-1, 1, 7]),
+    "memory": st.sampled_from(["none", "gru", "lstm"]),
+    "memory_size": st.integers(1, 6),
+    "memory_layers": st.integers(1, 3),
+    "shared_memory": st.booleans(),
     "hidden_sizes": st.lists(st.integers(1, 6), max_size=3),
     "activation": st.sampled_from(["tanh", "relu"]),
     "orthogonal_init": st.booleans(),
@@ -139,6 +144,8 @@ ELSEWHERE |= {"on_environment_fault"}  # goes with some vectorizations alone: te
 ELSEWHERE |= {"precision", "episodic_life"}  # for pictures and games: tests/models/test_encoders.py, test_atari.py
 ELSEWHERE |= {"distribution"}  # some need bounds, or do not go with the spread: tests/models/test_actions.py
 ELSEWHERE |= {"algorithm"}  # has other settings: tests/training/test_family.py
+ELSEWHERE |= {"sequence_length", "init_from"}  # tests/training/test_recurrent.py, test_clone.py
+ELSEWHERE |= set(settings_of(IntrinsicConfig()))  # tests/training/test_exploration.py
 ELSEWHERE |= {"gae_lambda_per_step", "microbatch_tokens"}  # for language models alone
 
 
@@ -148,6 +155,8 @@ def possible_settings(draw: st.DrawFn) -> dict[str, Any]:
     chosen = {name: draw(FREE[name]) for name in draw(st.sets(st.sampled_from(sorted(FREE)), max_size=len(FREE)))}
     n_envs, length, iterations = draw(st.integers(1, 3)), draw(st.integers(2, 16)), draw(st.integers(1, 2))
     steps = n_envs * length
+    if chosen.get("vectorization") == "device":
+        chosen.pop("memory", None)
     tasks = ["CartPole-v1", "Pendulum-v1"][: 1 if chosen.get("vectorization") in ("native", "device") else 2]
     return chosen | {
         "env_id": draw(st.sampled_from(tasks)),
