@@ -121,9 +121,11 @@ def enough_memory(config: ControlConfig) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(mark in str(error) for mark in _OUT_OF_MEMORY):
             raise
+        network = config.network
+        remembers = f"memory_size (now {network.memory_size}), " if network.memory != "none" else ""
         raise UserError(
             f"There is not enough memory ({str(error).splitlines()[0] if str(error) else 'it ran out'}). Lower one of "
-            f"hidden_sizes (now {' '.join(map(str, config.network.hidden_sizes))}), n_envs (now "
+            f"hidden_sizes (now {' '.join(map(str, config.network.hidden_sizes))}), {remembers}n_envs (now "
             f"{config.environment.n_envs}), rollout_length (now {config.rollout_length}), batch_size (now "
             f"{config.batch_size})."
         ) from error

@@ -66,6 +66,8 @@ class Display:
         chosen = "  ".join(f"{name} {short(settings[name])}" for name in SHOWN_IN_PLAN if name in settings)
         schedules = [name for name in ("learning_rate_schedule", "clip_schedule") if settings.get(name) == "linear"]
         switched_on = [name for name in ("normalize_observations", "normalize_rewards") if settings[name]]
+        if config.network.memory != "none":
+            switched_on.append(f"memory {config.network.memory} in pieces of {config.piece_length} steps")
         switched_on += [f"exploration {settings['exploration']}"] if config.intrinsic.explores else []
         extra = "  ".join([*switched_on, *(f"{name} linear" for name in schedules)])
         algorithm = config.algorithm_name.upper()

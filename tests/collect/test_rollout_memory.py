@@ -40,7 +40,8 @@ class Counting(gym.Env):
 
 
 def policy_of(memory: str = "lstm", **settings) -> ActorCritic:
-    config = NetworkConfig(memory=memory, memory_size=4, hidden_sizes=(5,), orthogonal_init=False, **settings)  # type: ignore[arg-type]
+    settings |= {} if memory == "none" else {"memory_size": 4}
+    config = NetworkConfig(memory=memory, hidden_sizes=(5,), orthogonal_init=False, **settings)  # type: ignore[arg-type]
     return ActorCritic(Counting.observation_space, Counting.action_space, config, torch.Generator().manual_seed(0))
 
 
@@ -116,3 +117,86 @@ def test_without_memory_a_batch_has_no_states():
     batch, _ = rollout(policy, envs, Carry.start(envs.reset()), 4, torch.Generator().manual_seed(0), gamma=0.9)
     assert batch.hidden is None
     assert batch.n_pieces == 1
+
+
+class Breaking(gym.Env):
+    """Ends, is cut off, or raises, by chance."""
+
+    observation_space = spaces.Box(-9.0, 9.0, (2,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        return self._seen(), {}
+
+    def step(self, action: Any):
+        chance = self.np_random.random()
+        if chance < 0.06:
+            raise RuntimeError("broken")
+        return self._seen(), float(action), chance > 0.93, 0.88 < chance < 0.93, {}
+
+    def _seen(self) -> np.ndarray:
+        return self.np_random.uniform(-1, 1, 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_every_step_is_what_the_policy_does_by_itself(memory):
+    """Step by step through public calls: states before pieces, values, and what follows each kind of end."""
+    envs = SerialEnvs(Breaking, 3, 0, name="Breaking", max_restarts=1000)
+    policy = policy_of(memory, memory_layers=2)
+    carry, generator = Carry.start(envs.reset(), policy.blank_memory(3).numpy()), torch.Generator().manual_seed(1)
+    remembered = [policy.fresh_memory() for _ in range(3)]
+    n_lost = n_ended = 0
+    for _ in range(4):
+        batch, episodes = rollout(policy, envs, carry, 24, generator, gamma=0.9, piece=8)
+        finals = dict(zip(episodes.ends, episodes.final_observations, strict=True))
+        for i in range(3):
+            own = remembered[i]
+            for t in range(24):
+                if t % 8 == 0:
+                    assert batch.hidden is not None
+                    np.testing.assert_allclose(batch.hidden[i, t // 8], own, atol=1e-5)
+                if not batch.mask[i, t]:
+                    own, n_lost = policy.fresh_memory(), n_lost + 1
+                    continue
+                seen = batch.observations[i, t].numpy()  # type: ignore[index]
+                assert float(batch.values[i, t]) == pytest.approx(policy.value(seen, memory=own), abs=1e-5)  # type: ignore[index]
+                _, own = policy(seen, memory=own)
+                after = finals.get((t, i))
+                if after is None:
+                    after = batch.observations[i, t + 1].numpy() if t < 23 else carry.observations[i]  # type: ignore[index]
+                value = policy.value(after, memory=own)
+                assert float(batch.next_values[i, t]) == pytest.approx(value, abs=1e-5)  # type: ignore[index]
+                if (t, i) in finals:
+                    own, n_ended = policy.fresh_memory(), n_ended + 1
+            remembered[i] = own
+        whole = policy.evaluate(batch)
+        torch.testing.assert_close(whole.log_probs[batch.mask], batch.log_probs[batch.mask], rtol=1e-5, atol=1e-5)
+    assert n_lost > 5
+    assert n_ended > 10
+
+
+class Lives(SerialEnvs):
+    """Environments whose every end is that of a life."""
+
+    def step(self, actions: np.ndarray) -> Any:
+        step = super().step(actions)
+        self.goes_on = (step.terminated | step.truncated) & step.valid
+        return step
+
+
+def test_a_lost_life_is_remembered():
+    """Learning sees an end there, the game goes on, and so does what is remembered: as in evaluation."""
+    policy, envs = policy_of("gru"), Lives(Counting, 2, 0, name="Counting")
+    carry = Carry.start(envs.reset(), policy.blank_memory(2).numpy())
+    batch, _ = rollout(policy, envs, carry, 14, torch.Generator().manual_seed(1), gamma=0.9, piece=7)
+    assert batch.done.any()
+    assert batch.continues.all()
+    memory = policy.fresh_memory(2)
+    for t in range(14):
+        assert batch.values is not None
+        seen = batch.observations[:, t].numpy()  # type: ignore[index]
+        np.testing.assert_allclose(policy.value(seen, memory=memory), batch.values[:, t], atol=1e-5)
+        _, memory = policy(seen, memory=memory)
+    new = policy.evaluate(batch)
+    torch.testing.assert_close(new.log_probs, batch.log_probs)

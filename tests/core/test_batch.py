@@ -59,7 +59,7 @@ def test_as_steps_keeps_the_valid_ones_in_order_each_a_row_of_its_own():
 
 def test_rows_are_selected_in_every_field():
     batch = numbered([[True, True], [True, False], [False, True]])
-    batch = dataclasses.replace(batch, hidden=torch.arange(12.0).view(3, 2, 2))
+    batch = dataclasses.replace(batch, hidden=torch.arange(12.0).view(3, 2, 2), forgets=batch.done)
     novel = {f"intrinsic_{name}": batch.rewards + 1.0 for name in ("rewards", "values", "next_values")}
     batch = dataclasses.replace(batch, **novel)
     chosen = batch[torch.tensor([2, 0])]
@@ -147,6 +147,9 @@ def test_a_step_continues_the_one_before_it_unless_that_ended_or_was_a_reset():
         done=torch.tensor([[False, True, False, True], [False, False, False, False]]),
     )
     assert batch.continues.tolist() == [[True, True, False, True], [True, True, False, True]]
+    # Where it was noted when memory was emptied, that is what counts: a lost life is an end, and is remembered.
+    lives = dataclasses.replace(batch, forgets=torch.tensor([[False] * 4, [True, False, False, False]]))
+    assert lives.continues.tolist() == [[True] * 4, [True, False, True, True]]
 
 
 def test_rows_with_states_are_cut_into_pieces():

@@ -157,6 +157,9 @@ def possible_settings(draw: st.DrawFn) -> dict[str, Any]:
     steps = n_envs * length
     if chosen.get("vectorization") == "device":
         chosen.pop("memory", None)
+    if chosen.get("memory", "none") == "none":
+        for name in ("memory_size", "memory_layers", "shared_memory"):
+            chosen.pop(name, None)
     tasks = ["CartPole-v1", "Pendulum-v1"][: 1 if chosen.get("vectorization") in ("native", "device") else 2]
     return chosen | {
         "env_id": draw(st.sampled_from(tasks)),

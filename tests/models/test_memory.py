@@ -145,9 +145,14 @@ class TestForPeople:
             with pytest.raises(ValueError, match=said):
                 asked()
 
+    @pytest.mark.parametrize("n", [-1, 1.5, "2"])
+    def test_how_many_is_a_whole_number(self, n):
+        with pytest.raises(ValueError, match="whole number"):
+            policy_with().fresh_memory(n)
+
     def test_a_policy_without_memory_takes_none(self):
         with pytest.raises(ValueError, match="memory is given to a policy that has none"):
-            policy_with(memory="none")(np.zeros(3), memory=np.zeros(3))
+            policy_with(memory="none", memory_size=64)(np.zeros(3), memory=np.zeros(3))
 
 
 def test_a_batch_is_cut_where_it_is_known_what_was_remembered():

@@ -62,12 +62,17 @@ def test_what_was_seen_two_steps_ago_is_repeated(tmp_path: Path):
         {"memory_layers": 2, "sequence_length": 8},
         {"shared_memory": True, "vectorization": "workers", "n_workers": 2},
         {"memory": "lstm", "update_path": "compiled"},
+        {"distribution": "gsde", "sde_sample_freq": 5, "sequence_length": 16},
+        {"algorithm": "a2c", "sequence_length": 4, "microbatch_size": 8},
+        {"algorithm": "trpo", "sequence_length": 8},
     ],
 )
 def test_a_run_that_was_cut_ends_where_a_whole_one_does(tmp_path: Path, settings: dict[str, Any]):
     """Bit for bit, in the middle of episodes; every ratio before an update is 1 (debug)."""
     settings = SMALL | settings
-    make = CartPoleWithoutVelocities
+    if settings.get("algorithm") == "a2c":
+        settings = {name: value for name, value in settings.items() if name not in ("batch_size", "n_epochs")}
+    make = PendulumWithoutVelocity if "distribution" in settings else CartPoleWithoutVelocities
     whole = proximo.train(make, total_steps=1_024, run_dir=tmp_path / "whole", **settings)
     half = proximo.train(make, total_steps=512, run_dir=tmp_path / "half", **settings)
     half = proximo.resume(half, make, total_steps=1_024, quiet=True)
@@ -85,6 +90,30 @@ def test_machine_code_learns_what_torch_does(tmp_path: Path):
         weights.append(proximo.load(run).state_dict())
     for name, one in weights[0].items():
         np.testing.assert_allclose(one, weights[1][name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "piece", "n_updates"),
+    [
+        ({}, 32, 8),  # a rollout of 32 steps is no longer than a minibatch of 64
+        ({"batch_size": 16}, 16, 32),
+        ({"batch_size": 20}, 16, 32),
+        ({"batch_size": 16, "sequence_length": 32}, 32, 16),  # a minibatch holds one piece at least
+        ({"rollout_length": 31, "batch_size": 20}, 31, 16),  # a prime number of steps is not cut into single ones
+        ({"batch_size": 16, "algorithm": "trpo"}, 16, 160),
+    ],
+)
+def test_a_rollout_is_cut_so_that_minibatches_are_as_large_as_asked(tmp_path, settings, piece, n_updates):
+    """And what was chosen stands in the config, so that a resumed run takes the same."""
+    settings = {
+        name: value for name, value in (SMALL | settings).items() if name != "n_epochs" or "algorithm" not in settings
+    }
+    run = proximo.train(CartPoleWithoutVelocities, total_steps=256, run_dir=tmp_path / "run", **settings)
+    assert run.config.sequence_length == piece
+    assert read_metrics(run.path / "metrics.jsonl")[0]["n_updates"] == n_updates
+    if run.config.algorithm_name == "ppo":
+        assert run.config.minibatches_per_epoch * 2 == n_updates
+    assert f"sequence_length = {piece}" in (run.path / "config.toml").read_text()
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c", "reinforce", "trpo"])
@@ -116,9 +145,11 @@ def test_the_kl_penalty_and_microbatches_go_with_memory(tmp_path: Path):
         ({"memory": "rnn"}, "'none', 'lstm', 'gru'"),
         ({"memory_size": 0}, "memory_size is 0"),
         ({"memory_layers": 1.5}, "memory_layers"),
+        ({"memory": "none"}, "memory_size is 16, but memory is 'none'"),
+        ({"memory": "none", "memory_size": 64, "shared_memory": True}, "shared_memory is True, but memory is 'none'"),
         ({"sequence_length": 5}, "does not divide rollout_length, 32. Choose one that does, such as 4"),
         ({"sequence_length": 64}, "sequence_length is 64"),
-        ({"memory": "none", "sequence_length": 8}, "sequence_length is for policies with memory"),
+        ({"memory": "none", "memory_size": 64, "sequence_length": 8}, "sequence_length is for policies with memory"),
         ({"update_path": "fused"}, "neither masks nor memory"),
         ({"update_path": "graphed"}, "policies without memory"),
     ],

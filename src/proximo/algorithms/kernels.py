@@ -19,6 +19,9 @@ from numba.extending import intrinsic
 
 from proximo.machine_code import jit, tanh
 
+MACHINE_CODE = "f0e01cab2ae17063"
+"""The digest of machine_code.py: what numba keeps on the disk is made anew where this very file has changed."""
+
 KL, POLICY_LOSS, VALUE_LOSS, ENTROPY, CLIPPED, ACTOR_SQUARES, CRITIC_SQUARES, N_METRICS = range(8)
 """Columns of the table of metrics, a row per minibatch."""
 

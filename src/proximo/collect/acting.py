@@ -7,6 +7,7 @@ Torch takes several times as long as NumPy to dispatch what one observation asks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from proximo.collect.envs import Step
 from proximo.collect.gsde import SteadyNoise
+from proximo.core.batch import Batch
 from proximo.core.distributions import Categorical, DiagonalGaussian
 from proximo.models.control import Acted, ActorCritic
 
@@ -71,18 +73,28 @@ class Remembered:
         self._piece = piece
         self._starts: list[Tensor] = []
         self._finals: list[Tensor] = []
+        self._forgets: list[np.ndarray] = []
 
     def before(self, t: int) -> None:
         """Step `t` is about to be chosen."""
         if t % self._piece == 0:
             self._starts.append(self.state.clone())
 
-    def after(self, step: Step) -> None:
-        """A new episode begins where one ended, and after a step that was a reset alone."""
+    def after(self, step: Step, goes_on: np.ndarray | None) -> None:
+        """A new episode begins where one ended, and after a step that was a reset alone; not where a life was lost."""
         ends = step.terminated | step.truncated
+        forgets = ends | ~step.valid
+        if goes_on is not None:
+            forgets = forgets & ~(goes_on & step.valid)
         if ends.any() or not step.valid.all():
             self._finals += [self.state[i].clone() for i in (ends & step.valid).nonzero()[0]]
-            self.state[torch.from_numpy(ends | ~step.valid)] = 0.0
+            self.state[torch.from_numpy(forgets)] = 0.0
+        self._forgets.append(forgets)
+
+    def noted(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch of the rollout with what learning needs of this."""
+        forgets = torch.from_numpy(np.stack(self._forgets, 1)).to(device)
+        return replace(batch, hidden=self.starts.to(device), forgets=forgets)
 
     @property
     def starts(self) -> Tensor:

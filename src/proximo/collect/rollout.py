@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
 
@@ -117,12 +117,12 @@ def rollout(
             clock.environment += perf_counter() - chosen
             recorder.write(t, step, envs.goes_on)
             if memory is not None:
-                memory.after(step)
+                memory.after(step, envs.goes_on)
             np.copyto(carry.observations, step.observations)
     episodes = _count_episodes(recorder, carry)
     device = next(policy.parameters()).device
     batch = assemble(policy, recorder, actor, carry, gamma, device)
-    return batch if memory is None else replace(batch, hidden=memory.starts.to(device)), episodes
+    return batch if memory is None else memory.noted(batch, device), episodes
 
 
 @dataclass(frozen=True)

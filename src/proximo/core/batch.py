@@ -35,6 +35,8 @@ class Batch:
     | group          | [B]        |               | rows with one number are answers to one prompt; None: none  |
     | hidden         | [B, K, S]  |               | what a recurrent policy remembered before the first step of |
     |                |            |               | each of the K equal pieces of a row; None without memory    |
+    | forgets        | [B, T]     |               | True where that was emptied after the step; None: after     |
+    |                |            |               | every `done` and every step that is no experience           |
     | intrinsic_     | [B, T]     |               | a second reward with its own critic (algorithms/rnd.py):    |
     | rewards, values, next_values |             | as above, scaled; None without one                          |
     """
@@ -51,6 +53,7 @@ class Batch:
     ref_log_probs: Float[Tensor, "B T"] | None = None
     group: Int[Tensor, " B"] | None = None
     hidden: Float[Tensor, "B K S"] | None = None
+    forgets: Bool[Tensor, "B T"] | None = None
     intrinsic_rewards: Float[Tensor, "B T"] | None = None
     intrinsic_values: Float[Tensor, "B T"] | None = None
     intrinsic_next_values: Float[Tensor, "B T"] | None = None
@@ -72,7 +75,7 @@ class Batch:
         For policies without memory the order of steps carries nothing, so minibatches may be cut anywhere.
         Groups and what is remembered are about whole rows and fall away.
         """
-        rows = replace(self, group=None, hidden=None)
+        rows = replace(self, group=None, hidden=None, forgets=None)
         if self.mask.all():
             return rows._mapped(lambda tensor: tensor.flatten(0, 1).unsqueeze(1))
         keep = self.mask.flatten().nonzero().squeeze(1)
@@ -92,11 +95,12 @@ class Batch:
 
     @property
     def continues(self) -> Bool[Tensor, "B T"]:
-        """Whether a step is of the same episode as the step before it; True for the first, whose state is known.
+        """Whether what is remembered goes on from the step before; True for the first, whose state is known.
 
-        After an end, and after a step that is no experience (a reset), another one begins.
+        After an end, and after a step that is no experience (a reset), another episode begins; a life that was lost
+        is an end for learning, and the game goes on.
         """
-        before = self.mask & ~self.done
+        before = self.mask & ~self.done if self.forgets is None else ~self.forgets
         return torch.cat([torch.ones_like(before[:, :1]), before[:, :-1]], 1)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:

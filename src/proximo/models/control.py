@@ -85,6 +85,11 @@ class NetworkConfig:
         one_of("memory", self.memory, ("none", "lstm", "gru"))
         in_range("memory_size", self.memory_size, at_least=1, at_most=10**5, whole=True, usual="64")
         in_range("memory_layers", self.memory_layers, at_least=1, at_most=100, whole=True, usual="1")
+        unused = {"memory_size": (self.memory_size, 64), "memory_layers": (self.memory_layers, 1)}
+        unused |= {"shared_memory": (self.shared_memory, False)}
+        for name, (value, default) in unused.items():
+            if self.memory == "none" and value != default:
+                raise UserError(f"{name} is {value}, but memory is 'none'. Set memory to gru or lstm, or leave it out.")
         one_of("encoder", self.encoder, ("auto", "mlp", "nature_cnn", "impala"))
         object.__setattr__(self, "distribution", distribution_name(self.distribution))
         one_of("distribution", self.distribution, CONTINUOUS)
@@ -403,8 +408,14 @@ class ActorCritic(nn.Module):
         return action if before is None else (action, _like(observation, before[0] if single else before))
 
     def fresh_memory(self, n: int | None = None) -> np.ndarray:
-        """What a policy that remembers has at the start of an episode, `[S]`; `[n, S]` for `n` episodes."""
-        fresh = self.blank_memory(1 if n is None else n).cpu().numpy()
+        """What a policy that remembers has at the start of an episode, `[S]`; `[n, S]` for `n` episodes.
+
+        Raises:
+            ValueError: if `n` is no whole number >= 0.
+        """
+        if n is not None and not (isinstance(n, (int, np.integer)) and n >= 0):
+            raise ValueError(f"n is {n!r}; it must be a whole number of episodes, or None for one without a leading 1")
+        fresh = self.blank_memory(1 if n is None else int(n)).cpu().numpy()
         return fresh[0] if n is None else fresh
 
     def value(self, observation: Any, *, memory: Any = None) -> Any:

@@ -6,6 +6,9 @@ import numpy as np
 
 from proximo.machine_code import jit, tanh
 
+MACHINE_CODE = "f0e01cab2ae17063"
+"""The digest of machine_code.py: what numba keeps on the disk is made anew where this very file has changed."""
+
 
 @jit
 def _sigmoid(row, product, first, last):

@@ -40,12 +40,15 @@ the disk (docs/performance.md)."""
 MINIBATCHES_WITH_MEMORY_THAT_PAY = 1_000
 """Each saves some milliseconds where there is a loop over time."""
 
+SHORTEST_PIECE = 16
+"""Steps below which a rollout is not cut by itself: what is further back is not learned to be remembered."""
+
 NATIVE_FROM = 8
 """Environments from which a vector version pays (docs/performance.md)."""
 
 
 def with_environments_chosen(config: ControlConfig, factory: EnvFactory) -> ControlConfig:
-    """Replace vectorization `auto` and action_mask `auto`.
+    """Replace vectorization `auto`, action_mask `auto`, and what a policy with memory learns from in one piece.
 
     Native where that is the same task and resumes as exactly, and for Atari's games, which gain most; else serial.
     Masks where the environment has them.
@@ -64,7 +67,19 @@ def with_environments_chosen(config: ControlConfig, factory: EnvFactory) -> Cont
         task = replace(task, action_mask=mask)
     elif task.action_mask == "auto":
         task = replace(task, action_mask=_action_mask(task, factory, config.seed))
-    return replace(config, environment=task)
+    return replace(config, environment=task, sequence_length=_sequence_length(config))
+
+
+def _sequence_length(config: ControlConfig) -> int | None:
+    """The longest piece of a rollout of which a minibatch holds one; all of it where that would be next to nothing.
+
+    A row is never cut to fit a minibatch, so longer pieces would make fewer and larger minibatches than were asked for.
+    """
+    if config.network.memory == "none" or config.sequence_length is not None:
+        return config.sequence_length
+    length, most = config.rollout_length, max(config.batch_size, 1)
+    longest = max(n for n in range(1, length + 1) if length % n == 0 and n <= most)
+    return longest if longest >= min(SHORTEST_PIECE, length) else length
 
 
 def _action_mask(task: EnvironmentConfig, factory: EnvFactory, seed: int) -> ActionMask:
@@ -105,7 +120,8 @@ def with_update_chosen(
         if reason := why_not_compiled():
             raise UserError(
                 f"update_path is 'compiled', which needs numba and scipy: {reason}. "
-                'Install them with: pip install -c constraints.txt -e ".[fast]", or use update_path fused.'
+                f'Install them with: pip install -c constraints.txt -e ".[fast]", or set update_path to '
+                f"{'fused' if policy.memory is None else 'eager'} (a run that is resumed has it in its config.toml)."
             )
         try:
             with _told_after(1.5, lambda: say("Compiling the update, for the first time on this machine ...")):
@@ -148,7 +164,8 @@ def _without_the_compiler(
     config: ControlConfig, policy: ActorCritic, error: Exception, *, was_asked: bool, say: Callable[[str], object]
 ) -> ControlConfig:
     """What to do where numba is there and fails."""
-    folder = os.environ.get("NUMBA_CACHE_DIR", "__pycache__ beside proximo/algorithms/kernels.py")
+    kernels = "algorithms/kernels.py" if policy.memory is None else "models/recurrence_kernels.py"
+    folder = os.environ.get("NUMBA_CACHE_DIR", f"__pycache__ beside proximo/{kernels}")
     said = (
         f"the update could not be compiled: {in_words(error)}. If NUMBA_DISABLE_JIT is set, unset it; otherwise what "
         f"numba keeps in {folder} may be damaged: delete it"
@@ -189,8 +206,7 @@ def _path(config: ControlConfig, policy: ActorCritic) -> UpdatePath:
     if isinstance(config, SEVERAL):
         return "fused"
     iterations = config.total_steps // config.steps_per_iteration
-    per_epoch = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
-    n_minibatches = iterations * config.algorithm.n_epochs * per_epoch
+    n_minibatches = iterations * config.algorithm.n_epochs * config.minibatches_per_epoch
     otherwise: UpdatePath = "eager" if policy.has_memory else "fused"
     pays = MINIBATCHES_WITH_MEMORY_THAT_PAY if policy.has_memory else MINIBATCHES_THAT_PAY
     return "compiled" if n_minibatches >= pays and not why_not_compiled() else otherwise

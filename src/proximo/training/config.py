@@ -126,8 +126,8 @@ class ControlConfig:
     rollout_length: int = 256
     """Steps per environment and iteration."""
     sequence_length: int | None = None
-    """With memory: steps that are learned from in one piece, beginning with what was remembered then; all of a rollout
-    by default. It must divide rollout_length."""
+    """With memory: steps that are learned from in one piece, beginning with what was remembered then. It must divide
+    rollout_length; by default the longest that does and is no longer than batch_size."""
     init_from: str | None = None
     """Begin with weights and normalizers of this run's policy, or of one of its checkpoints: RUN/checkpoints/best."""
     seed: int = 0
@@ -226,6 +226,13 @@ class ControlConfig:
     def piece_length(self) -> int:
         """Steps in a row that a policy with memory learns from in one piece."""
         return self.sequence_length or self.rollout_length
+
+    @property
+    def minibatches_per_epoch(self) -> int:
+        """Minibatches that a rollout is cut into; with memory each holds one whole piece at least."""
+        longest = self.piece_length if self.network.memory != "none" else 1
+        n_rows = self.steps_per_iteration / longest
+        return max(1, round(n_rows / max(1, round(self.batch_size / longest))))
 
     @property
     def algorithm_name(self) -> str:

@@ -37,7 +37,7 @@ def estimated_seconds(config: ControlConfig, policy: ActorCritic, make_scratch_e
         envs.close()
     per_minibatch = minibatch_seconds(policy, observations, config)
     iterations = config.total_steps // config.steps_per_iteration
-    minibatches = max(1, round(config.steps_per_iteration / config.algorithm.batch_size))
+    minibatches = config.minibatches_per_epoch
     return iterations * (
         config.rollout_length * per_vector_step + config.algorithm.n_epochs * minibatches * per_minibatch
     )
