@@ -112,6 +112,11 @@ def clone_with(
             f"memory is {config.network.memory!r}; a policy that remembers cannot be cloned here, for its steps would "
             "have to be learned from along whole episodes. Leave it out: --memory none."
         )
+    if config.network.distribution == "gsde":
+        raise UserError(
+            "distribution is 'gsde', whose noise is steady over steps in a row; what was demonstrated does not tell it "
+            "apart. Clone with --distribution gaussian."
+        )
     config = with_environments_chosen(replace(config, threads=config.threads or 1), factory)
     with enough_memory(config), training_device(config):
         env = make_for(config, factory)

@@ -296,3 +296,9 @@ def test_another_mask_is_another_space():
     assert plain != PackedObservations(NESTED, (2,))
     assert plain != NESTED
     assert PackedObservations(NESTED, (3,)) != PackedObservations(NESTED, (2,))
+
+
+@pytest.mark.parametrize("space", [spaces.Dict({}), spaces.Tuple([])])
+def test_actions_of_nothing_are_refused(space):
+    with pytest.raises(UserError, match=r"action_space is .*holds no numbers"):
+        PackedActions(space)

@@ -231,6 +231,7 @@ def test_images_are_cloned_too() -> None:
         (dict(hold_ot=0.1), "there is no setting 'hold_ot'"),
         (dict(hidden_sizes=(0,)), "hidden_sizes"),
         (dict(memory="gru"), "cannot be cloned here.*--memory none"),
+        (dict(distribution="gsde"), "Clone with --distribution gaussian"),
     ],
 )
 def test_impossible_settings(balance: Path, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
@@ -281,6 +282,19 @@ def test_any_control_run_may_be_begun_from(tmp_path: Path) -> None:
     )
     for weight, other in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
         torch.testing.assert_close(weight, other, atol=1e-6, rtol=0)
+
+
+def test_a_run_that_explores_begins_from_one_that_does_not_and_the_other_way_round(tmp_path: Path) -> None:
+    """All but the intrinsic critic is taken over."""
+    small: dict[str, Any] = dict(total_steps=1024, n_envs=4, rollout_length=32, batch_size=64, quiet=True)
+    explores = small | {"exploration": "rnd", "warmup_rollouts": 7, "learning_rate": 1e-9}
+    plain = proximo.train("CartPole-v1", run_dir=tmp_path / "plain", **small)
+    exploring = proximo.train("CartPole-v1", run_dir=tmp_path / "exploring", init_from=plain, **explores)
+    assert exploring.policy.intrinsic_critic is not None
+    for name, weight in plain.policy.named_parameters():
+        torch.testing.assert_close(exploring.policy.get_parameter(name), weight, atol=1e-6, rtol=0)
+    back = proximo.train("CartPole-v1", run_dir=tmp_path / "back", init_from=exploring, learning_rate=1e-9, **small)
+    torch.testing.assert_close(back.policy.actor[0].weight, plain.policy.actor[0].weight, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(

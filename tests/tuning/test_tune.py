@@ -207,6 +207,7 @@ def test_a_search_that_was_stopped_goes_on(tmp_path, number, capsys):
         (("--steps", "1024", "--total-steps", "2048"), "mean the same"),
         (("--steps", "10"), "one iteration alone takes 256"),
         (("--device", "moon"), "device is 'moon'"),
+        (("--init-from", "nope"), "begins each trial from nothing"),
     ],
 )
 def test_bad_input_ends_in_one_message(tmp_path, capsys, words, said):

@@ -239,7 +239,9 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {files.reason(error)}.") from error
     except Exception as error:  # a damaged archive raises errors of many kinds, and none is our mistake
-        if "pickle" in str(error):
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+        if "pickle" in str(error) and is_archive:
             raise UserError(
                 f"{path} holds Python objects (pickles), which may run code and are never opened. Save plain arrays "
                 "of numbers with np.savez: one row for each step, not a list of episodes of several lengths."

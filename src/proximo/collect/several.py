@@ -47,16 +47,18 @@ def refuse_several(env: Any, env_id: str) -> None:
     kind = kind_of(env)
     if kind == "parallel":
         raise SeveralAgentsError(
-            f"{env_id} is an environment of several agents (PettingZoo's ParallelEnv), and this is for one agent. "
-            "proximo train learns it, from a class or a function that makes it; "
+            f"{env_id} is an environment of several agents (PettingZoo's ParallelEnv), and this is for "
+            "single agents: proximo train learns it, from a class or a function that makes it, and resume, evaluate "
+            "and watch know such runs; "
             "pettingzoo.test.parallel_api_test(env) checks it.",
             env,
             kind,
         )
     if kind == "turns":
         raise SeveralAgentsError(
-            f"{env_id} is an environment in which agents take turns (PettingZoo's AECEnv), and this is for one agent. "
-            "proximo train learns it by self-play; pettingzoo.test.api_test(env) checks it.",
+            f"{env_id} is an environment in which agents take turns (PettingZoo's AECEnv), and this is "
+            "for single agents: proximo train learns it by self-play, and resume, evaluate and watch know such runs; "
+            "pettingzoo.test.api_test(env) checks it.",
             env,
             kind,
         )

@@ -341,6 +341,7 @@ def _part(
             f"distribution is {kind!r}, which lies between bounds, but {name} is unbounded: {space}"
             f"{'' if rescale else ' (and rescale_actions is off)'}. Give its space bounds, or use gaussian."
         )
-    offset = np.where(bounded, (high + low) / 2.0, 0.0)
-    scale = np.where(bounded, np.maximum((high - low) / 2.0, 1e-8), 1.0)
+    lowest, highest = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+    offset = (highest + lowest) / 2.0
+    scale = np.maximum((highest - lowest) / 2.0, 1e-8)
     return _Numbers(name, kind, offset, scale, low, high, bounded, has_own_std and kind != "beta", log_std_init)

@@ -434,6 +434,10 @@ class PackedActions(spaces.Box):
         """
         self.source = source
         self.leaves = tuple(leaves(source, "action"))
+        if not self.leaves:
+            raise UserError(
+                f"action_space is {source}: it holds no numbers. Let it have at least one choice or number."
+            )
         sizes = [math.prod(leaf.space.shape or ()) for leaf in self.leaves]
         self._places = [0, *np.cumsum(sizes).tolist()]
         super().__init__(-np.inf, np.inf, (self._places[-1],), np.float64)

@@ -12,6 +12,8 @@ from proximo.runs.directory import open_run, read_config
 from proximo.training.config import ControlConfig, settings_of
 from proximo.training.control import load_policy
 
+_INTRINSIC = "intrinsic_critic."
+
 _ONLY_AT_FIRST = ("orthogonal_init", "precision")
 """Settings of networks under which the same weights do the same."""
 
@@ -21,6 +23,8 @@ def begin_from(config: ControlConfig, policy: ActorCritic) -> str:
 
     `init_from` is a run, for its newest checkpoint, or one of its checkpoints: RUN/checkpoints/best.
 
+    The critic of an intrinsic reward is not taken over: what is new for this run was not for that one.
+
     Raises:
         UserError: if there is no such run, or its policy has other spaces or networks than this run's.
     """
@@ -28,8 +32,13 @@ def begin_from(config: ControlConfig, policy: ActorCritic) -> str:
     checkpoint = _found(config.init_from)
     theirs = load_policy(checkpoint)
     _check_fit(config, policy, theirs)
-    policy.load_state_dict(theirs.state_dict())
+    kept = {name: tensor for name, tensor in theirs.state_dict().items() if not name.startswith(_INTRINSIC)}
+    policy.load_state_dict(
+        {name: tensor for name, tensor in policy.state_dict().items() if name.startswith(_INTRINSIC)} | kept
+    )
     said = f"begins from the policy of {checkpoint.path}"
+    if policy.intrinsic_critic is not None:
+        said += " (with an intrinsic critic of its own)"
     if checkpoint.skipped:
         said += f" (damaged and passed over: {'; '.join(checkpoint.skipped)})"
     described = checkpoint.state.get("settings")
@@ -44,6 +53,10 @@ def _found(place: str) -> Checkpoint:
     run = open_run(path)
     if "stage" in read_config(run):
         raise UserError(f"init_from is {place}, which is a language run; a policy for environments is needed.")
+    if "agents" in read_config(run):
+        raise UserError(
+            f"init_from is {place}, which is a run of several agents; a run of a single agent cannot begin from it."
+        )
     if names.is_name(path.name) or path.name in (names.LATEST, names.BEST):
         return named_checkpoint(run.checkpoints, path.name)
     return newest_checkpoint(run.checkpoints)

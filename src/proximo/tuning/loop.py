@@ -147,6 +147,11 @@ def tune_with(
 
 def _of_a_trial(base: ControlConfig, tuning: TuneConfig, fixed: Collection[str]) -> ControlConfig:
     """The settings that every trial begins with."""
+    if base.init_from is not None:
+        raise UserError(
+            f"init_from is {base.init_from}, but a search begins each trial from nothing: its networks are part of "
+            "what is searched. Leave it out, and give it to proximo train with the best.toml that comes of this."
+        )
     in_range("seed", base.seed, at_least=0, at_most=HIGHEST_SEED - tuning.seeds, whole=True, usual="0")
     if tuning.steps is None:
         return base
