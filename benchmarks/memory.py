@@ -61,7 +61,7 @@ def main() -> None:
         for task in arguments.only:
             for seed in range(SEEDS):
                 for variant in VARIANTS:
-                    if not read_rows(RESULTS, task=task, variant=variant, seed=seed, kind="run"):
+                    if not read_rows(RESULTS, kind="run", task=task, variant=variant, seed=seed):
                         run_one(task, variant, seed)
     write_page()
 
