@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 import proximo
 from proximo.collect.envs import EnvironmentFault
+from proximo.errors import UserError
 
 
 class Matching(gym.Env):
@@ -230,3 +231,11 @@ def test_masks_are_refused_where_nobody_would_look_at_them():
     for vectorization in ("native", "envpool", "device"):
         with pytest.raises(proximo.UserError, match="action_mask is 'info', but a"):
             proximo.train("CartPole-v1", action_mask="info", vectorization=vectorization)
+
+
+@pytest.mark.parametrize("kind", ["squashed_gaussian", "beta", "gsde"])
+def test_a_distribution_of_continuous_actions_is_refused_where_there_are_none(tmp_path: Path, kind: str):
+    """It would have no effect, and stand in the run's settings as if it had."""
+    with pytest.raises(UserError, match=r"is for continuous actions, and the action space is Discrete\(3\)"):
+        proximo.train(Room, total_steps=512, run_dir=tmp_path / "run", distribution=kind, **SETTINGS)
+    assert not (tmp_path / "run").exists()

@@ -198,7 +198,9 @@ def _import_file(path: Path) -> Any:
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):
             raise
-        raise UserError(f"{path} could not be imported: {in_words(error)}") from error
+        extra = EXTRA_OF_MODULE.get((getattr(error, "name", None) or "").partition(".")[0])
+        mend = "" if extra is None else f'. Install it with: pip install -c constraints.txt -e ".[{extra}]"'
+        raise UserError(f"{path} could not be imported: {in_words(error)}{mend}") from error
     return module
 
 

@@ -215,6 +215,11 @@ class ActionHead:
         self.has_noise = kind == "gsde" and sum(self.log_stds) > 0
 
     @property
+    def has_numbers(self) -> bool:
+        """Whether a part of the actions is continuous."""
+        return any(isinstance(part, _Numbers) for part in self.parts)
+
+    @property
     def is_plain(self) -> bool:
         """Whether this is one choice, or numbers with one standard deviation for all states: what is written out."""
         part = self.parts[0]

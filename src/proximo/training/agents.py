@@ -341,13 +341,8 @@ def restore(config: AgentsConfig, checkpoint: Checkpoint, envs: ParallelEnvs) ->
             f"{checkpoint.path} was made with other agents, spaces or networks than this run's config.toml and "
             "environment have now. Bring them back to what they were, or begin a new run."
         )
-    try:
+    with control.must_fit(checkpoint):
         return _restored(checkpoint, envs, state)
-    except (KeyError, ValueError, RuntimeError, IndexError, TypeError, OverflowError, AttributeError) as error:
-        raise UserError(
-            f"{checkpoint.path} does not fit this run ({error}). Has its config.toml been changed (n_envs)? Bring it "
-            "back to what it was, or begin a new run."
-        ) from error
 
 
 def _restored(checkpoint: Checkpoint, envs: ParallelEnvs, state: AgentsState) -> tuple[AgentsState, list[int]]:

@@ -155,6 +155,27 @@ class ControlConfig:
         """Refuse impossible settings."""
         in_range("total_steps", self.total_steps, at_least=1, at_most=10**18, whole=True, usual="1000000")
         in_range("rollout_length", self.rollout_length, at_least=1, at_most=10**9, whole=True, usual="256")
+        in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="1")
+        in_range(
+            "checkpoint_every",
+            self.checkpoint_every,
+            optional=True,
+            at_least=1,
+            whole=True,
+            usual="a tenth of total_steps",
+        )
+        in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
+        in_range("keep_every", self.keep_every, optional=True, at_least=1, whole=True, usual="left out")
+        in_range("max_skipped_updates", self.max_skipped_updates, at_least=0, whole=True, usual="3")
+        in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
+        in_range("threads", self.threads, at_least=0, at_most=1024, whole=True, usual="0")
+        if isinstance(self.algorithm, PPO) and self.algorithm.gae_lambda_per_step is not None:
+            raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
+        self._check_sequences()
+        self._check_budget()
+
+    def _check_sequences(self) -> None:
+        """What a policy with memory learns from in one piece."""
         in_range(
             "sequence_length",
             self.sequence_length,
@@ -177,22 +198,9 @@ class ControlConfig:
                 f"{self.rollout_length}. Choose one that does, such as "
                 f"{max(n for n in range(1, self.piece_length) if self.rollout_length % n == 0)}."
             )
-        in_range("seed", self.seed, at_least=0, at_most=HIGHEST_SEED, whole=True, usual="1")
-        in_range(
-            "checkpoint_every",
-            self.checkpoint_every,
-            optional=True,
-            at_least=1,
-            whole=True,
-            usual="a tenth of total_steps",
-        )
-        in_range("keep_checkpoints", self.keep_checkpoints, at_least=1, whole=True, usual="3")
-        in_range("keep_every", self.keep_every, optional=True, at_least=1, whole=True, usual="left out")
-        in_range("max_skipped_updates", self.max_skipped_updates, at_least=0, whole=True, usual="3")
-        in_range("stop_at_return", self.stop_at_return, optional=True, usual="none at all")
-        in_range("threads", self.threads, at_least=0, at_most=1024, whole=True, usual="0")
-        if isinstance(self.algorithm, PPO) and self.algorithm.gae_lambda_per_step is not None:
-            raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
+
+    def _check_budget(self) -> None:
+        """Sizes that must hold each other: minibatch, rollout and run."""
         if self.batch_size > self.steps_per_iteration:
             raise UserError(
                 f"batch_size is {self.batch_size}, but a rollout has only {self.steps_per_iteration} steps "
@@ -207,7 +215,6 @@ class ControlConfig:
                 f"least {self.steps_per_iteration}, or rollout_length to at most "
                 f"{max(1, self.total_steps // self.environment.n_envs)}."
             )
-
         warming = self.intrinsic.warmup_rollouts if self.intrinsic.explores else 0
         if self.total_steps < (warming + 1) * self.steps_per_iteration:
             raise UserError(

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -101,11 +102,17 @@ def first_policy(config: ControlConfig, observations: spaces.Space, actions: spa
     """The policy that a run begins with, on the CPU.
 
     Raises:
-        UserError: if a space is of a kind that is not supported.
+        UserError: if a space is of a kind that is not supported, or the distribution is not for such actions.
     """
     weights, _, _ = _seeds(config)
     generator, has_more = torch.Generator().manual_seed(int(weights)), config.intrinsic.explores
-    return ActorCritic(observations, actions, config.network, generator, has_intrinsic_critic=has_more)
+    policy = ActorCritic(observations, actions, config.network, generator, has_intrinsic_critic=has_more)
+    if config.network.distribution != "gaussian" and not policy.head.has_numbers:
+        raise UserError(
+            f"distribution is {config.network.distribution!r}, which is for continuous actions, and the action space "
+            f"is {actions}. Leave it out."
+        )
+    return policy
 
 
 def _seeds(config: ControlConfig) -> np.ndarray:
@@ -253,8 +260,19 @@ def restore(config: ControlConfig, checkpoint: Checkpoint, envs: Envs) -> tuple[
             f"{checkpoint.path} was made with other spaces or another network than this run's config.toml and "
             "environment have now. Bring them back to what they were, or begin a new run."
         )
-    try:
+    with must_fit(checkpoint):
         return _restored(checkpoint, envs, state)
+
+
+@contextmanager
+def must_fit(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say in words that what is in a checkpoint is not what this run has.
+
+    Raises:
+        UserError: where taking it over raises.
+    """
+    try:
+        yield
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError, OverflowError, AttributeError) as error:
         raise UserError(
             f"{checkpoint.path} does not fit this run ({error}). Has its config.toml been changed (n_envs)? Bring it "
