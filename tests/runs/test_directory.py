@@ -7,6 +7,7 @@ import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -209,6 +210,12 @@ def test_a_missing_path_gets_the_nearest_names():
         assert str(caught.value).splitlines()[1].strip() == right
     with pytest.raises(UserError, match=r"The newest runs are:\n  runs/"):
         open_run("/qqqq/zzzz")
+
+
+@pytest.mark.parametrize("path", [3, None, ["runs"]])
+def test_what_is_no_path_at_all_is_said_to_be_none(path: Any):
+    with pytest.raises(UserError, match=r"A path is a string or a pathlib.Path, not .*, of type \w+\."):
+        open_run(path)
 
 
 def test_a_missing_path_where_there_are_no_runs_says_so():

@@ -55,7 +55,6 @@ CHANGED: dict[str, Any] = dict(
     clip_observation=5.5,
     normalize_rewards=True,
     clip_reward=4.5,
-    exploration="rnd",
     intrinsic_coef=0.5,
     extrinsic_coef=3.0,
     intrinsic_gamma=0.9,
@@ -139,7 +138,7 @@ class TestNames:
 
     def test_all_of_them_are_looked_at_here(self):
         # A new setting belongs into CHANGED; some do not go with others there, and one is for language alone.
-        elsewhere = {"algorithm", "update_path", "gae_lambda_per_step", "sign_rewards", "episodic_life"}
+        elsewhere = {"algorithm", "update_path", "gae_lambda_per_step", "sign_rewards", "episodic_life", "exploration"}
         assert set(settings_of(ControlConfig())) - elsewhere == set(CHANGED)
 
     @pytest.mark.parametrize("config", [ControlConfig(), change(**CHANGED)], ids=["default", "changed"])

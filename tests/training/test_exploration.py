@@ -177,6 +177,8 @@ def test_it_solves_what_ppo_with_an_entropy_bonus_does_not(tmp_path: Path):
             "update_path is 'fused', which knows nothing of exploration 'rnd'. Use auto or eager",
         ),
         ({"total_steps": 1024, "warmup_rollouts": 4}, "the 4 warmup_rollouts of exploration 'rnd' take 1024 steps"),
+        # With what cannot be, no budget would help: it is not asked for first.
+        ({"memory": "gru", "total_steps": 1024}, "which a policy with memory does not have yet"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words_and_leaves_nothing(tmp_path: Path, settings: dict[str, Any], said: str):

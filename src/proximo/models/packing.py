@@ -334,7 +334,10 @@ def checked_mask(action_mask: Any, options: Sequence[int], leading: tuple[int, .
         raise PackingError(f"there is no {MASK_KEY}; it must say of each of {n_options} options whether it is possible")
     flat = _whole_mask(action_mask, options, leading)
     if flat.shape != (*leading, n_options):
-        raise PackingError(f"the {MASK_KEY} has shape {flat.shape}, not one number for each of {n_options} options")
+        raise PackingError(
+            f"the {MASK_KEY} has shape {flat.shape}, not one number for each of {n_options} options (if it means "
+            "something else, train with --action-mask none)"
+        )
     allowed = flat != 0
     if flat.dtype.kind not in "biuf" or not (allowed == flat).all():
         raise PackingError(f"the {MASK_KEY} must hold True and False, or 1 and 0, not {flat.ravel()[:5].tolist()} ...")

@@ -23,7 +23,9 @@ _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP})
 
 
 def expanded(path: Path | str) -> Path:
-    """Return the path with `~` replaced. Raises UserError for a home or a name that no system has."""
+    """Return the path with `~` replaced. Raises UserError for what no path can be, or a home that nobody has."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"A path is a string or a pathlib.Path, not {path!r}, of type {type(path).__name__}.")
     if "\0" in str(path):
         raise UserError(f"The path {str(path)!r} holds a NUL character, which no name of a file can hold. Take it out.")
     try:

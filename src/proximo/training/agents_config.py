@@ -30,10 +30,10 @@ class AgentsConfig(ControlConfig):
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
+        _check_shared(self, "environments of several agents")
         super().__post_init__()
         one_of("agents", self.agents, typing.get_args(Sharing))
         one_of("critic", self.critic, ("own", "central"))
-        _check_shared(self, "environments of several agents")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class SelfPlayConfig(ControlConfig):
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
+        _check_shared(self, "games")
         super().__post_init__()
         in_range("snapshot_every", self.snapshot_every, at_least=1, whole=True, usual="5")
         in_range("latest_share", self.latest_share, at_least=0.0, at_most=1.0, usual="0.5")
         in_range("pool_size", self.pool_size, at_least=2, at_most=10_000, whole=True, usual="50")
         if self.environment.max_episode_steps is not None:
             raise UserError("max_episode_steps is not for games; leave it out, and let the game truncate itself.")
-        _check_shared(self, "games")
 
 
 SEVERAL = (AgentsConfig, SelfPlayConfig)

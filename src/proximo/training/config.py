@@ -172,7 +172,8 @@ class ControlConfig:
         if isinstance(self.algorithm, PPO) and self.algorithm.gae_lambda_per_step is not None:
             raise UserError("gae_lambda_per_step is for language models; leave it out, and set gae_lambda.")
         self._check_sequences()
-        self._check_budget()
+        self._check_exploration()
+        self._check_budget()  # last: with what cannot be, no budget would help
 
     def _check_sequences(self) -> None:
         """What a policy with memory learns from in one piece."""
@@ -197,6 +198,22 @@ class ControlConfig:
                 f"sequence_length is {self.sequence_length}, which does not divide rollout_length, "
                 f"{self.rollout_length}. Choose one that does, such as "
                 f"{max(n for n in range(1, self.piece_length) if self.rollout_length % n == 0)}."
+            )
+
+    def _check_exploration(self) -> None:
+        """Refuse runs in which nothing would read an intrinsic reward; the algorithm is looked at when one begins."""
+        if not self.intrinsic.explores:
+            return
+        said = f"exploration is '{self.intrinsic.exploration}'"
+        if self.network.memory != "none":
+            raise UserError(
+                f"{said}, which a policy with memory does not have yet (memory is '{self.network.memory}'). Use "
+                "--memory none, or --exploration none."
+            )
+        if self.environment.vectorization == "device":
+            raise UserError(
+                f"{said}, which environments on a device do not have here. Use --vectorization serial, workers or "
+                "native, or --exploration none."
             )
 
     def _check_budget(self) -> None:

@@ -72,27 +72,15 @@ class Explorer:
 
 
 def refuse_what_cannot_explore(config: ControlConfig) -> None:
-    """Refuse runs in which nothing would read an intrinsic reward.
+    """Refuse algorithms that would not read an intrinsic reward.
 
     Raises:
         UserError: naming the setting that does not fit, and how to mend it.
     """
-    if not config.intrinsic.explores:
-        return
-    if not isinstance(config.algorithm, PPO):
+    if config.intrinsic.explores and not isinstance(config.algorithm, PPO):
         raise UserError(
             f"exploration is '{config.intrinsic.exploration}', which is for PPO, and the algorithm is "
             f"{config.algorithm_name}. Use --algorithm ppo, or --exploration none."
-        )
-    if config.network.memory != "none":
-        raise UserError(
-            f"exploration is '{config.intrinsic.exploration}', which a policy with memory does not have yet (memory is "
-            f"'{config.network.memory}'). Use --memory none, or --exploration none."
-        )
-    if config.environment.vectorization == "device":
-        raise UserError(
-            f"exploration is '{config.intrinsic.exploration}', which environments on a device do not have here. Use "
-            "--vectorization serial, workers or native, or --exploration none."
         )
 
 
