@@ -120,7 +120,7 @@ def run_one(env_id: str, seed: int, runs: Path) -> None:
     from proximo.training.config import settings_of
 
     path = runs / f"{env_id}-seed{seed}"
-    if (path / "checkpoints" / "latest").exists():
+    if (path / "checkpoints" / "latest").exists() and has_preset(path, env_id):
         run = proximo.resume(path, quiet=True)
     else:
         if path.exists():
@@ -142,6 +142,15 @@ def run_one(env_id: str, seed: int, runs: Path) -> None:
     }
     RESULTS.parent.mkdir(exist_ok=True)
     add_row(RESULTS, row, "numpy", "gymnasium", *(["mujoco"] if env_id.endswith("-v5") else []))
+
+
+def has_preset(path: Path, env_id: str) -> bool:
+    """Whether an interrupted run has the settings of the preset as it is now."""
+    from proximo.presets import PRESETS
+    from proximo.runs.directory import RunDirectory, read_config
+
+    had, wanted = read_config(RunDirectory(path)), json.loads(json.dumps(PRESETS[env_id].settings))
+    return all(had.get(name) == value for name, value in wanted.items())
 
 
 def write_page() -> None:
