@@ -89,7 +89,6 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "max_episode_steps": none_or(st.integers(1, 5)),
     "on_space_violation": st.sampled_from(["raise", "warn"]),
     "vectorization": st.sampled_from(["serial", "native", "device"]),
-    "n_workers": none_or(st.integers(1, 4)),
     "action_mask": st.sampled_from(["auto", "none"]),
     "state_dependent_std": st.booleans(),
     "sde_sample_freq": st.sampled_from([-1, 1, 7]),
@@ -140,7 +139,7 @@ FREE: dict[str, st.SearchStrategy[Any]] = {
     "debug": st.booleans(),
 }
 ELSEWHERE = {"env_id", "env_kwargs", "n_envs", "rollout_length", "total_steps", "batch_size", "device", "threads"}
-ELSEWHERE |= {"on_environment_fault"}  # goes with some vectorizations alone: tests/collect/test_restarts.py
+ELSEWHERE |= {"on_environment_fault", "n_workers"}  # for some vectorizations alone: tests/collect/test_restarts.py
 ELSEWHERE |= {"precision", "episodic_life"}  # for pictures and games: tests/models/test_encoders.py, test_atari.py
 ELSEWHERE |= {"distribution"}  # some need bounds, or do not go with the spread: tests/models/test_actions.py
 ELSEWHERE |= {"algorithm"}  # has other settings: tests/training/test_family.py

@@ -178,6 +178,11 @@ class TestVectorization:
     def test_environments_that_may_be_restarted_are_not(self):
         assert self.chosen(env_id="CartPole-v1", n_envs=64, on_environment_fault="restart") == "serial"
 
+    def test_who_says_how_many_workers_gets_them(self):
+        assert self.chosen(env_id="CartPole-v1", n_envs=64, n_workers=2) == "workers"
+        with pytest.raises(UserError, match="n_workers is 2, which is for --vectorization workers, and this is native"):
+            config(env_id="CartPole-v1", n_workers=2, vectorization="native")
+
     @pytest.mark.parametrize("kind", ["serial", "workers", "native"])
     def test_what_is_asked_for_is_kept(self, kind):
         assert self.chosen(env_id="CartPole-v1", n_envs=64, vectorization=kind) == kind

@@ -219,9 +219,7 @@ def test_masks_that_are_not_wanted_are_not_looked_at(tmp_path: Path):
 @pytest.mark.parametrize("vectorization", ["serial", "workers"])
 def test_worker_processes_hand_over_the_same_rows(tmp_path: Path, vectorization: str):
     settings = SETTINGS | {"n_envs": 2}
-    run = proximo.train(
-        Hybrid, total_steps=512, run_dir=tmp_path / "run", vectorization=vectorization, n_workers=2, **settings
-    )
+    run = proximo.train(Hybrid, total_steps=512, run_dir=tmp_path / "run", vectorization=vectorization, **settings)
     reference = proximo.train(Hybrid, total_steps=512, run_dir=tmp_path / "reference", **settings)
     one, other = (proximo.load(each).state_dict() for each in (run, reference))
     assert all(np.array_equal(one[name], other[name]) for name in one)

@@ -72,6 +72,8 @@ def _check_shared(config: ControlConfig, what: str) -> None:
     task = config.environment
     if task.vectorization not in ("auto", "serial"):
         raise UserError(f"vectorization is {task.vectorization!r}, but {what} are stepped serially. Leave it out.")
+    if task.n_workers is not None:
+        raise UserError(f"n_workers is {task.n_workers}, but {what} are stepped in this process. Leave it out.")
     if task.on_environment_fault != "raise":
         raise UserError(f"on_environment_fault is restart, but {what} are not made anew. Leave it out.")
     if config.network.memory != "none":

@@ -50,7 +50,8 @@ NATIVE_FROM = 8
 def with_environments_chosen(config: ControlConfig, factory: EnvFactory) -> ControlConfig:
     """Replace vectorization `auto`, action_mask `auto`, and what a policy with memory learns from in one piece.
 
-    Native where that is the same task and resumes as exactly, and for Atari's games, which gain most; else serial.
+    Workers where their number is given; native where that is the same task and resumes as exactly, and for Atari's
+    games, which gain most; else serial.
     Masks where the environment has them.
 
     Raises:
@@ -61,7 +62,8 @@ def with_environments_chosen(config: ControlConfig, factory: EnvFactory) -> Cont
         exact = task.n_envs >= NATIVE_FROM and comes_back_exactly(task.env_id)
         # Of a single step all may be resets.
         native = not task.restarts_allowed and config.rollout_length > 1 and (exact or is_atari(task.env_id))
-        task = replace(task, vectorization="native" if native else "serial")
+        chosen = "native" if native else "serial"
+        task = replace(task, vectorization=chosen if task.n_workers is None else "workers")
     if isinstance(config, SEVERAL):
         mask = action_mask_of(config, factory) if task.action_mask == "auto" else task.action_mask
         task = replace(task, action_mask=mask)

@@ -53,7 +53,7 @@ class EnvironmentConfig:
     """`serial`: in this process; `workers`: worker processes over shared memory, for environments slower than
     about 1 ms a step; `native`: the environment's own vector version; `envpool`: EnvPool's, in threads of C++;
     `device`: one that lives on --device; `auto`: native from 8 environments on where that is the same task and a run
-    can go on from it exactly, else serial."""
+    can go on from it exactly, workers where n_workers is given, else serial."""
     n_workers: int | None = None
     """Worker processes; by default one per CPU core, at most n_envs."""
     episodic_life: bool = False
@@ -91,6 +91,11 @@ class EnvironmentConfig:
         one_of("on_environment_fault", self.on_environment_fault, ("raise", "restart"))
         in_range("max_restarts", self.max_restarts, at_least=1, whole=True, usual="20")
         in_range("step_timeout", self.step_timeout, above=0.0, at_most=86_400.0, usual="60")
+        if self.n_workers is not None and self.vectorization not in ("auto", "workers"):
+            raise UserError(
+                f"n_workers is {self.n_workers}, which is for --vectorization workers, and this is "
+                f"{self.vectorization}. Leave one of them out."
+            )
         if self.episodic_life and not (is_atari(self.env_id) and self.vectorization in ("auto", "native")):
             raise UserError(
                 f"episodic_life is on, which is for games ALE/... with --vectorization native; this is {self.env_id} "
