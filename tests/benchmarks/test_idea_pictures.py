@@ -119,6 +119,18 @@ def test_what_is_written_down_was_measured_on_this_very_chain() -> None:
             assert abs(mean - exact[name]) < 5 * error + 1e-9, (row["critic"], row["gae_lambda"], name)
 
 
+def test_the_page_names_the_lambdas_that_are_best() -> None:
+    """docs/how-ppo-works.md, "What lambda trades": one advantage and means of 16 and 256, of the poor critic."""
+    grid = np.linspace(0, 1, 101)
+    found = [idea_pictures.exact_summary(chains.exact_moments(CHAIN, CRITICS[-1], each), TRUTH) for each in grid]
+    best = {
+        n: grid[np.argmin([one["bias_squared_between_actions"] + one["variance"] / n for one in found])]
+        for n in (1, 16, 256)
+    }
+    assert best == pytest.approx({1: 0.54, 16: 0.81, 256: 0.96})
+    assert grid[np.argmin([one["mean_squared_error"] for one in found])] == pytest.approx(0.56)
+
+
 def test_objectives_that_are_drawn_are_those_by_hand() -> None:
     ratios = np.array([0.5, 1.0, 1.35])
     np.testing.assert_allclose(idea_pictures.objective(ratios, 1.0, 0.2), [0.5, 1.0, 1.2], rtol=1e-6)
