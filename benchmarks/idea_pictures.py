@@ -142,18 +142,20 @@ def table(rows: list[dict]) -> list[str]:
     ]
     for critic in CRITICS:
         for row in sorted((row for row in rows if row["critic"] == critic), key=lambda row: row["gae_lambda"]):
-            if row["gae_lambda"] not in (0.0, 0.5, 0.8, 0.9, 0.95, 1.0):
+            if row["gae_lambda"] not in ((0.0, 0.5, 0.8, 0.9, 0.95, 1.0) if critic == "poor" else (0.0, 0.95, 1.0)):
                 continue
             cells = [with_error(row[name]) for name in ("bias_squared", "bias_squared_between_actions", "variance")]
-            cells += [with_error(row["mean_squared_error"]), f"{error_of_mean(row, 256):.5f}"]
+            cells += [with_error(row["mean_squared_error"]), f"{1000.0 * error_of_mean(row, 256):.2f}"]
             lines.append(f"| {critic} | {row['gae_lambda']:g} | " + " | ".join(cells) + " |")
     n = rows[0]["n_episodes_per_pair"]
-    lines += ["", f"{n:,} episodes from each of 18 pairs of state and action, seed {SEED}; ± is one standard error."]
+    words = "In thousandths; a return is 1 at most. ± is one standard error. "
+    lines += ["", f"{words}{n:,} episodes from each of 18 pairs of state and action, seed {SEED}."]
     return lines
 
 
 def with_error(found: list[float]) -> str:
-    return f"{abs(found[0]) if abs(found[0]) < 5e-6 else found[0]:.5f} ± {found[1]:.5f}"
+    mean, error = (1000.0 * number for number in found)
+    return f"{0.0 if abs(mean) < 0.005 else mean:.2f} ± {error:.2f}"
 
 
 def error_of_mean(row: dict, n: int) -> float:

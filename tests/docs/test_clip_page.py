@@ -15,7 +15,7 @@ from torch import Tensor
 from proximo.core.distributions import Categorical
 from proximo.core.losses import clipped_surrogate, clipped_value
 from proximo.core.masked import whiten
-from tests.docs.browser import headless
+from tests.browser import opened
 
 PAGE = Path(__file__).parents[2] / "docs" / "explore" / "clip.html"
 ALL = torch.ones(1, 1, dtype=torch.bool)
@@ -23,7 +23,7 @@ ALL = torch.ones(1, 1, dtype=torch.bool)
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with headless() as found:
+    with opened() as found:
         yield found
 
 
@@ -173,7 +173,7 @@ def test_sliders_obey_the_keyboard_and_the_words_follow(page: Any) -> None:
     assert page.inner_text("#read-slope") == "0"
     page.focus("#advantage")
     page.keyboard.press("Home")
-    assert page.inner_text("#advantage-out") == "\N{MINUS SIGN}2"
+    assert page.inner_text("#advantage-out") == "\N{MINUS SIGN}1.5"
 
 
 def test_the_point_the_band_and_the_advantage_are_dragged(page: Any) -> None:
@@ -196,7 +196,37 @@ def test_the_point_the_band_and_the_advantage_are_dragged(page: Any) -> None:
     assert page.inner_text("#ratio-out") == "0.5"
 
 
-def test_on_a_phone_it_fits_and_is_moved_by_touch(browser: Any) -> None:
+def drag_by_touch(page: Any, begin: tuple[float, float], end: tuple[float, float]) -> list[float]:
+    """Drag from one place of the plot (ratio, objective) to another; return the state, and if the page scrolled."""
+    page.evaluate("document.getElementById('objective').scrollIntoView({ block: 'center' })")
+    x0, y0, x1, y1 = page.evaluate(
+        """([a, b, c, d]) => { const box = byId("objective").getBoundingClientRect(), f = oneFrame;
+            return [box.left + f.toX(a), box.top + f.toY(b), box.left + f.toX(c), box.top + f.toY(d)]; }""",
+        [*begin, *end],
+    )
+    before = page.evaluate("scrollY")
+    touch = page.context.new_cdp_session(page)
+    touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [{"x": x0, "y": y0}]})
+    for part in range(1, 9):
+        point = {"x": x0 + (x1 - x0) * part / 8, "y": y0 + (y1 - y0) * part / 8}
+        touch.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.wait_for_timeout(100)
+    return page.evaluate("before => [one.ratio, one.epsilon, one.advantage, scrollY !== before]", before)
+
+
+def test_a_finger_moves_the_handles_and_else_scrolls_the_page(browser: Any) -> None:
+    context = browser.new_context(viewport={"width": 375, "height": 700}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(PAGE.as_uri())
+    assert drag_by_touch(page, (1.35, 1.2), (0.4, 1.2)) == [0.4, 0.2, 1, False]
+    assert drag_by_touch(page, (1.2, -2.0), (1.5, -2.0)) == [0.4, 0.5, 1, False]
+    assert drag_by_touch(page, (1.0, 1.0), (1.0, -1.2)) == [0.4, 0.5, -1.2, False]
+    assert drag_by_touch(page, (2.0, -1.0), (2.0, 2.8)) == [0.4, 0.5, -1.2, True]
+    context.close()
+
+
+def test_on_a_phone_it_fits_and_is_tapped(browser: Any) -> None:
     context = browser.new_context(viewport={"width": 375, "height": 800}, has_touch=True, is_mobile=True)
     page = context.new_page()
     page.goto(PAGE.as_uri())
