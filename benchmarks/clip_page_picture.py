@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import FloatRect, sync_playwright
 
     executable = sys.argv[1] if len(sys.argv) > 1 else shutil.which("chromium")
     with sync_playwright() as playwright:
@@ -23,7 +23,7 @@ def main() -> None:
         page.locator("#one-says", has_text="wrong way").wait_for()
         box = page.locator(".columns").first.bounding_box()
         assert box is not None
-        around = {"x": box["x"] - 14, "y": box["y"] - 10, "width": box["width"] + 28, "height": box["height"] + 20}
+        around = FloatRect(x=box["x"] - 14, y=box["y"] - 10, width=box["width"] + 28, height=box["height"] + 20)
         page.screenshot(path=DOCS / "pictures" / "clip_page.png", clip=around, full_page=True)
         browser.close()
 

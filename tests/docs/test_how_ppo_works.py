@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "how-ppo-works.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)
-EXCERPTS = re.findall(r"^<!-- code: (\S+) (\S+) -->\n```python\n(.*?)^```$", TEXT, re.M | re.S)
+EXCERPTS = re.findall(r"^From \[`(\S+)`\]\(\.\./src/proximo/(\S+)\):\n\n```python\n(.*?)^```$", TEXT, re.M | re.S)
 PROMISES = re.compile(r"# -> (.*)$", re.M)
 
 
@@ -64,8 +64,8 @@ def test_a_page_that_says_otherwise_fails(line: str) -> None:
     assert len(broken_promises([line])) == 1
 
 
-@pytest.mark.parametrize(("file", "function", "code"), EXCERPTS)
-def test_code_on_the_page_is_the_source_s(file: str, function: str, code: str) -> None:
+@pytest.mark.parametrize(("function", "file", "code"), EXCERPTS)
+def test_code_on_the_page_is_the_source_s(function: str, file: str, code: str) -> None:
     module = importlib.import_module("proximo." + file.removesuffix(".py").replace("/", "."))
     source = textwrap.dedent(inspect.getsource(functools.reduce(getattr, function.split("."), module)))
     lines = [line.strip() for line in source.splitlines()]
@@ -75,7 +75,7 @@ def test_code_on_the_page_is_the_source_s(file: str, function: str, code: str) -
 
 
 def test_every_excerpt_is_found_by_this_test() -> None:
-    assert len(EXCERPTS) == TEXT.count("<!-- code:") >= 6
+    assert len(EXCERPTS) == len(re.findall(r"^From \[", TEXT, re.M)) >= 8
 
 
 def test_functions_that_are_linked_are_in_the_file_that_is_linked() -> None:
@@ -87,7 +87,7 @@ def test_functions_that_are_linked_are_in_the_file_that_is_linked() -> None:
             re.findall(r"`(\w+)`", row[0]), re.findall(r"\((?:\.\./)(src/[^)]+)\)", row[1]), strict=False
         )
     ]
-    assert len(links) > 25
+    assert len(links) > 30
     missing = [link for link in links if not re.search(rf"(def|class) {link[0]}\b", (ROOT / link[1]).read_text())]
     assert missing == []
 
