@@ -112,6 +112,11 @@ def check_settings(text: str) -> None:
     raise SnippetError("these are settings of no command:\n" + "\n".join(refused))
 
 
+TRAINING = ("train", "resume", "align", "sft", "reward", "dpo")
+
+MADE: list[Path] = []
+"""The runs that commands of the page have made."""
+
 # --- commands -----------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +152,8 @@ def call(words: list[str]) -> None:
     except SystemExit as ended:
         if ended.code not in (0, None):
             raise SnippetError(f"proximo {' '.join(words)} ended with code {ended.code}") from None
+    if name in TRAINING:
+        MADE.append(newest(Path("runs")))
 
 
 def is_help(words: list[str]) -> bool:
@@ -175,7 +182,7 @@ def settings_of(words: list[str]) -> dict[str, Any]:
 def real(word: str) -> str:
     """What stands for a placeholder."""
     if word in RUN_PLACEHOLDERS:
-        return str(newest(Path("runs")))
+        return str(MADE[-1] if MADE else newest(Path("runs")))
     if word.endswith("/..."):
         return str(newest(Path(word.removesuffix("/..."))))
     return PLACEHOLDERS.get(word, word)

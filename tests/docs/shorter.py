@@ -27,8 +27,7 @@ LIMITS: dict[str, dict[str, int]] = {
 """No setting of these commands, and of the functions of the same names, is larger here."""
 
 SPECIAL: list[tuple[str, dict[str, int]]] = [
-    (r"^train ALE/", {"total_steps": 1024}),
-    (r"^evaluate .*ALE-", {"episodes": 1}),
+    (r"^train mpe2", {"total_steps": 1024}),
     (r"^train .*--exploration rnd", {"total_steps": 6144}),  # what its warm-up takes, and an iteration
 ]
 """Limits for commands that are slower than others, or need more."""
@@ -40,6 +39,7 @@ NOT_RUN: list[tuple[str, str]] = [
     (r"^python3? benchmarks/", "a benchmark, which has a machine to itself; that it is there is checked"),
     (r"^python3? examples/", "the tests of the examples run it, small; that it is there is checked"),
     (r"^proximo demo align", "minutes; tests/demo/test_align.py runs all of it, small"),
+    (r"^proximo (train|evaluate) .*ALE[/-]", "images take minutes on a CPU; tests/test_atari_runs.py trains on games"),
     (r"--device[ =]cuda", "needs a GPU; its settings are checked"),
     (r"DATASET_ID", "needs a data set that Minari has downloaded; its words are checked"),
     (r"--dashboard|--wandb|--trackio", "serves a page, or needs an account; its words are checked"),
@@ -48,7 +48,7 @@ NOT_RUN: list[tuple[str, str]] = [
 """Commands that are only looked at, and why."""
 
 RUN_PLACEHOLDERS = {"RUN", "RUN1", "RUN_1"}
-"""The run that was made last."""
+"""The run that a command of the page has made last."""
 
 PLACEHOLDERS = {"MODEL": "model", "ENV": "CartPole-v1"}
 
