@@ -95,6 +95,7 @@ ALLOWED: dict[Use, str] = {
     Use(
         "converting/reading.py", "_yaml", "yaml.SafeLoader"
     ): "plain values alone, their number bounded before any is made",
+    Use("converting/reading.py", "_yaml", "yaml.YAMLError"): "an exception, which is caught",
     Use("collect/worker_process.py", "find_spec", FILE): "the file that the parent process has imported already",
     Use("collect/worker_process.py", "make", "cloudpickle.dumps"): OWN_WORKERS,
     Use("collect/worker_process.py", "pack", "cloudpickle.dumps"): OWN_WORKERS,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_language import save_tiny
+from tests.tiny_language import save_tiny, save_tiny_scalar
 
 WORDS = ("cat", "dog", "bird", "fish", "tree", "house", "sun", "moon")
 
@@ -27,3 +28,18 @@ def write_language() -> None:
 
 def write(path: str, rows: list[dict[str, Any]]) -> None:
     Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def _write_ppo(folder: Path) -> None:
+    import proximo
+
+    sizes = dict(n_iterations=2, prompts_per_iteration=4, batch_size=4, max_new_tokens=32, n_samples=1)
+    proximo.align("model", "my_reward.py:score", "prompts.jsonl", run_dir=folder, quiet=True, **sizes)
+
+
+LANGUAGE_RUNS: dict[str, Callable[[Path], Any]] = {
+    "sft": lambda folder: save_tiny(folder, chat=True),
+    "rm": lambda folder: save_tiny_scalar(folder, chat=True),
+    "ppo": _write_ppo,
+}
+"""Results of earlier stages, made where a page names one that none of its commands makes."""

@@ -19,7 +19,7 @@ _FENCE = re.compile(
     r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[\w+-]*)[^\n]*\n(?P<text>.*?)^(?P=indent)(?P=ticks) *$", re.M | re.S
 )
 _MARK = re.compile(r"<!-- *not run: *(?P<reason>[^\n]*?) *-->\s*\Z")
-_FILE = re.compile(r"# (?P<name>[\w-]+\.(?:py|toml))\n")
+_FILE = re.compile(r"# (?P<name>[\w-]+\.(?:py|toml|ya?ml))\n")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Snippet:
     def file_name(self) -> str | None:
         """The file that a block is, where its first line is a comment that names one: `# my_reward.py`."""
         named = _FILE.match(self.text)
-        return named["name"] if named and self.language in ("python", "toml") else None
+        return named["name"] if named and self.language in ("python", "toml", "yaml") else None
 
 
 def page_name(path: Path) -> str:

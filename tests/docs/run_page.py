@@ -14,6 +14,7 @@ import os
 import re
 import runpy  # noqa: TID251  # scripts that a page runs: they are of this repository
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -40,7 +41,7 @@ def main(page: Path, folder: Path) -> None:
     sys.path.insert(0, "")
     shutil.copytree(ROOT / "examples", "examples", ignore=shutil.ignore_patterns("__pycache__"))
     text = "\n".join(snippet.text for snippet in snippets)
-    prepare(text, page.name)
+    prepare(text)
     shorten_functions()
     names: dict[str, Any] = {"__name__": "__main__"}
     for snippet in snippets:
@@ -54,6 +55,8 @@ def run_snippet(snippet: Snippet, names: dict[str, Any]) -> None:
         Path(snippet.file_name).write_text(snippet.text, encoding="utf-8")
     if snippet.language == "python":
         at(snippet, snippet.line, lambda: run_python(snippet, names))
+    elif snippet.language == "diff":
+        at(snippet, snippet.line, lambda: apply_to_copy(snippet.text))
     elif snippet.language == "toml":
         at(snippet, snippet.line, lambda: check_settings(snippet.text))
     elif snippet.language in ("json", "jsonl"):
@@ -83,6 +86,19 @@ def run_python(snippet: Snippet, names: dict[str, Any]) -> None:
     place = f"{snippet.page}:{snippet.line}"
     linecache.cache[place] = (len(snippet.text), None, snippet.text.splitlines(True), place)
     exec(compile(snippet.text, place, "exec"), names)  # noqa: S102  # a page of this repository
+
+
+CHANGED = Path("changed_source")
+"""A copy of the source that changes of the page are applied to; commands after them run with it."""
+
+
+def apply_to_copy(text: str) -> None:
+    """Change the copy of the source as a block says."""
+    if not CHANGED.exists():
+        shutil.copytree(ROOT / "src", CHANGED / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    words = ["git", "apply", "--verbose", "-"]
+    alone = {"GIT_CEILING_DIRECTORIES": str(Path.cwd().parent), "GIT_DIR": str(CHANGED.absolute() / "none")}
+    subprocess.run(words, input=text, text=True, cwd=CHANGED, check=True, env=os.environ | alone)
 
 
 def json_values(snippet: Snippet) -> list[str]:
@@ -134,7 +150,7 @@ def run_command(words: list[str]) -> None:
     elif words[0] == "proximo" and only_looked_at:
         look_at(words[1:])
     elif words[0] == "proximo":
-        call([real(word) for word in words[1:]])
+        call([each for word in words[1:] for each in real(word)])
     elif not only_looked_at:
         raise SnippetError(f"tests/docs/shorter.py does not say what to do with {told!r}")
 
@@ -147,13 +163,21 @@ def call(words: list[str]) -> None:
     if name == "align" and "--algorithm" not in words and "--config" not in words:
         flags.pop("responses_per_prompt", None)
     words = [*words, *(word for flag, most in flags.items() for word in (f"--{flag.replace('_', '-')}", str(most)))]
-    try:
-        cli.main(words)
-    except SystemExit as ended:
-        if ended.code not in (0, None):
-            raise SnippetError(f"proximo {' '.join(words)} ended with code {ended.code}") from None
-    if name in TRAINING:
-        MADE.append(newest(Path("runs")))
+    code: object = 0
+    if CHANGED.exists():
+        run = [sys.executable, "-m", "proximo", *words]
+        code = subprocess.run(
+            run, env=os.environ | {"PYTHONPATH": str(CHANGED.absolute() / "src")}, check=False
+        ).returncode
+    else:
+        try:
+            cli.main(words)
+        except SystemExit as ended:
+            code = ended.code or 0
+    if code != 0:
+        raise SnippetError(f"proximo {' '.join(words)} ended with code {code}")
+    if name in TRAINING and not is_help(words):
+        MADE.append(newest(Path()))
 
 
 def is_help(words: list[str]) -> bool:
@@ -179,13 +203,15 @@ def settings_of(words: list[str]) -> dict[str, Any]:
     return {name.removeprefix("--").replace("-", "_"): value for name, value in found.items()}
 
 
-def real(word: str) -> str:
-    """What stands for a placeholder."""
+def real(word: str) -> list[str]:
+    """What stands for a placeholder; a pattern as a shell would write it out."""
     if word in RUN_PLACEHOLDERS:
-        return str(MADE[-1] if MADE else newest(Path("runs")))
+        return [str(MADE[-1] if MADE else newest(Path("runs")))]
     if word.endswith("/..."):
-        return str(newest(Path(word.removesuffix("/..."))))
-    return PLACEHOLDERS.get(word, word)
+        return [str(newest(Path(word.removesuffix("/..."))))]
+    if "*" in word and (found := sorted(map(str, Path().glob(word)))):
+        return found
+    return [PLACEHOLDERS.get(word, word)]
 
 
 def newest(folder: Path) -> Path:
@@ -199,21 +225,23 @@ def newest(folder: Path) -> Path:
 # --- what a page takes for granted --------------------------------------------------------------------------------
 
 
-def prepare(text: str, page: str) -> None:
+def prepare(text: str) -> None:
     """Make what a page takes for granted: it is made only where its name occurs."""
     import proximo
     from tests.docs import given
 
-    if re.search(r"\bruns/pendulum\b", text):
-        proximo.train("Pendulum-v1", total_steps=4096, run_dir="runs/pendulum", quiet=True)
-    if re.search(r"\bruns/expert\b", text):
-        proximo.train("Pendulum-v1", total_steps=4096, run_dir="runs/expert", quiet=True)
+    made = set(re.findall(r"(?:--run-dir[ =]|run_dir=\")runs/([\w-]+)", text))
+    for name in sorted(set(re.findall(r"\bruns/([a-z][\w-]*)\b", text)) - made - set(given.LANGUAGE_RUNS)):
+        task = "Pendulum-v1" if name in ("pendulum", "expert") else "CartPole-v1"
+        proximo.train(task, total_steps=4096, run_dir=f"runs/{name}", quiet=True)
     is_first = re.search(r"^proximo train|proximo\.train\(", text, re.M) is None
     if is_first and re.search(r"runs/CartPole-v1/\.\.\.|\bRUN\b", text):
         proximo.train("CartPole-v1", total_steps=4096, quiet=True)
     if re.search(r"\bMODEL\b|\.jsonl|proximo\.(align|sft|dpo)|proximo (align|sft|dpo|chat)", text):
         given.write_language()
-    del page
+    for name, write in given.LANGUAGE_RUNS.items():
+        if re.search(rf"\bruns/{name}\b", text) and name not in made:
+            write(Path("runs", name))
 
 
 def shorten_functions() -> None:

@@ -38,6 +38,7 @@ NOT_RUN: list[tuple[str, str]] = [
     (r"^python3? -m (venv|pip) ", "installs"),
     (r"^python3? benchmarks/", "a benchmark, which has a machine to itself; that it is there is checked"),
     (r"^python3? examples/", "the tests of the examples run it, small; that it is there is checked"),
+    (r"^proximo doctor", "half a minute; tests/test_doctor.py runs it"),
     (r"^proximo demo align", "minutes; tests/demo/test_align.py runs all of it, small"),
     (r"^proximo (train|evaluate) .*ALE[/-]", "images take minutes on a CPU; tests/test_atari_runs.py trains on games"),
     (r"--device[ =]cuda", "needs a GPU; its settings are checked"),

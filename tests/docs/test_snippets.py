@@ -18,7 +18,7 @@ from tests.docs.shorter import limited, why_not_run
 
 RUNNER = Path(__file__).with_name("run_page.py")
 
-KNOWN_LANGUAGES = {*SHELL, "python", "toml", "json", "jsonl", "text", "yaml", "jinja"}
+KNOWN_LANGUAGES = {*SHELL, "python", "toml", "json", "jsonl", "text", "yaml", "jinja", "diff"}
 
 
 def has_something_to_run(page: Path) -> bool:
