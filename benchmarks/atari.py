@@ -93,7 +93,8 @@ def write_page() -> None:
     for row in rows:
         cells = (f"{row['env_steps']:,}", f"{row['seconds']:,}", row["in_training"], row["return_mean"])
         lines.append(f"| {row['game']} | {' | '.join(map(str, cells))} | {row['return_min']} |")
-    write_between("played", lines + (in_words(rows) if rows else []), "atari.md")
+    picture = ["", "![Returns of Pong and Breakout](pictures/atari.png)"]
+    write_between("played", lines + (in_words(rows) + picture if rows else []), "atari.md")
     if rows:
         draw(rows)
 

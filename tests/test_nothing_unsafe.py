@@ -92,6 +92,10 @@ ALLOWED: dict[Use, str] = {
     Use("collect/reward_process.py", "_import_module", MODULE): NAMED,
     Use("collect/reward_process.py", "_import_file", FILE): NAMED,
     Use("collect/reward_process.py", "_import_file", "exec_module"): NAMED,
+    Use(
+        "converting/reading.py", "_yaml", "yaml.SafeLoader"
+    ): "plain values alone, their number bounded before any is made",
+    Use("converting/reading.py", "_yaml", "yaml.YAMLError"): "an exception, which is caught",
     Use("collect/worker_process.py", "find_spec", FILE): "the file that the parent process has imported already",
     Use("collect/worker_process.py", "make", "cloudpickle.dumps"): OWN_WORKERS,
     Use("collect/worker_process.py", "pack", "cloudpickle.dumps"): OWN_WORKERS,

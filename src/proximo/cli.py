@@ -35,6 +35,7 @@ proximo trains policies with proximal policy optimization.
   proximo doctor            versions, cores, GPU, disk, extras, and how to mend what is missing
   proximo tune ENV          search for settings, with Optuna; the best ones as a file for train --config
   proximo presets           environments with tuned settings, their sources and measured scores
+  proximo convert FILE      settings of RL Zoo, SB3, CleanRL, TRL or OpenRLHF as a file for --config
 
   proximo demo align        a language model aligned from nothing, on a CPU, in minutes
   proximo sft               fine-tune a language model on texts or conversations
@@ -629,6 +630,12 @@ def _is_language_run(path: Path) -> bool:
     return "stage" in read_config(open_run(path))
 
 
+def _convert(words: list[str]) -> Outcome:
+    from proximo.cli_convert import convert_command
+
+    return convert_command(words)
+
+
 def _language(name: str, *first: str) -> Callable[[list[str]], Outcome]:
     """A command of cli_language, which is imported when it is called: it brings in transformers."""
 
@@ -669,6 +676,7 @@ COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "check-env": _check_env,
     "doctor": _doctor,
     "presets": _presets,
+    "convert": _convert,
     "clone": _clone,
     "record": _record,
     "sft": _language("stage_command", "sft"),

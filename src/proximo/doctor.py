@@ -144,6 +144,7 @@ EXTRAS = {
     ),
     "export": Extra(("onnx", "onnxscript", "onnxruntime"), "proximo export", _EXPORT),
     "tune": Extra(("optuna",), "proximo tune"),
+    "convert": Extra(("yaml",), "proximo convert, of files that are YAML"),
     "minari": Extra(("minari", "h5py", "pyarrow"), "proximo clone from Minari datasets", ""),
     "dev": Extra(
         ("pytest", "pytest_timeout", "hypothesis", "beartype", "ruff", "pyright", "importlinter", "pre_commit"),

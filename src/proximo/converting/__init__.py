@@ -1,0 +1,1 @@
+"""Settings of other libraries as ours: what `proximo convert` prints."""

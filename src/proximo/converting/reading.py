@@ -1,0 +1,167 @@
+"""Files of settings from strangers, read so that nothing in them is run or can fill the memory."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from proximo.errors import UserError, shown
+
+MOST_BYTES = 2_000_000
+MOST_VALUES = 50_000
+"""Values in a file, those that its aliases repeat counted each time."""
+
+YAML_EXTRA = "convert"
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The settings in a YAML or JSON file; keys become text.
+
+    Raises:
+        UserError: where the file cannot be read, is neither, or holds something else.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{path} is larger than {MOST_BYTES:,} bytes, which no file of settings is. Give that one.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8 ({error.reason}). It must be YAML or JSON.") from error
+    found = _json(path, text) if path.suffix.lower() == ".json" or text.lstrip()[:1] == "{" else _yaml(path, text)
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path} holds {shown(found)}, not settings by their names, such as `gamma: 0.99`.")
+    return {str(name): value for name, value in found.items()}
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if path.suffix.lower() != ".json":  # a flow mapping of YAML also begins with a brace
+            return _yaml(path, text)
+        raise UserError(f"{path} is no JSON: {error}.") from error
+
+
+def _yaml(path: Path, text: str) -> Any:
+    """What a YAML file holds: plain values alone, which aliases do not multiply beyond measure."""
+    try:
+        import yaml  # noqa: TID251  # other libraries keep settings in it; the safe loader makes plain values alone
+    except ImportError as error:
+        from proximo.doctor import install_command
+
+        raise UserError(f"{path} is YAML, which needs PyYAML: {install_command(YAML_EXTRA)}") from error
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_VALUES:
+            raise UserError(f"{path} comes to more than {MOST_VALUES:,} values, which no file of settings does.")
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"{path} is no YAML of plain values: {said}.") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply, or holds itself. Settings are a few levels deep.") from error
+    except (ValueError, OverflowError, TypeError) as error:  # a date that there is not, a key that is a list
+        raise UserError(f"{path} holds a value that cannot be read: {error}.") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Values under a node of YAML with all its aliases written out; one that holds itself goes on for ever."""
+    if id(node) not in known:
+        inside = node.value if isinstance(node.value, list) else []
+        parts = [part for each in inside for part in (each if isinstance(each, tuple) else (each,))]
+        known[id(node)] = MOST_VALUES  # what holds itself finds this
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+def number(name: str, value: Any) -> float:
+    """A number, also one that is written as text: YAML takes `3e-4` for a word.
+
+    Raises:
+        UserError: with the name and the value.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{name} is {shown(value)}; it must be a number.")
+    return found
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, also one that is written `1e6`."""
+    found = number(name, value)
+    if not found.is_integer():
+        raise UserError(f"{name} is {shown(value)}; it must be a whole number.")
+    return int(found)
+
+
+def truth(name: str, value: Any) -> bool:
+    """Yes or no."""
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise UserError(f"{name} is {shown(value)}; it must be true or false.")
+
+
+class Word(str):
+    """A name in an expression, such as `nn.ReLU`: nothing is looked up."""
+
+
+def expression(name: str, value: Any) -> dict[str, Any]:
+    """What RL Zoo's text such as "dict(log_std_init=-2, activation_fn=nn.ReLU)" says; no code in it is run.
+
+    Raises:
+        UserError: where there is more in it than names, numbers, texts, lists and dicts.
+    """
+    if isinstance(value, dict):
+        return {str(key): each for key, each in value.items()}
+    if not isinstance(value, str):
+        raise UserError(f'{name} is {shown(value)}; it must be a table, or a text such as "dict(ortho_init=False)".')
+    try:
+        found = _value(ast.parse(" ".join(value.split()), mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"{name} is {shown(value)}, which is more than names and plain values ({error}). Nothing of it was run. "
+            'It looks like "dict(net_arch=[64, 64], activation_fn=nn.ReLU)".'
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f'{name} is {shown(value)}; it must say names and values, such as "dict(ortho_init=False)".')
+    return found
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        inner = _value(node.operand)
+        if isinstance(inner, (int, float)):
+            return -inner if isinstance(node.op, ast.USub) else inner
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_value(each) for each in node.elts]
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [_value(key) for key in node.keys if key is not None]
+        return dict(zip(map(str, keys), map(_value, node.values), strict=True))
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return Word(ast.unparse(node))
+    is_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict"
+    if isinstance(node, ast.Call) and is_dict and not node.args and all(word.arg for word in node.keywords):
+        return {str(word.arg): _value(word.value) for word in node.keywords}
+    raise ValueError(f"{ast.unparse(node)[:80]!r} is none")

@@ -1,0 +1,428 @@
+"""Settings of other libraries as ours: entries worked out by hand, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from proximo.converting.convert import Converted, convert
+from proximo.converting.reading import expression
+from proximo.errors import UserError
+from proximo.language import config_of
+from proximo.training.config import ControlConfig, settings_of, with_settings
+from tests.commands import said_by
+
+ZOO = """\
+atari:
+  env_wrapper:
+    - stable_baselines3.common.atari_wrappers.AtariWrapper
+  frame_stack: 4
+  policy: 'CnnPolicy'
+  n_envs: 8
+  n_steps: 128
+  n_epochs: 4
+  batch_size: 256
+  n_timesteps: !!float 1e7
+  learning_rate: lin_2.5e-4
+  clip_range: lin_0.1
+  ent_coef: 0.01
+
+CartPole-v1:
+  n_envs: 8
+  n_timesteps: !!float 1e5
+  policy: 'MlpPolicy'
+  n_steps: 32
+  batch_size: 256
+  gae_lambda: 0.8
+  gamma: 0.98
+  n_epochs: 20
+  ent_coef: 0.0
+  learning_rate: lin_0.001
+  clip_range: lin_0.2
+
+HalfCheetah-v3:
+  normalize: true
+  n_timesteps: 1e6
+  policy: 'MlpPolicy'
+  batch_size: 64
+  n_steps: 512
+  gamma: 0.98
+  learning_rate: 2.0633e-05
+  ent_coef: 0.000401762
+  clip_range: 0.1
+  n_epochs: 20
+  gae_lambda: 0.92
+  max_grad_norm: 0.8
+  vf_coef: 0.58096
+  policy_kwargs: "dict(
+                    log_std_init=-2,
+                    ortho_init=False,
+                    activation_fn=nn.ReLU,
+                    net_arch=[dict(pi=[256, 256], vf=[256, 256])]
+                  )"
+
+Ant-v4: &shared
+  normalize: true
+  n_timesteps: !!float 1e6
+  policy: 'MlpPolicy'
+
+Swimmer-v4:
+  <<: *shared
+  gamma: 0.9999
+
+CarRacing-v3:
+  env_wrapper:
+    - rl_zoo3.wrappers.FrameSkip:
+        skip: 2
+  frame_stack: 2
+  normalize: "{'norm_obs': False, 'norm_reward': True}"
+  n_envs: 8
+  n_timesteps: !!float 4e6
+  policy: 'CnnPolicy'
+  batch_size: 128
+  n_steps: 512
+  learning_rate: lin_1e-4
+  use_sde: True
+  sde_sample_freq: 4
+  policy_kwargs: "dict(activation_fn=nn.GELU, net_arch=dict(pi=[256], vf=[128]))"
+
+MountainCarContinuous-v0:
+  n_envs: 1
+  n_timesteps: !!float 20000
+  n_steps: 8
+  batch_size: 256
+"""
+
+CARTPOLE = dict(
+    env_id="CartPole-v1",
+    total_steps=100_000,
+    n_envs=8,
+    rollout_length=32,
+    batch_size=256,
+    n_epochs=20,
+    learning_rate=0.001,
+    learning_rate_schedule="linear",
+    clip_epsilon=0.2,
+    clip_schedule="linear",
+    gamma=0.98,
+    gae_lambda=0.8,
+    entropy_coef=0.0,
+    value_coef=0.5,
+    max_grad_norm=0.5,
+    normalize_advantages=True,
+    value_clip_epsilon="none",
+    normalize_observations=False,
+    normalize_rewards=False,
+    hidden_sizes=[64, 64],
+    activation="tanh",
+    orthogonal_init=True,
+    log_std_init=0.0,
+    rescale_actions=False,
+    distribution="gaussian",
+)
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    (tmp_path / "ppo.yml").write_text(ZOO)
+    return tmp_path / "ppo.yml"
+
+
+def write(path: Path, values: object) -> Path:
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def round_trip(found: Converted) -> dict[str, object]:
+    """The printed file, taken by the command's own reader: what has become of every setting."""
+    settings = tomllib.loads(found.toml)
+    assert settings == found.settings
+    if found.command == "train":
+        return settings_of(with_settings(ControlConfig(), settings, where="test"))
+    return settings_of(config_of("align", settings, where="test"))
+
+
+class TestZoo:
+    def test_cartpole_has_every_setting_by_hand(self, zoo):
+        found = convert(zoo, "CartPole-v1")
+        assert (found.command, found.kind, found.unknown) == ("train", "sb3", [])
+        assert found.settings == CARTPOLE
+        assert "SB3's default" in found.because["value_coef"]
+        assert "gamma" not in found.because
+
+    def test_halfcheetah_takes_networks_and_normalizers(self, zoo):
+        found = convert(zoo, "HalfCheetah-v5")
+        ours = round_trip(found)
+        wanted = dict(
+            env_id="HalfCheetah-v5",
+            total_steps=1_000_000,
+            n_envs=1,
+            rollout_length=512,
+            batch_size=64,
+            n_epochs=20,
+            learning_rate=2.0633e-05,
+            learning_rate_schedule="constant",
+            clip_epsilon=0.1,
+            gamma=0.98,
+            gae_lambda=0.92,
+            entropy_coef=0.000401762,
+            value_coef=0.58096,
+            max_grad_norm=0.8,
+            hidden_sizes=[256, 256],
+            activation="relu",
+            orthogonal_init=False,
+            log_std_init=-2.0,
+            normalize_observations=True,
+            normalize_rewards=True,
+            rescale_actions=False,
+        )
+        assert {name: ours[name] for name in wanted} == wanted
+        assert any("no entry HalfCheetah-v5" in remark and "HalfCheetah-v3" in remark for remark in found.remarks)
+
+    @pytest.mark.parametrize("env", ["ALE/Pong-v5", "PongNoFrameskip-v4"])
+    def test_a_game_takes_the_atari_entry(self, zoo, env):
+        ours = round_trip(convert(zoo, env))
+        wanted = dict(env_id="ALE/Pong-v5", vectorization="native", episodic_life=True, sign_rewards=True)
+        wanted |= dict(total_steps=10_000_000, clip_epsilon=0.1, clip_schedule="linear", learning_rate=2.5e-4)
+        assert {name: ours[name] for name in wanted} == wanted
+
+    def test_a_merge_of_another_entry(self, zoo):
+        ours = convert(zoo, "Swimmer-v4").settings
+        assert (ours["gamma"], ours["normalize_rewards"], ours["rollout_length"]) == (0.9999, True, 2048)
+        assert ours["env_id"] == "Swimmer-v5"
+
+    def test_what_has_no_counterpart_is_told(self, zoo):
+        found = convert(zoo, "CarRacing-v3")
+        said = " ".join(found.remarks)
+        for word in ("FrameSkip", "frame_stack 2", "GELU", "[128] for the critic"):
+            assert word in said
+        ours = found.settings
+        assert (ours["normalize_observations"], ours["normalize_rewards"]) == (False, True)
+        assert (ours["distribution"], ours["sde_sample_freq"], ours["hidden_sizes"]) == ("gsde", 4, [256])
+
+    def test_a_minibatch_larger_than_a_rollout_becomes_the_rollout(self, zoo):
+        found = convert(zoo, "MountainCarContinuous-v0")
+        assert found.settings["batch_size"] == 8
+        assert "256" in found.because["batch_size"]
+        round_trip(found)
+
+    def test_recurrent_ppo_by_the_name_of_the_file(self, tmp_path):
+        entry = {"normalize": True, "n_envs": 16, "n_timesteps": 5e6, "policy": "MlpLstmPolicy", "n_steps": 512}
+        entry |= {"batch_size": 64, "policy_kwargs": "dict(enable_critic_lstm=False, lstm_hidden_size=128)"}
+        found = convert(write(tmp_path / "ppo_lstm.yml", {"BipedalWalkerHardcore-v3": entry}))
+        assert found.kind == "sb3-recurrent"
+        ours = round_trip(found)
+        wanted = dict(memory="lstm", memory_size=128, memory_layers=1, shared_memory=False, total_steps=5_000_000)
+        assert {name: ours[name] for name in wanted} == wanted
+        assert any("enable_critic_lstm" in remark for remark in found.remarks)
+
+    def test_recurrent_ppo_has_other_defaults(self, tmp_path):
+        entry = {"policy": "MlpLstmPolicy", "n_timesteps": 1e5}
+        ours = convert(write(tmp_path / "a.json", entry), "CartPole-v1").settings
+        assert (ours["rollout_length"], ours["batch_size"], ours["memory_size"]) == (128, 128, 256)
+
+    def test_unknown_names_are_told_and_not_dropped(self, tmp_path):
+        found = convert(write(tmp_path / "a.json", {"n_steps": 64, "n_stepps": 128, "ent_coef": 0.1}), "CartPole-v1")
+        assert found.unknown == ["n_stepps"]
+        assert "NOT KNOWN, and left out: n_stepps" in found.toml
+
+    def test_keyword_arguments_of_sb3(self, tmp_path):
+        kwargs = {"policy": "MlpPolicy", "learning_rate": "3e-4", "clip_range_vf": 0.2, "target_kl": 0.03, "verbose": 1}
+        found = convert(write(tmp_path / "a.json", kwargs | {"env": "Pendulum-v1", "seed": 3}))
+        ours = round_trip(found)
+        wanted = dict(learning_rate=3e-4, value_clip_epsilon=0.2, target_kl=0.03, seed=3, env_id="Pendulum-v1")
+        assert {name: ours[name] for name in wanted} == wanted
+        assert found.idle == ["verbose"]
+        assert any("worse of both" in remark for remark in found.remarks)
+
+
+class TestCleanRL:
+    def test_minibatches_and_halves_of_losses(self, tmp_path):
+        theirs = {"exp_name": "ppo", "env_id": "CartPole-v1", "num_envs": 4, "num_steps": 128, "num_minibatches": 4}
+        theirs |= {"update_epochs": 4, "clip_coef": 0.2, "clip_vloss": True, "vf_coef": 0.5, "target_kl": 0.03}
+        ours = round_trip(convert(write(tmp_path / "args.json", theirs)))
+        wanted = dict(n_envs=4, rollout_length=128, batch_size=128, n_epochs=4, value_coef=0.25, value_clip_epsilon=0.2)
+        wanted |= dict(target_kl=0.02, learning_rate=2.5e-4, learning_rate_schedule="linear", entropy_coef=0.01)
+        assert {name: pytest.approx(ours[name]) if name == "target_kl" else ours[name] for name in wanted} == wanted
+
+    def test_the_continuous_script_has_its_own_defaults_and_wrappers(self, tmp_path):
+        theirs = {"exp_name": "ppo_continuous_action", "env_id": "HalfCheetah-v4", "num_minibatches": 32}
+        ours = convert(write(tmp_path / "args.yaml", theirs)).settings
+        assert (ours["env_id"], ours["rollout_length"], ours["batch_size"]) == ("HalfCheetah-v5", 2048, 64)
+        assert (ours["entropy_coef"], ours["normalize_observations"], ours["normalize_rewards"]) == (0.0, True, True)
+
+
+class TestTRL:
+    def test_ppo(self, tmp_path):
+        theirs = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 4, "num_mini_batches": 2}
+        theirs |= {"total_episodes": 10_000, "kl_coef": 0.03, "vf_coef": 0.1, "response_length": 32, "lam": 0.9}
+        theirs |= {"sft_model_path": "sft", "reward_model_path": "rm", "missing_eos_penalty": 1.0, "output_dir": "x"}
+        found = convert(write(tmp_path / "ppo.json", theirs))
+        assert (found.command, found.kind, found.unknown) == ("align", "trl-ppo", [])
+        ours = round_trip(found)
+        wanted = dict(prompts_per_iteration=64, batch_size=32, n_iterations=157, beta=0.03, value_coef=0.05)
+        wanted |= dict(max_new_tokens=32, gae_lambda=0.9, model="sft", missing_eos_penalty=1.0, normalize_rewards_on=0)
+        wanted |= dict(n_epochs=4, learning_rate=3e-6, temperature=0.7, value_clip_epsilon=0.2, seed=42)
+        assert {name: ours[name] for name in wanted} == wanted
+        assert found.settings["reward"] == ["rm"]
+        assert found.idle == ["output_dir"]
+
+    def test_grpo(self, tmp_path):
+        theirs = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+        theirs |= {"steps_per_generation": 8, "max_steps": 100, "num_iterations": 2, "beta": 0.04, "epsilon_high": 0.28}
+        theirs |= {"loss_type": "dr_grpo", "scale_rewards": False, "mask_truncated_completions": True, "delta": 4.0}
+        ours = round_trip(convert(write(tmp_path / "grpo.json", theirs)))
+        # 64 responses a generation, 4 to a prompt; 32 to a step, so 2 steps an epoch and 4 a generation
+        wanted = dict(prompts_per_iteration=16, responses_per_prompt=4, batch_size=32, n_epochs=2, n_iterations=25)
+        wanted |= dict(beta=0.04, kl_in="loss_k3", clip_epsilon=0.2, clip_epsilon_high=0.28, dual_clip=4.0)
+        wanted |= dict(weighing="longest", baseline="group_mean", truncation="mask", learning_rate=1e-6)
+        assert {name: ours[name] for name in wanted} == wanted
+
+    def test_losses_that_are_not_here_are_told(self, tmp_path):
+        theirs = {"num_generations": 8, "loss_type": "cispo", "importance_sampling_level": "sequence", "top_k": 50}
+        said = " ".join(convert(write(tmp_path / "grpo.json", theirs)).remarks)
+        for word in ("cispo is not here", "GSPO", "top_k = 50"):
+            assert word in said
+
+    def test_groups_that_do_not_fit_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match="10 responses, which num_generations 4 does not divide"):
+            convert(write(tmp_path / "a.json", {"num_generations": 4, "per_device_train_batch_size": 10}))
+
+
+def test_openrlhf(tmp_path):
+    theirs = {"--advantage-estimator": "gae", "rollout_batch_size": 128, "n_samples_per_prompt": 2, "max_samples": 1280}
+    theirs |= {"train_batch_size": 64, "init_kl_coef": 0.02, "kl_target": 6, "eps_clip": 0.2, "pretrain": "sft"}
+    theirs |= {"reward_pretrain": "rm", "prompt_data": "p.jsonl", "actor_learning_rate": 5e-7, "vllm_num_engines": 2}
+    found = convert(write(tmp_path / "flags.json", theirs))
+    ours = round_trip(found)
+    wanted = dict(prompts_per_iteration=128, responses_per_prompt=2, batch_size=64, n_iterations=10, beta=0.02)
+    wanted |= dict(beta_control="adaptive", beta_target=6.0, learning_rate=5e-7, gae_lambda=1.0, prompts="p.jsonl")
+    assert {name: ours[name] for name in wanted} == wanted
+    assert (found.unknown, found.idle) == ([], ["vllm_num_engines"])
+
+
+class TestExpressions:
+    def test_are_read(self):
+        said = "dict(a=-2, b=[1, (2, 3)], c=nn.ReLU, d={'x': None}, e=dict(f=True))"
+        wanted = {"a": -2, "b": [1, [2, 3]], "c": "nn.ReLU", "d": {"x": None}, "e": {"f": True}}
+        assert expression("policy_kwargs", said) == wanted
+
+    @pytest.mark.parametrize(
+        "said",
+        [
+            "dict(a=__import__('os').system('touch HERE'))",
+            "dict(a=open('HERE', 'w'))",
+            "[x for x in ().__class__.__bases__]",
+            "dict(**{'a': 1})",
+            "{**{}}",
+            "lambda: 1",
+            "dict(a=(1).bit_length())",
+            "f'{1}'",
+            "dict(a=9**9**9)",
+            "dict(a=",
+            "(" * 5000,
+            "5",
+        ],
+    )
+    def test_that_are_more_than_values_are_refused_and_not_run(self, said, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UserError, match="policy_kwargs is"):
+            expression("policy_kwargs", said)
+        assert list(tmp_path.iterdir()) == []
+
+
+LAUGHS = "a: &a {x: 1, y: 2}\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 9)}]}}\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+class TestBadFiles:
+    @pytest.mark.parametrize(
+        ("name", "text", "said"),
+        [
+            ("a.yml", "a: [1, 2", "no YAML"),
+            ("a.yml", "!!python/object/apply:os.system ['touch HERE']", "no YAML of plain values"),
+            ("a.yml", "x: !!python/name:os.system\n", "no YAML of plain values"),
+            ("a.yml", "just a sentence", "not settings by their names"),
+            ("a.yml", "", "not settings by their names"),
+            ("a.yml", "- 1\n- 2\n", "not settings by their names"),
+            ("a.yml", LAUGHS, "more than 50,000 values"),
+            ("a.yml", MERGES, "more than 50,000 values"),
+            ("a.yml", "a: &a [*a]\n", "more than 50,000 values"),
+            ("a.yml", "[" * 20_000, "nested too deeply"),
+            ("a.yml", "a: 2026-13-45\n", "cannot be read"),
+            ("a.yml", "x" * 2_000_001, "larger than 2,000,000 bytes"),
+            ("a.json", "{", "no JSON"),
+            ("a.json", '{"a":' * 20_000, "no JSON"),
+            ("a.json", '{"nothing": 1, "known": 2}', "does not show whose settings"),
+            ("dqn.yml", "CartPole-v1: {n_timesteps: 5e4, policy: MlpPolicy}", "RL Zoo's file of DQN"),
+            ("a.yml", "CartPole-v1: {n_timesteps: 5e4, buffer_size: 100}", "off-policy"),
+            ("a.yml", "CartPole-v1: {n_steps: 5, use_rms_prop: true}", "settings of A2C"),
+            ("a.yml", "{algo: sac, n_steps: 5}", "is for sac"),
+            ("a.yml", "CartPole-v1: {n_steps: many}", "n_steps is 'many'; it must be a number"),
+            ("a.yml", "CartPole-v1: {n_steps: .inf}", "n_steps is inf; it must be a number"),
+            ("a.yml", "CartPole-v1: {n_steps: 2.5}", "it must be a whole number"),
+            ("a.yml", "CartPole-v1: {n_steps: 64, gamma: 1.5}", "gamma is 1.5"),
+            ("a.yml", "CartPole-v1: {n_steps: 64, policy_kwargs: 'dict(a=exit())'}", "Nothing of it was run"),
+            ("a.yml", "CartPole-v1: {n_steps: 64, normalize: 'exit()'}", "Nothing of it was run"),
+            ("a.yml", "CartPole-v1: {n_steps: 1}\nPong: {n_steps: 2}\n", "Say which: --env CartPole-v1"),
+        ],
+    )
+    def test_get_one_message_and_code_2(self, name, text, said, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        write(tmp_path / name, text)
+        code, out, error = said_by(capsys, "convert", name)
+        assert (code, out) == (2, "")
+        assert said in error
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    def test_an_entry_that_there_is_not_names_the_nearest(self, zoo, capsys):
+        code, _, error = said_by(capsys, "convert", str(zoo), "--env", "CartPol-v1")
+        assert code == 2
+        assert "Did you mean CartPole-v1" in error
+
+    def test_names_with_newlines_stay_in_their_comment(self, tmp_path):
+        theirs = {"n_steps": 64, 'x\nn_envs = 99\n"""': 1, "activation_fn": "y\r\nseed = 7"}
+        theirs["policy_kwargs"] = {"z\nseed = 8": 1}
+        found = convert(write(tmp_path / "a.json", theirs), "CartPole-v1")
+        settings = tomllib.loads(found.toml)
+        assert (settings["n_envs"], "seed" in settings) == (1, False)
+
+    def test_arguments_of_the_environment_come_last_as_a_table(self, tmp_path):
+        kwargs = {"hardcore": True, "name": "a\nb"}
+        found = convert(write(tmp_path / "a.json", {"n_steps": 64, "env_kwargs": kwargs}), "BipedalWalker-v3")
+        assert tomllib.loads(found.toml)["env_kwargs"] == kwargs
+
+    def test_yaml_without_pyyaml_names_the_extra(self, zoo, monkeypatch, capsys):
+        monkeypatch.setitem(__import__("sys").modules, "yaml", None)
+        code, _, error = said_by(capsys, "convert", str(zoo), "--env", "CartPole-v1")
+        assert code == 2
+        assert "[convert]" in error
+
+
+def test_a_run_with_the_printed_file_has_its_settings(zoo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = said_by(capsys, "convert", str(zoo), "--env", "CartPole-v1")
+    assert code == 0
+    Path("cartpole.toml").write_text(out)
+    words = ("--config", "cartpole.toml", "--total-steps", "512", "--run-dir", "run", "--quiet")
+    code, _, error = said_by(capsys, "train", *words)
+    assert code == 0, error
+    ran = tomllib.loads(Path("run/config.toml").read_text())
+    wanted = CARTPOLE | {"total_steps": 512}
+    assert {name: ran[name] for name in wanted if name in ran} == {name: wanted[name] for name in wanted if name in ran}
+    assert "value_clip_epsilon" not in ran or ran["value_clip_epsilon"] == "none"
+
+
+def test_json_has_it_all(zoo, capsys):
+    code, out, _ = said_by(capsys, "convert", str(zoo), "--env", "CartPole-v1", "--json")
+    told = json.loads(out)
+    assert (code, told["settings"], told["command"]) == (0, CARTPOLE, "train")
+    assert tomllib.loads(told["toml"]) == CARTPOLE
