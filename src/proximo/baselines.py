@@ -38,7 +38,7 @@ def baseline_of(settings: Mapping[str, Any]) -> Baseline | None:
         if "stage" in settings:
             return _of_language(settings)
         return _of_control(settings)
-    except UserError:
+    except (UserError, ImportError):  # of a language run, where the extra is not installed
         return None
 
 
@@ -54,7 +54,7 @@ def served(run: RunDirectory, settings: Mapping[str, Any], port: int | None) -> 
 def _of_control(settings: Mapping[str, Any]) -> Baseline | None:
     kind = AgentsConfig if "agents" in settings else SelfPlayConfig if "latest_share" in settings else ControlConfig
     algorithm = settings.get("algorithm", "ppo")
-    if algorithm not in ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         return None
     defaults = with_settings(kind(), {"algorithm": algorithm}, where="the defaults")
     env_id = settings.get("env_id")
@@ -78,7 +78,7 @@ def _of_language(settings: Mapping[str, Any]) -> Baseline | None:
         from proximo.training.align_config import AlignConfig
 
         kinds = {type(kind).__name__.lower(): kind for kind in reversed(list(KINDS.values()))} | dict(KINDS)
-        if algorithm not in kinds:
+        if not isinstance(algorithm, str) or algorithm not in kinds:
             return None
         config: Any = AlignConfig(algorithm=kinds[algorithm])
     elif stage == "sft":

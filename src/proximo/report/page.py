@@ -203,15 +203,16 @@ def _title(records: Sequence[RunRecord], summaries: Summaries) -> dict[str, str]
 
 def _data(records: Sequence[RunRecord], summaries: Summaries, groups: Sequence[Sequence[int]]) -> dict[str, Any]:
     """All that the script draws."""
-    of_groups = []
-    for group, members in enumerate(groups):
-        curves = group_curves([records[number] for number in members])
-        if curves is not None:
-            label = _group_label(records, groups, group)
-            of_groups.append(curves | {"label": label, "references": references_of(records[members[0]])})
     runs = [
         curves | {"label": summary.name, "references": references_of(record)}
         for record, summary, curves in zip(records, summaries, curves_of(records), strict=True)
+    ]
+    summed = [group_curves([records[number] for number in members]) for members in groups]
+    of_groups = [
+        (curves or runs[members[0]])
+        | {"label": _group_label(records, groups, group), "references": references_of(records[members[0]])}
+        for group, (members, curves) in enumerate(zip(groups, summed, strict=True))
+        if curves or len(members) == 1
     ]
     return {
         "live": False,
@@ -219,7 +220,7 @@ def _data(records: Sequence[RunRecord], summaries: Summaries, groups: Sequence[S
         "axes": AXES if records[0].stage is None else {name: AXES[name] for name in ("iterations", "seconds")},
         "panels": panels_of(records[0].stage),
         "runs": runs,
-        "groups": of_groups,
+        "groups": of_groups if any(summed) else [],
         "samples": [
             {"label": record.name, "samples": samples} for record in records[:4] if (samples := samples_of(record))
         ],

@@ -322,7 +322,7 @@
     const wild = values.filter((value) => value < low || value > high);
     if (wild.length) {
       const furthest = Math.abs(wild[0] - low) > Math.abs(wild[wild.length - 1] - high) && wild[0] < low ? wild[0] : wild[wild.length - 1];
-      chart.outside = `${wild.length} beyond, furthest ${told(furthest, panel.percent)}`;
+      chart.outside = `${wild.length} beyond the axis, furthest ${told(furthest, panel.percent)}`;
     }
     for (const level of chart.levels) {
       low = Math.min(low, level.value);
@@ -436,8 +436,7 @@
       hooks: {
         setScale: [(u, key) => { if (key === "x") zoomed(u); }],
         setCursor: [() => writeLegend(chart)],
-        drawSeries: [],
-        draw: [(u) => { drawLevels(u, chart, ink); chart.note.textContent = chart.outside || ""; chart.note.hidden = !chart.outside; }],
+        draw: [(u) => { drawLevels(u, chart, ink); writeLegend(chart); }],
       },
     };
     if (log) chart.outside = "";
@@ -470,6 +469,7 @@
     const lines = [];
     const where = make("li");
     where.append(make("span", "where", at === null ? "last values" : `${data.axes[state.axis]} ${told(u.data[0][at])}`));
+    if (chart.outside) where.append(make("span", "where beyond", chart.outside));
     lines.push(where);
     for (const curve of curves.slice(0, MOST_IN_LEGEND)) {
       const line = make("li");
@@ -596,13 +596,11 @@
       const plot = make("div", "plot");
       plot.tabIndex = 0;
       plot.setAttribute("role", "img");
-      const note = make("span", "outside");
       const legend = make("ul", "legend");
       caption.append(make("h3", "", panel.title), hint);
-      plot.append(note);
       figure.append(caption, plot, legend);
       hint.textContent = [panel.hint.replace("; shaded: one standard deviation of theirs", ""), bandInWords(panel)].filter(Boolean).join("; ");
-      const chart = { panel, figure, plot, note, legend, hint, u: null, curves: [], levels: [], outside: "", range: [0, 1] };
+      const chart = { panel, figure, plot, legend, hint, u: null, curves: [], levels: [], outside: "", range: [0, 1] };
       plot.addEventListener("keydown", (event) => onKey(event, chart));
       return chart;
     });
