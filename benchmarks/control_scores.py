@@ -21,8 +21,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from intervals import bootstrap_interval, interquartile_mean
 from records import add_row, in_words, read_rows, write_between
+
+from proximo.report.intervals import bootstrap_interval, interquartile_mean
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "control_scores.jsonl"

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from intervals import bootstrap_interval, interquartile_mean
 from records import add_row, in_words, read_rows, write_between
+
+from proximo.report.intervals import bootstrap_interval, interquartile_mean
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "same_learning.jsonl"

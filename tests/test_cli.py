@@ -140,7 +140,7 @@ def test_train_evaluate_report_from_one_run(tmp_path: Path, capsys: pytest.Captu
     code, out, _ = said_by(capsys, *words, "--run-dir", str(run))
     assert code == 0
     assert json.loads(out)["env_steps"] == 1024
-    assert (run / "report" / "overview.png").stat().st_size > 10_000
+    assert (run / "report" / "index.html").stat().st_size > 60_000
     code, out, _ = said_by(capsys, "evaluate", str(run), "--episodes", "3", "--json")
     assert code == 0
     assert list(json.loads(out)) == [

@@ -87,13 +87,13 @@ def test_an_emptied_config_is_not_taken_for_defaults(text: str, run: Path, capsy
     assert "was emptied or damaged" in error
 
 
-def test_pictures_that_fail_hide_nothing(
+def test_a_page_that_fails_hides_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("no ink")
 
-    monkeypatch.setattr(report, "draw_records", fail)
+    monkeypatch.setattr(report, "page_bytes", fail)
     words = [word for word in SMALL if word != "--quiet"]
     code, out, error = said_by(capsys, *words, str(tmp_path / "run"), "--json")
     assert (code, json.loads(out)["env_steps"]) == (0, 512)

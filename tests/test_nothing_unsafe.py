@@ -85,6 +85,9 @@ OWN_WORKERS = "pipes between our own processes; never to or from a file"
 ALLOWED: dict[Use, str] = {
     Use("__init__.py", "__getattr__", MODULE): "a module of ours, by a table in the same file",
     Use("language.py", "stage_module", MODULE): "proximo.training.STAGE, of four stages",
+    Use(
+        "report/dashboard.py", "<module>", "http.server.ThreadingHTTPServer"
+    ): "the live page: this machine alone, GET alone, four names, other Host headers refused",
     Use("report/video.py", "_mp4_encoder", MODULE): "imageio and imageio_ffmpeg, by their names",
     Use("collect/make.py", "_import_module", MODULE): NAMED,
     Use("collect/make.py", "_import_file", FILE): NAMED,

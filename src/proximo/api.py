@@ -16,6 +16,7 @@ import numpy as np
 import tomli_w
 
 from proximo.algorithms.ppo import PPO
+from proximo.baselines import served
 from proximo.collect.device_envs import make_device_envs
 from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
@@ -381,7 +382,11 @@ def _train_to_the_end(
     """Run the loop, showing each iteration; a signal saves a checkpoint at the next safe point and ends it."""
     interrupted_by = None
     try:
-        with noted_signals() as received, display.live(config, state.env_steps) as show:
+        with (
+            served(directory, settings_of(config), display.dashboard_port),
+            noted_signals() as received,
+            display.live(config, state.env_steps) as show,
+        ):
             for row in _loop_of(config).iterate(config, directory, state, envs, lambda: received):
                 show(row, cast(VectorEnvs, envs))
             if received and not control.finished(config, state):

@@ -30,7 +30,7 @@ proximo trains policies with proximal policy optimization.
   proximo evaluate RUN      episodes with frozen weights and normalizer
   proximo watch RUN         a video of the policy
   proximo export RUN        the policy as an ONNX or torch file that needs no Proximo
-  proximo report RUN...     pictures and a diagnosis; several runs are compared
+  proximo report RUN...     a page with curves and a diagnosis; several runs are compared
   proximo check-env ENV     what is wrong with my environment, before training on it
   proximo doctor            versions, cores, GPU, disk, extras, and how to mend what is missing
   proximo tune ENV          search for settings, with Optuna; the best ones as a file for train --config
@@ -66,6 +66,10 @@ class ResumeArguments:
     """Train up to this many steps instead of the number the run was begun with."""
     quiet: bool = False
     """Show no progress."""
+    dashboard: bool = False
+    """Show the run in a browser while it goes on: a page on this machine, at an address that is printed."""
+    dashboard_port: int | None = None
+    """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -116,7 +120,7 @@ class WatchArguments:
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Draw pictures of one or several runs and say in words what they show."""
+    """Write a page about one or several runs, draw their curves, and say in words what they show."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
@@ -242,13 +246,16 @@ def _dispatch(words: list[str]) -> Outcome:
 def _train(words: list[str]) -> Outcome:
     """`proximo train ENV [--config FILE.toml] [flags]`: flags go over the file, the file over tuned settings."""
     from proximo.api import train_with
-    from proximo.terminal import Display
+    from proximo.terminal import Display, dashboard_port
     from proximo.training.config import train_arguments
 
     read = _control_settings(words, "train", train_arguments)
-    display = Display.choose(quiet=read.output.quiet)
+    display = Display.choose(quiet=read.output.quiet, dashboard_port=dashboard_port(read.output))
     run = train_with(read.config, read.factory, display, read.output.run_dir, read.source)
     return _finish(run, display, as_json=read.output.json)
+
+
+_ABOUT_DASHBOARD = ("--dashboard", "--no-dashboard", "--dashboard-port")
 
 
 @dataclass(frozen=True)
@@ -303,7 +310,7 @@ def _control_settings(words: list[str], command: str, arguments: Callable[[Any],
     given = tyro.cli(arguments(base), args=rest, prog=f"proximo {command} {env_id or 'ENV'}")
     final = replace(given.settings, algorithm=given.learner)
     assert factory is not None
-    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed")
+    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed", *_ABOUT_DASHBOARD)
     flags = [_flag_name(word) for word in rest if word.startswith("--")]
     flags = [flag for flag in flags if flag not in about_output]
     source += f"; changed by {', '.join(flags)}" if flags else ""
@@ -321,22 +328,26 @@ def _tune(words: list[str]) -> Outcome:
 
 def _resume(words: list[str]) -> Outcome:
     from proximo.api import resume_with
-    from proximo.terminal import Display
+    from proximo.terminal import Display, dashboard_port
 
     given = _parse(ResumeArguments, words, "resume")
+    port = dashboard_port(given)
     if _is_language_run(given.run):
         from proximo.cli_language import resume_command
         from proximo.language import refuse_control_settings
+        from proximo.stage_display import StageDisplay
 
         refuse_control_settings(given.run, env=given.env, total_steps=given.total_steps)
-        return resume_command(given.run, allow_import=given.allow_import, quiet=given.quiet, as_json=given.json)
-    display = Display.choose(quiet=given.quiet)
+        display = StageDisplay.choose(quiet=given.quiet, dashboard_port=port)
+        return resume_command(given.run, display, allow_import=given.allow_import, as_json=given.json)
+    display = Display.choose(quiet=given.quiet, dashboard_port=port)
     run = resume_with(given.run, given.env, display, allow_import=given.allow_import, total_steps=given.total_steps)
     return _finish(run, display, as_json=given.json, env=given.env)
 
 
 def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) -> Outcome:
-    """Draw the pictures, show the result, and say what may be typed next."""
+    """Write the page of the run, show the result, and say what may be typed next."""
+    from proximo.baselines import baselines_of
     from proximo.report.report import write_report
     from proximo.runs.checkpoint import newest_checkpoint
     from proximo.runs.directory import RunDirectory
@@ -344,26 +355,26 @@ def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) ->
 
     directory = RunDirectory(run.path)
     facts = _result_facts(run)
-    pictures, findings = [], []
+    page, findings = None, []
     if run.env_steps:
         try:
             facts["checkpoint"] = str(newest_checkpoint(directory.checkpoints).path)
-            report = write_report([directory], only_overview=True)
-            pictures = list(report.pictures)
+            report = write_report([directory], with_pictures=False, baselines=baselines_of([directory]))
+            page = report.page
             findings = [
                 f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
                 f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
                 for finding in report.runs[0].findings
             ]
         except Exception as error:  # whatever it is: the run itself is done and saved
-            findings = [f"! No pictures: {error if isinstance(error, UserError) else repr(error)}"]
+            findings = [f"! No report: {error if isinstance(error, UserError) else repr(error)}"]
     path = shlex.quote(str(run.path))
     named = f" --env {shlex.quote(env)}" if env else " --allow-import" if needs_trust(run.config) else ""
     words = ("evaluate", "watch") if run.interrupted_by is None else ("resume", "evaluate", "watch")
     commands = [f"proximo {word} {path}{named}" for word in words]
     if run.interrupted_by is None:
         commands.append(f"proximo report {path}")
-    display.result(facts, pictures, findings, commands)
+    display.result(facts, page, findings, commands)
     told = {
         "run": str(run.path),
         "env_id": run.config.environment.env_id,
@@ -535,6 +546,7 @@ def _watch(words: list[str]) -> Outcome:
 
 
 def _report(words: list[str]) -> Outcome:
+    from proximo.baselines import baselines_of
     from proximo.report.report import report_json, write_report
     from proximo.runs.directory import open_run
 
@@ -542,8 +554,10 @@ def _report(words: list[str]) -> Outcome:
     if not given.runs:
         raise UserError("proximo report needs one or more run directories.")
     runs = [open_run(path) for path in given.runs]
-    report = write_report(runs, given.out)
-    return EXIT_DONE, json.dumps(report_json(report)) if given.json else report.text
+    report = write_report(runs, given.out, baselines=baselines_of(runs))
+    if given.json:
+        return EXIT_DONE, json.dumps(report_json(report))
+    return EXIT_DONE, f"{report.text}\nOpen this page in a browser: {report.page}"
 
 
 def _check_env(words: list[str]) -> Outcome:

@@ -155,7 +155,7 @@ def _finish(run: ClonedRun, display: Display, *, as_json: bool) -> Outcome:
     trust = " --allow-import" if needs_trust(config) else ""
     env_id = shlex.quote(config.environment.env_id)
     commands = [f"proximo train {env_id} --init-from {path}", f"proximo evaluate {path}{trust}"]
-    display.result(result_in_words(run.measured), [], [], commands)
+    display.result(result_in_words(run.measured), None, [], commands)
     told = {
         "run": str(run.path),
         "env_id": config.environment.env_id,

@@ -21,7 +21,9 @@ from proximo.language import (
     resume_words,
     run_stage,
 )
+from proximo.runs.directory import RunDirectory
 from proximo.stage_display import StageDisplay
+from proximo.terminal import dashboard_port
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
 
@@ -44,6 +46,10 @@ class _Output:
     """Where to write; by default a new folder runs/STAGE/TIME-seedSEED."""
     quiet: bool = False
     """Show no progress and no notes."""
+    dashboard: bool = False
+    """Show the run in a browser while it goes on: a page on this machine, at an address that is printed."""
+    dashboard_port: int | None = None
+    """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -61,7 +67,7 @@ def stage_command(stage: str, words: list[str]) -> Outcome:
         from_file["algorithm"] = algorithm
     base = config_of(stage, from_file, where=file or f"proximo {stage}")
     given, config = _parse_stage(stage, words, base)
-    display = StageDisplay.choose(quiet=given.quiet)
+    display = StageDisplay.choose(quiet=given.quiet, dashboard_port=dashboard_port(given))
     with display.notes():
         run = run_stage(stage, config, display, given.run_dir)
     return finish_stage(run, display, as_json=given.json)
@@ -90,9 +96,8 @@ def _dataclass_of(name: str, fields: list[Any]) -> Any:
     return make_dataclass(name, fields, frozen=True)
 
 
-def resume_command(run: Path, *, allow_import: bool, quiet: bool, as_json: bool) -> Outcome:
+def resume_command(run: Path, display: StageDisplay, *, allow_import: bool, as_json: bool) -> Outcome:
     """`proximo resume RUN` for a language run."""
-    display = StageDisplay.choose(quiet=quiet)
     with display.notes():
         whole = resume_stage(run, display, allow_import=allow_import)
     return finish_stage(whole, display, as_json=as_json)
@@ -116,19 +121,21 @@ def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outc
 
 
 def _reported(run: StageRun) -> tuple[dict[str, str], list[str]]:
-    """Draw the pictures of a run, and say what they show."""
-    from proximo.report.report import write_language_report
+    """Write the page of a run, and say what it shows."""
+    from proximo.baselines import baselines_of
+    from proximo.report.report import write_report
 
+    directory = RunDirectory(run.path)
     try:
-        findings = write_language_report(run.path)
+        report = write_report([directory], with_pictures=False, baselines=baselines_of([directory]))
     except Exception as error:  # whatever it is: the run itself is done and saved
-        return {}, [f"! No pictures: {error if isinstance(error, UserError) else repr(error)}"]
+        return {}, [f"! No report: {error if isinstance(error, UserError) else repr(error)}"]
     lines = [
         f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
         f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
-        for finding in findings
+        for finding in report.runs[0].findings
     ]
-    return {"pictures": str(run.path / "report")}, lines
+    return {"page": f"{report.page}   (open it in a browser)"}, lines
 
 
 def _next(stage: str, path: str, config: Any) -> list[str]:

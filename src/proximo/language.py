@@ -14,6 +14,7 @@ import torch
 
 from proximo import api
 from proximo.api import Run
+from proximo.baselines import served
 from proximo.collect.make import Env
 from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest, shown, tell
@@ -488,7 +489,11 @@ def _to_the_end(
     interrupted_by = None
     row: dict[str, Any] = {}
     try:
-        with noted_signals() as received, display.live(stage, state.iteration) as show:
+        with (
+            served(directory, written_settings(stage, config), display.dashboard_port),
+            noted_signals() as received,
+            display.live(stage, state.iteration) as show,
+        ):
             for row in module.iterate(config, directory, state, lambda: received):
                 show(row, getattr(state, "samples", []))
             if received and not module.finished(config, state):

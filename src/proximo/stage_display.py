@@ -49,14 +49,16 @@ Show = Callable[[dict[str, Any], list[dict[str, Any]]], None]
 
 @dataclass(frozen=True)
 class StageDisplay:
-    """Where progress goes: standard error, or nowhere."""
+    """Where progress goes: standard error, or nowhere; and a page in a browser where one is asked for."""
 
     console: Console
+    dashboard_port: int | None = None
+    """As in `terminal.Display`."""
 
     @staticmethod
-    def choose(*, quiet: bool) -> StageDisplay:
+    def choose(*, quiet: bool, dashboard_port: int | None = None) -> StageDisplay:
         """A display on standard error; a quiet one shows nothing."""
-        return StageDisplay(Display.choose(quiet=quiet).console)
+        return StageDisplay(Display.choose(quiet=quiet).console, dashboard_port)
 
     def facts(self, rows: dict[str, str]) -> None:
         """Show names with their values, one per line."""

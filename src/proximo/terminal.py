@@ -20,7 +20,7 @@ from rich.text import Text
 
 from proximo.algorithms.ppo import PPO
 from proximo.collect.envs import VectorEnvs
-from proximo.errors import tell
+from proximo.errors import in_range, tell
 from proximo.report.sparkline import sparkline
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
@@ -47,18 +47,20 @@ Show = Callable[[dict[str, Any], VectorEnvs], None]
 
 @dataclass(frozen=True)
 class Display:
-    """Where progress goes: standard error, or nowhere."""
+    """Where progress goes: standard error, or nowhere; and a page in a browser where one is asked for."""
 
     console: Console
+    dashboard_port: int | None = None
+    """Where the page of the run is served while it goes on; 0 is any free port, None serves none."""
 
     @staticmethod
-    def choose(*, quiet: bool) -> Display:
+    def choose(*, quiet: bool, dashboard_port: int | None = None) -> Display:
         """A display on standard error; a quiet one shows nothing."""
         file = cast(TextIO, _Forgiving(sys.stderr))
         console = Console(file=file, quiet=quiet, highlight=False)
         if not console.is_terminal:
             console = Console(file=file, quiet=quiet, highlight=False, width=200)  # no path is cut in two
-        return Display(console)
+        return Display(console, dashboard_port)
 
     def plan(self, config: ControlConfig, run: RunDirectory, spaces: str, source: str, seconds: float | None) -> None:
         """Say what will be done, with which settings and whence, how long it should take, and where it goes."""
@@ -142,14 +144,12 @@ class Display:
 
         yield show_line
 
-    def result(
-        self, facts: dict[str, str], pictures: list[Path], findings: list[str], next_commands: list[str]
-    ) -> None:
-        """Say what came out of it, where the pictures are, and what may be typed next."""
+    def result(self, facts: dict[str, str], page: Path | None, findings: list[str], next_commands: list[str]) -> None:
+        """Say what came out of it, where its page is, and what may be typed next."""
         self.console.print()
         self.facts(facts)
-        if pictures:
-            self.console.print(f"picture     {escape(str(pictures[0]))}", soft_wrap=True)
+        if page is not None:
+            self.console.print(f"page        {escape(str(page))}   (open it in a browser)", soft_wrap=True)
         for finding in findings:
             self.console.print(escape(finding), style="yellow" if finding.startswith("!") else "", soft_wrap=True)
         if next_commands:
@@ -169,6 +169,18 @@ class Display:
         for name, value in rows.items():
             table.add_row(name, escape(value))
         self.console.print(table)
+
+
+def dashboard_port(given: Any) -> int | None:
+    """The port that the flags ask for: 0 for any, None where they ask for no dashboard.
+
+    Raises:
+        UserError: for a number that no port has.
+    """
+    in_range("dashboard_port", given.dashboard_port, optional=True, at_least=1, at_most=65535, whole=True, usual="8765")
+    if given.dashboard_port is not None:
+        return given.dashboard_port
+    return 0 if given.dashboard else None
 
 
 class _Forgiving:

@@ -19,6 +19,7 @@ from proximo.collect.generate import (
     generate,
     response_texts,
     sample,
+    token_texts,
 )
 from proximo.core.advantages import gae
 from proximo.errors import UserError
@@ -268,6 +269,33 @@ def test_texts_are_without_end_tokens_and_cut_before_a_stop_string():
     texts = response_texts(TOKENIZER, HAND, [2, 26], ())
     assert texts == [f"{WORDS[13]} {WORDS[14]}", WORDS[15], f"{WORDS[17]} {WORDS[18]}"]
     assert response_texts(TOKENIZER, HAND, [2, 26], (WORDS[14], WORDS[17])) == [f"{WORDS[13]} ", WORDS[15], ""]
+
+
+class Spelling:
+    """A tokenizer whose tokens are bytes, or words with a space that is left out at the beginning."""
+
+    def __init__(self, *tokens: bytes) -> None:
+        self.tokens = tokens
+
+    def decode(self, ids: list[int]) -> str:
+        return b"".join(self.tokens[index] for index in ids).decode(errors="replace").removeprefix(" ")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "texts"),
+    [
+        ((b" the", b" cat", b"s", b" </s>"), ["the", " cat", "s", " </s>"]),
+        ((b" a", b"\xe2", b"\x82", b"\xac", b" b"), ["a", "", "", "\N{EURO SIGN}", " b"]),
+        ((b" a", b"\xe2"), ["a", "\N{REPLACEMENT CHARACTER}"]),
+        ((b" ", b" "), ["", " "]),
+        ((), []),
+    ],
+)
+def test_texts_of_tokens_join_to_the_whole_text(tokens: tuple[bytes, ...], texts: list[str]):
+    tokenizer = Spelling(*tokens)
+    found = token_texts(tokenizer, range(len(tokens)))
+    assert found == texts
+    assert "".join(found) == tokenizer.decode(list(range(len(tokens))))
 
 
 def test_tokens_are_drawn_as_often_as_their_probabilities_say():

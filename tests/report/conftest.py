@@ -18,7 +18,7 @@ def quick_pictures(monkeypatch):
 def no_pictures(monkeypatch):
     """Reports whose only picture is an empty file."""
 
-    def one_file(records, target, *, only_overview=False):
+    def one_file(records, target):
         path = target / "overview.png"
         path.write_bytes(folder._PICTURE_MARK)
         return [path]

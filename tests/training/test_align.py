@@ -282,6 +282,32 @@ def test_the_critic_learns_alone_at_first(config_with, tmp_path, sharing):
     assert moved == [False, False, True]
 
 
+@pytest.mark.parametrize("settings", [{}, dict(algorithm="grpo"), dict(sharing="lora")], ids=str)
+def test_samples_say_of_each_token_how_far_it_is_from_the_reference(config_with, tmp_path, settings):
+    config = config_with(n_samples=2, samples_every=1, n_iterations=2, **settings)
+    trained(config, tmp_path / "run")
+    for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        assert len(sample["tokens"]) == len(sample["log_ratios"]) > 0
+        assert sum(sample["log_ratios"]) == pytest.approx(sample["kl"], abs=1e-3)
+        said = "".join(sample["tokens"]).replace("<eos>", "").split()
+        assert [word for word in said if not word.startswith("<")] == sample["response"].split()
+    assert any(ratio != 0 for ratio in sample["log_ratios"])  # the last look is of a policy that has moved
+
+
+def test_samples_without_a_score_or_a_reference(config_with, tmp_path):
+    def silent_now_and_then(prompts, responses):
+        return [None if k % 2 else float(len(text)) for k, text in enumerate(responses)]
+
+    config = config_with(n_samples=2, samples_every=1, n_iterations=1, max_missing_rewards=1.0)
+    trained(config, tmp_path / "silent", silent_now_and_then)
+    samples = [json.loads(line) for line in (tmp_path / "silent" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["score"] is None for sample in samples] == [False, True]
+    assert all(len(sample["tokens"]) == len(sample["log_ratios"]) > 0 for sample in samples)
+    trained(config_with(n_samples=2, samples_every=1, n_iterations=1, beta=0.0), tmp_path / "free")
+    assert "tokens" not in (tmp_path / "free" / "samples.jsonl").read_text()
+
+
 def test_looking_at_samples_changes_nothing(config_with, tmp_path):
     one, rows = trained(config_with(n_iterations=2), tmp_path / "one")
     other, seen = trained(config_with(n_iterations=2, n_samples=3, samples_every=1), tmp_path / "other")

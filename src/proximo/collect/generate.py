@@ -362,6 +362,24 @@ def response_texts(tokenizer: Any, responses: Responses, ends: list[int], stop: 
     return texts
 
 
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it; joined, they are the whole text, end token included.
+
+    A character of several tokens comes with the last of them. A few tokens before each one are decoded with it, for
+    spaces belong to what stands in front of them.
+    """
+    texts, first, told = [], 0, 0
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[first:told])
+        text = tokenizer.decode(ids[first:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        first, told = told, end
+    return texts
+
+
 def scores_of(
     reward: Reward,
     policy: LanguagePolicy,

@@ -66,13 +66,13 @@ def draw_pictures(runs: list[RunDirectory], folder: Path) -> list[Path]:
     return draw_records(read_records(runs), folder)
 
 
-def draw_records(records: Sequence[RunRecord], folder: Path, *, only_overview: bool = False) -> list[Path]:
-    """Draw what `read_records` returned; see `draw_pictures`. The overview alone takes a third of the time."""
+def draw_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:
+    """Draw what `read_records` returned; see `draw_pictures`."""
     charts = charts_of(records)
     if not charts:
         raise UserError("There is nothing to draw: the runs have none of the metrics that there are pictures for.")
     figures = [("overview", overview_figure(records))]
-    figures += [(chart.name, chart_figure(chart, records)) for chart in charts if not only_overview]
+    figures += [(chart.name, chart_figure(chart, records)) for chart in charts]
     paths = [folder / f"{name}.png" for name, _ in figures]
     prepare_folder(folder, paths)
     for path, (_, figure) in zip(paths, figures, strict=True):

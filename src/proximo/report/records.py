@@ -16,6 +16,8 @@ from proximo.runs.metrics import MetricValue, read_metrics
 
 Row = dict[str, MetricValue]
 
+_NOT_COMPARED = frozenset({"seed", "env_id"})  # they have columns of their own
+
 LANGUAGE_STAGES = ("sft", "reward", "align", "dpo")
 """The setting `stage` of a language run; a control run has none."""
 
@@ -90,6 +92,13 @@ def run_names(runs: Sequence[RunDirectory]) -> list[str]:
         enough = (d for d in depths if all(_tail(other, d) != _tail(path, d) for other in others))
         names.append(_tail(path, next(enough, len(path.parts))))
     return names
+
+
+def settings_that_differ(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Return each setting that is not the same in all runs, with its value in each; None where it is not set."""
+    names = sorted({name for record in records for name in record.settings} - _NOT_COMPARED)
+    columns = {name: [record.settings.get(name) for record in records] for name in names}
+    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:

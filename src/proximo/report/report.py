@@ -1,11 +1,11 @@
-"""The report on one run or several: pictures, and a text that says what they show."""
+"""The report on one run or several: a page to look at, pictures, and a text that says what they show."""
 
 from __future__ import annotations
 
 import datetime
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from proximo.report.charts import CHARTS, Chart
 from proximo.report.diagnosis import Finding
 from proximo.report.folder import MARK, prepare_folder, write_ours
 from proximo.report.language_pictures import draw_language_records, language_charts, samples_text
+from proximo.report.page import PAGE_NAME, page_bytes
+from proximo.report.page_settings import Baseline
 from proximo.report.pictures import draw_records
-from proximo.report.records import RunRecord, read_records
+from proximo.report.records import RunRecord, read_records, settings_that_differ
 from proximo.report.summary import (
     COMPARED_METRICS,
     LanguageSummary,
@@ -36,7 +38,6 @@ from proximo.runs.directory import RUNS_ROOT, RunDirectory
 
 _TEXT_NAME = "report.md"
 _SAMPLES_NAME = "samples.md"
-_NOT_COMPARED = frozenset({"seed", "env_id"})  # they have columns of their own
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,31 @@ class Report:
     """`samples.md`, where language runs have kept samples."""
 
     @property
+    def page(self) -> Path:
+        """What to open in a browser: `index.html`, which holds everything."""
+        return self.folder / PAGE_NAME
+
+    @property
     def path(self) -> Path:
         """The report itself, `report.md`."""
         return self.folder / _TEXT_NAME
 
 
-def write_report(runs: list[RunDirectory], folder: Path | None = None, *, only_overview: bool = False) -> Report:
-    """Write pictures and `report.md` about one run, or several compared, and return what they say.
+def write_report(
+    runs: list[RunDirectory],
+    folder: Path | None = None,
+    *,
+    with_pictures: bool = True,
+    baselines: Mapping[Path, Baseline] | None = None,
+) -> Report:
+    """Write `index.html`, pictures and `report.md` about one run, or several compared, and return what they say.
 
     Language runs are compared within a stage; those that have kept samples get a `samples.md` besides.
 
     The folder is the run's own `report/`, or, for several runs, a new `report-<date and time>` beside them,
-    unless `folder` names another. An older report there is replaced; a file that Proximo did not write never is. With
-    `only_overview` a control run gets that one picture, as at the end of its training.
+    unless `folder` names another. An older report there is replaced; a file that Proximo did not write never is.
+    Without pictures it takes a fraction of a second, as at the end of training. `baselines` says by the path of a run
+    what its settings are held against.
 
     Raises:
         UserError: if there is nothing to report yet, a run cannot be read, runs of different stages are named, the
@@ -77,12 +90,13 @@ def write_report(runs: list[RunDirectory], folder: Path | None = None, *, only_o
     if folder is None:
         folder = records[0].run.report if len(records) == 1 else _new_folder(records)
     if records[0].stage is not None:
-        return _write_language(records, folder)
+        return _write_language(records, folder, baselines, with_pictures=with_pictures)
     summaries = tuple(summarize(record) for record in records)
     text = _text(records, summaries)
     path = folder / _TEXT_NAME
-    prepare_folder(folder, [path])
-    pictures = tuple(draw_records(records, folder, only_overview=only_overview))
+    prepare_folder(folder, [path, folder / PAGE_NAME])
+    pictures = tuple(draw_records(records, folder)) if with_pictures else ()
+    write_ours(folder / PAGE_NAME, page_bytes(records, summaries, baselines, folder=folder))
     write_ours(path, f"{MARK}\n{text}\n{_gallery(pictures, CHARTS)}".encode())
     return Report(folder, pictures, summaries, text)
 
@@ -106,12 +120,16 @@ def _check_comparable(records: Sequence[RunRecord]) -> None:
         )
 
 
-def _write_language(records: Sequence[RunRecord], folder: Path) -> Report:
+def _write_language(
+    records: Sequence[RunRecord], folder: Path, baselines: Mapping[Path, Baseline] | None, *, with_pictures: bool
+) -> Report:
     summaries = tuple(summarize_language(record) for record in records)
     text, told = _text(records, summaries), samples_text(records)
     path, samples = folder / _TEXT_NAME, folder / _SAMPLES_NAME
-    prepare_folder(folder, [path, samples] if told else [path])
-    pictures = tuple(draw_language_records(records, folder))
+    page = folder / PAGE_NAME
+    prepare_folder(folder, [path, page, samples] if told else [path, page])
+    pictures = tuple(draw_language_records(records, folder)) if with_pictures else ()
+    write_ours(page, page_bytes(records, summaries, baselines, folder=folder))
     if told:
         write_ours(samples, f"{MARK}\n{told}".encode())
         text += f"\nWhat the fixed prompts were answered, over the iterations, is in {_SAMPLES_NAME}.\n"
@@ -123,18 +141,12 @@ def report_json(report: Report) -> dict[str, Any]:
     """Return the report as values that JSON holds: paths, and for each run its results and findings."""
     return {
         "folder": str(report.folder),
+        "page": str(report.page),
         "report": str(report.path),
         **({"samples": str(report.samples)} if report.samples else {}),
         "pictures": [str(picture) for picture in report.pictures],
         "runs": [summary_json(summary) for summary in report.runs],
     }
-
-
-def settings_that_differ(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Return each setting that is not the same in all runs, with its value in each; None where it is not set."""
-    names = sorted({name for record in records for name in record.settings} - _NOT_COMPARED)
-    columns = {name: [record.settings.get(name) for record in records] for name in names}
-    return {name: values for name, values in columns.items() if any(value != values[0] for value in values)}
 
 
 # --- text -----------------------------------------------------------------------------------------------------
@@ -257,7 +269,8 @@ def _value(value: Any) -> str:
 def _gallery(pictures: Sequence[Path], charts: Sequence[Chart]) -> str:
     titles = {chart.name: " and ".join(panel.title.lower() for panel in chart.panels) for chart in charts}
     lines = [f"![{titles.get(picture.stem, picture.stem)}]({picture.name})" for picture in pictures]
-    return "\n\n".join(["## Pictures", *lines]) + "\n"
+    page = f"The curves, to look at closely, are on the page [{PAGE_NAME}]({PAGE_NAME}), which any browser opens."
+    return "\n\n".join([page, *(["## Pictures", *lines] if lines else [])]) + "\n"
 
 
 def _new_folder(records: Sequence[RunRecord]) -> Path:

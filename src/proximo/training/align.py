@@ -19,7 +19,7 @@ from proximo.algorithms.adam import FlatAdam, NonFiniteUpdateError
 from proximo.algorithms.grpo import GRPO
 from proximo.algorithms.ppo import PPO
 from proximo.collect.data import PromptRow, read_prompts
-from proximo.collect.generate import Answers, check_ends, columns_of, end_tokens, generate
+from proximo.collect.generate import Answers, check_ends, columns_of, end_tokens, generate, token_texts
 from proximo.collect.reward_model import score_responses
 from proximo.collect.rewards import Reward, check_columns
 from proximo.core.batch import Batch
@@ -387,7 +387,7 @@ def look(config: AlignConfig, state: AlignState) -> list[dict[str, Any]]:
     """Answer the first few prompts, always with the same seed, and score the answers; training is not touched."""
     rows = state.prompts[: config.n_samples]
     device = next(state.policy.parameters()).device
-    _, answers = generate(
+    batch, answers = generate(
         state.policy,
         state.tokenizer,
         rows,
@@ -398,10 +398,27 @@ def look(config: AlignConfig, state: AlignState) -> list[dict[str, Any]]:
         with_reference=config.beta > 0,
     )
     kl: Sequence[float | None] = answers.kl_to_reference or [None] * len(answers.texts)
-    return [
+    samples: list[dict[str, Any]] = [
         {"iteration": state.iteration, "prompt": prompt, "response": text, "score": score, "kl": distance}
         for prompt, text, score, distance in zip(answers.prompts, answers.texts, answers.scores, kl, strict=True)
     ]
+    if batch.ref_log_probs is not None:
+        for row, sample in enumerate(samples):
+            sample |= _token_by_token(batch, row, answers.n_tokens[row], state.tokenizer)
+    return samples
+
+
+def _token_by_token(batch: Batch, row: int, count: int, tokenizer: Any) -> dict[str, Any]:
+    """The tokens of a response, and how much likelier each is to the policy than to the reference, log pi - log pi_ref.
+
+    They are found by where the response ends: the mask is empty where it got no score.
+    """
+    assert batch.ref_log_probs is not None
+    end = int(batch.done[row].nonzero()[-1]) + 1
+    response = slice(end - count, end)
+    ratios = (batch.log_probs[row, response] - batch.ref_log_probs[row, response]).double().tolist()
+    tokens = token_texts(tokenizer, batch.actions[row, response].tolist())
+    return {"tokens": tokens, "log_ratios": [round(ratio, 4) if math.isfinite(ratio) else 0.0 for ratio in ratios]}
 
 
 def _keep_samples(path: Path, state: AlignState) -> None:

@@ -297,6 +297,10 @@ class _TrainOutput:
     """Arguments for making the environment, as a JSON object."""
     quiet: bool = False
     """Show no progress."""
+    dashboard: bool = False
+    """Show the run in a browser while it goes on: a page on this machine, at an address that is printed."""
+    dashboard_port: int | None = None
+    """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 

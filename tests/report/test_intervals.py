@@ -2,7 +2,8 @@ import itertools
 
 import numpy as np
 import pytest
-from intervals import bootstrap_interval, interquartile_mean
+
+from proximo.report.intervals import bootstrap_interval, interquartile_mean
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_both_ends() -> None:

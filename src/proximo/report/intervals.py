@@ -35,3 +35,20 @@ def bootstrap_interval(
     means = interquartile_mean(table[drawn, np.arange(n_tasks)].reshape(n_resamples, -1))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def bootstrap_band(
+    curves: np.ndarray, *, confidence: float = 0.95, n_resamples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """`bootstrap_interval` at every point of curves `[runs, points]`, with the same draws of runs at all of them.
+
+    Returns:
+        Low and high ends, `[points]` each.
+    """
+    n_runs = len(curves)
+    drawn = np.random.default_rng(seed).integers(n_runs, size=(n_resamples, n_runs))
+    low, high = np.empty(curves.shape[1]), np.empty(curves.shape[1])
+    shares = [(1 - confidence) / 2, (1 + confidence) / 2]
+    for point, values in enumerate(curves.T):
+        low[point], high[point] = np.quantile(interquartile_mean(values[drawn]), shares)
+    return low, high

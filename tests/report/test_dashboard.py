@@ -1,0 +1,242 @@
+"""The live page: what is served and to whom, that it follows the run, and that the run does not mind it."""
+
+import http.client
+import json
+import socket
+import threading
+
+import pytest
+
+from proximo.report import dashboard
+from proximo.report.dashboard import Dashboard, new_lines, serving
+from proximo.runs.metrics import append_metrics
+from tests.browser import opened
+from tests.report.language_samples import align_rows, make_language_run
+from tests.report.samples import make_run, rows
+from tests.report.test_page_in_browser import Seen, number_in
+from tests.test_cli import said_by
+
+
+@pytest.fixture
+def served():
+    """Serve a run; return what to ask with."""
+    servers = []
+
+    def start(run):
+        server = Dashboard(run, None, 0)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(server, path, method="GET", **headers):
+    """The status, headers and body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=20)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read()
+    finally:
+        connection.close()
+
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def test_new_lines_are_whole_and_begin_where_they_are_asked_for(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert new_lines(path, 0) == (0, b"")
+    path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": ')
+    assert new_lines(path, 0) == (0, b'{"a": 1}\n{"a": 2}\n')
+    assert new_lines(path, 9) == (9, b'{"a": 2}\n')
+    assert new_lines(path, 18) == (18, b"")
+    assert new_lines(path, 1000) == (0, b'{"a": 1}\n{"a": 2}\n')  # it was longer once
+    assert new_lines(path, -5)[0] == 0
+
+
+def test_long_files_come_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(dashboard, "MOST_BYTES", 20)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(b'{"a": %d}\n' % k for k in range(10, 20)))
+    found, offset = b"", 0
+    while lines := new_lines(path, offset)[1]:
+        assert len(lines) <= 20
+        found, offset = found + lines, offset + len(lines)
+    assert found == path.read_bytes()
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class TestServer:
+    def test_gives_the_page_its_summary_and_its_lines(self, tmp_path, served):
+        run = make_run(tmp_path / "run", rows(20))
+        server = served(run)
+        status, headers, page = ask(server, "/")
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert b"connect-src &#39;self&#39;" in page
+        assert b'"live":true' in page
+        assert b"final return" in ask(server, "/summary")[2]
+        _, headers, lines = ask(server, "/metrics?from=0")
+        assert lines == run.metrics_path.read_bytes()
+        assert (headers["X-From"], headers["X-Next"]) == ("0", str(len(lines)))
+        append_metrics(run.metrics_path, {"iteration": 21})
+        assert ask(server, f"/metrics?from={headers['X-Next']}")[2] == b'{"iteration": 21}\n'
+        assert ask(server, "/samples")[2] == b""
+
+    @pytest.mark.parametrize(
+        "path", ["/config.toml", "/../config.toml", "/metrics.jsonl", "//etc/passwd", "/%2e%2e/x", "/checkpoints/", "*"]
+    )
+    def test_gives_nothing_else(self, tmp_path, served, path):
+        status, _, body = ask(served(make_run(tmp_path / "run", rows(3))), path)
+        assert status in (400, 404)
+        assert b"env_id" not in body
+
+    @pytest.mark.parametrize(
+        "query", ["from=x", "from=-1", "from=9999999999999999999999", "from=", "from=%00", "x" * 3000]
+    )
+    def test_takes_what_is_no_offset_for_the_beginning(self, tmp_path, served, query):
+        run = make_run(tmp_path / "run", rows(3))
+        status, _, lines = ask(served(run), f"/metrics?{query}")
+        assert (status, lines) == (200, run.metrics_path.read_bytes())
+
+    @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1:1", ""])
+    def test_refuses_other_names_of_itself(self, tmp_path, served, host):
+        status, _, body = ask(served(make_run(tmp_path / "run", rows(3))), "/metrics", Host=host)
+        assert status == 403
+        assert b"iteration" not in body
+
+    def test_answers_to_localhost_and_listens_to_this_machine_alone(self, tmp_path, served):
+        server = served(make_run(tmp_path / "run", rows(3)))
+        assert ask(server, "/metrics", Host=f"localhost:{server.server_address[1]}")[0] == 200
+        assert server.server_address[0] == "127.0.0.1"
+
+    @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD"])
+    def test_answers_get_alone(self, tmp_path, served, method):
+        assert ask(served(make_run(tmp_path / "run", rows(3))), "/", method)[0] == 501
+
+    def test_says_nothing_on_standard_error(self, tmp_path, served, capfd):
+        server = served(make_run(tmp_path / "run", rows(3)))
+        ask(server, "/")
+        with socket.create_connection(("127.0.0.1", server.server_address[1])) as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\n")  # and gone
+        assert ask(server, "/nothing")[0] == 404
+        assert capfd.readouterr().err == ""
+
+    def test_a_damaged_file_is_told_and_not_the_end(self, tmp_path, served):
+        run = make_run(tmp_path / "run", rows(3))
+        server = served(run)
+        run.metrics_path.write_text("x\n")
+        assert ask(server, "/summary")[0] == 500
+        run.metrics_path.write_text("")
+        assert ask(server, "/summary")[0] == 200
+
+    def test_summaries_cost_a_small_share_of_the_time(self, tmp_path, served, monkeypatch):
+        server = served(make_run(tmp_path / "run", rows(3)))
+        first = ask(server, "/summary")[2]
+        monkeypatch.setattr(Dashboard, "record", lambda self: pytest.fail("read too soon"))
+        assert ask(server, "/summary")[2] == first
+
+
+class TestServing:
+    def test_ends_with_the_block(self, tmp_path, capsys):
+        with serving(make_run(tmp_path / "run", rows(3)), 0, None):
+            address = capsys.readouterr().err.split()[1]
+            port = int(address.rstrip("/").rpartition(":")[2])
+            with socket.create_connection(("127.0.0.1", port)):
+                pass
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port))
+
+    def test_takes_another_port_where_one_is_taken(self, tmp_path, capsys):
+        run = make_run(tmp_path / "run", rows(3))
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            port = other.getsockname()[1]
+            with serving(run, port, None):
+                said = capsys.readouterr().err
+        assert f"port {port} cannot be used" in said
+        assert "dashboard   http://127.0.0.1:" in said
+
+    def test_goes_on_without_where_there_is_none(self, tmp_path, capsys, monkeypatch):
+        def refuse(*_):
+            raise OSError(1, "not today")
+
+        monkeypatch.setattr(dashboard, "Dashboard", refuse)
+        with serving(make_run(tmp_path / "run", rows(3)), 0, None):
+            pass
+        assert "there is no dashboard, for no port can be used (not today)" in capsys.readouterr().err
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+TRAIN = ("train", "CartPole-v1", "--total-steps", "512", "--vectorization", "serial", "--quiet", "--json")
+
+
+def test_training_says_where_the_dashboard_is_and_ends(tmp_path, capsys):
+    code, out, error = said_by(capsys, *TRAIN, "--run-dir", str(tmp_path / "run"), "--dashboard")
+    assert (code, json.loads(out)["env_steps"]) == (0, 512)
+    assert "dashboard   http://127.0.0.1:" in error
+    assert not [thread for thread in threading.enumerate() if thread.name == "dashboard"]
+    code, _, error = said_by(capsys, "resume", str(tmp_path / "run"), "--total-steps", "1024", "--quiet", "--dashboard")
+    assert code == 0
+    assert "dashboard   http://127.0.0.1:" in error
+
+
+def test_without_being_asked_for_nothing_is_served(tmp_path, capsys):
+    code, _, error = said_by(capsys, *TRAIN, "--run-dir", str(tmp_path / "run"))
+    assert code == 0
+    assert "dashboard" not in error
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1"])
+def test_a_port_that_is_none_is_refused_before_anything_is_written(tmp_path, capsys, port):
+    code, _, error = said_by(capsys, *TRAIN, "--run-dir", str(tmp_path / "run"), "--dashboard-port", port)
+    assert code == 2
+    assert "dashboard_port" in error
+    assert not (tmp_path / "run").exists()
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_follows_the_run(tmp_path, served):
+    metrics = rows(60)
+    run = make_run(tmp_path / "run", metrics[:30])
+    with opened() as browser:
+        server = served(run)
+        page = Seen(browser, server.address)
+        page.tab.wait_for_selector("html[data-rows='30']")
+        assert number_in(page.legend("return_mean")[1]) == pytest.approx(metrics[29]["return_mean"], rel=1e-4)
+        for row in metrics[30:]:
+            append_metrics(run.metrics_path, row)
+        page.tab.wait_for_selector("html[data-rows='60']")
+        assert number_in(page.legend("return_mean")[1]) == pytest.approx(metrics[59]["return_mean"], rel=1e-4)
+        assert "final return" in page.tab.locator("#summary").inner_text()
+        assert page.tab.locator("#live-state").inner_text() == "live"
+        assert page.complaints == []
+        page.context.close()
+
+
+def test_samples_arrive_on_the_page_as_well(tmp_path, served):
+    run = make_language_run(tmp_path / "run", align_rows(12))
+    with opened() as browser:
+        page = Seen(browser, served(run).address)
+        page.tab.wait_for_selector("html[data-rows='12']")
+        assert not page.tab.locator("#samples-section").is_visible()
+        sample = {
+            "iteration": 12,
+            "prompt": [{"role": "user", "content": "why"}],
+            "response": "<b>so</b>",
+            "score": 1.0,
+        }
+        (run.path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+        page.tab.wait_for_selector(".look p")
+        assert page.tab.locator(".look p").inner_text() == "<b>so</b>"
+        assert page.tab.locator(".asked").inner_text() == "user: why"
+        assert page.complaints == []
+        page.context.close()
