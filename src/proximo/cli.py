@@ -121,6 +121,8 @@ class ReportArguments:
     """Run directories."""
     out: Path | None = None
     """Folder to write to; by default report/ in the run, or a new folder beside several runs."""
+    tensorboard: Path | None = None
+    """Also write the metrics into this folder as event files for TensorBoard."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -246,7 +248,7 @@ def _train(words: list[str]) -> Outcome:
 
     read = _control_settings(words, "train", train_arguments)
     display = Display.choose(quiet=read.output.quiet)
-    run = train_with(read.config, read.factory, display, read.output.run_dir, read.source)
+    run = train_with(read.config, read.factory, display, read.output.run_dir, read.source, read.output.loggers)
     return _finish(run, display, as_json=read.output.json)
 
 
@@ -302,7 +304,7 @@ def _control_settings(words: list[str], command: str, arguments: Callable[[Any],
     given = tyro.cli(arguments(base), args=rest, prog=f"proximo {command} {env_id or 'ENV'}")
     final = replace(given.settings, algorithm=given.learner)
     assert factory is not None
-    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed")
+    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed", "--tensorboard", "--wandb", "--trackio")
     flags = [_flag_name(word) for word in rest if word.startswith("--")]
     flags = [flag for flag in flags if flag not in about_output]
     source += f"; changed by {', '.join(flags)}" if flags else ""
@@ -542,7 +544,18 @@ def _report(words: list[str]) -> Outcome:
         raise UserError("proximo report needs one or more run directories.")
     runs = [open_run(path) for path in given.runs]
     report = write_report(runs, given.out)
+    if given.tensorboard is not None:
+        _to_tensorboard(runs, given.tensorboard)
     return EXIT_DONE, json.dumps(report_json(report)) if given.json else report.text
+
+
+def _to_tensorboard(runs: list[Any], folder: Path) -> None:
+    from proximo.loggers.following import export_events
+    from proximo.report.records import run_names
+
+    for run, name in zip(runs, run_names(runs), strict=True):
+        export_events(run, files.expanded(folder) / name)
+    tell(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
 
 
 def _check_env(words: list[str]) -> Outcome:

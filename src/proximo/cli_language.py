@@ -21,6 +21,7 @@ from proximo.language import (
     resume_words,
     run_stage,
 )
+from proximo.loggers.following import NO_LOGGERS, Loggers
 from proximo.stage_display import StageDisplay
 
 EXIT_DONE, EXIT_INTERRUPTED = 0, 130
@@ -46,6 +47,7 @@ class _Output:
     """Show no progress and no notes."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
+    loggers: Annotated[Loggers, tyro.conf.OmitArgPrefixes] = NO_LOGGERS
 
 
 def stage_command(stage: str, words: list[str]) -> Outcome:
@@ -63,7 +65,7 @@ def stage_command(stage: str, words: list[str]) -> Outcome:
     given, config = _parse_stage(stage, words, base)
     display = StageDisplay.choose(quiet=given.quiet)
     with display.notes():
-        run = run_stage(stage, config, display, given.run_dir)
+        run = run_stage(stage, config, display, given.run_dir, loggers=given.loggers)
     return finish_stage(run, display, as_json=given.json)
 
 

@@ -144,6 +144,8 @@ EXTRAS = {
     ),
     "export": Extra(("onnx", "onnxscript", "onnxruntime"), "proximo export", _EXPORT),
     "tune": Extra(("optuna",), "proximo tune"),
+    "wandb": Extra(("wandb",), "--wandb: metrics for Weights & Biases"),
+    "trackio": Extra(("trackio",), "--trackio: metrics for Trackio"),
     "minari": Extra(("minari", "h5py", "pyarrow"), "proximo clone from Minari datasets", ""),
     "dev": Extra(
         ("pytest", "pytest_timeout", "hypothesis", "beartype", "ruff", "pyright", "importlinter", "pre_commit"),
