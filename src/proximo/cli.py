@@ -17,6 +17,7 @@ from typing import Any, get_args
 import tyro
 
 from proximo.errors import UserError, nearest, shown, tell
+from proximo.lines import fitted, width_of
 from proximo.runs import files
 
 USAGE = """\
@@ -149,7 +150,7 @@ class CheckEnvArguments:
 
 @dataclass(frozen=True)
 class DoctorArguments:
-    """Tell what this machine has, what is missing, and how to mend it."""
+    """Tell what this machine has, what is missing, and how to mend it; exits with 2 where something is broken."""
 
     speed: bool = False
     """Measure the speed of a small matrix product and of CartPole too, in a few seconds."""
@@ -215,7 +216,7 @@ def _output_to_errors() -> Iterator[None]:
 def _say(text: str) -> None:
     """Print what a command has said; a reader that has gone (`| head`) is no fault, a full disk is one."""
     try:
-        print(text, end="\n" if text else "", flush=True)
+        print(fitted(text, width_of(sys.stdout)), end="\n" if text else "", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
@@ -597,24 +598,23 @@ def _doctor(words: list[str]) -> Outcome:
 
     given = _parse(DoctorArguments, words, "doctor")
     if given.json:
-        return EXIT_DONE, json.dumps({"entries": [asdict(entry) for entry in diagnose_machine(speed=given.speed)]})
-    return EXIT_DONE, main_text(speed=given.speed)[0]
+        entries = diagnose_machine(speed=given.speed)
+        is_ready = all(entry.status != "problem" for entry in entries)
+        text = json.dumps({"entries": [asdict(entry) for entry in entries]})
+    else:
+        text, is_ready = main_text(speed=given.speed)
+    return EXIT_DONE if is_ready else EXIT_BAD_INPUT, text
 
 
 def _presets(words: list[str]) -> Outcome:
-    from rich.console import Console
-    from rich.table import Table
-
     from proximo.presets import ATARI, PRESETS
 
     _parse(PresetsArguments, words, "presets")
-    table = Table("environment", "steps", "source", "measured score")
+    lines = [f"{'environment':<25}  {'steps':>10}  measured score"]
     for env_id, preset in (PRESETS | {"ALE/...": ATARI}).items():
-        table.add_row(env_id, f"{preset.settings['total_steps']:,}", preset.source, preset.score)
-    console = Console()
-    with console.capture() as captured:
-        console.print(table)
-    return EXIT_DONE, captured.get().rstrip("\n")
+        lines.append(f"{env_id:<25}  {preset.settings['total_steps']:>10,}  {preset.score}")
+        lines.append(f"    {preset.source}")
+    return EXIT_DONE, "\n".join(lines)
 
 
 def _clone(words: list[str]) -> Outcome:
