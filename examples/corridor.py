@@ -1,5 +1,7 @@
 """A whole environment in 40 lines: walk to the end of a corridor before the time is over.
 
+python examples/corridor.py
+
 proximo check-env examples/corridor.py:Corridor
 proximo train examples/corridor.py:Corridor --total-steps 20000
 """
@@ -10,6 +12,8 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
+import proximo
 
 
 class Corridor(gymnasium.Env):
@@ -36,3 +40,21 @@ class Corridor(gymnasium.Env):
 
     def _see(self) -> np.ndarray:
         return np.array([self.place, self.length], np.float32)
+
+
+def main(total_steps: int = 20_000) -> int:
+    """Train, and walk one corridor; return the steps that were taken beyond those that it is long."""
+    run = proximo.train(Corridor, total_steps=total_steps, seed=1)
+    policy, env, done = run.policy, Corridor(), False
+    observation, _ = env.reset(seed=7)
+    while not done:
+        place, length = observation.astype(int)
+        print("." * place + "@" + "." * (length - place - 1) + "|")
+        observation, _, terminated, truncated, _ = env.step(policy(observation))
+        done = terminated or truncated
+    print(f"{'there' if terminated else 'not there'} after {env.steps} steps; the corridor is {env.length} long")
+    return env.steps - env.length
+
+
+if __name__ == "__main__":
+    main()

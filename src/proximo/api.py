@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
 from proximo.collect.parallel_envs import ParallelEnvs
 from proximo.errors import UserError, shown, tell
+from proximo.loggers.following import NO_LOGGERS, Loggers, following, loggers_of, refuse_missing, taken_from
 from proximo.models.packing import PackedObservations
 from proximo.presets import resolve_settings
 from proximo.process import check_device, enough_memory, noted_signals, training_device, training_threads
@@ -99,14 +100,15 @@ def train(
         run_dir: where to write; by default a new folder `runs/<env>/<time>-seed<seed>`.
         quiet: print nothing.
         settings: any setting by its name (`seed=1`, `total_steps=50_000`, `clip_epsilon=0.1`, ...), over
-            those of `config`.
+            those of `config`; and `tensorboard=True`, `wandb=True`, `trackio=True` (docs/logging.md).
 
     Raises:
         UserError: for an unknown environment or setting, an impossible value, an existing `run_dir`, or an
             environment that breaks the rules of its own spaces.
     """
+    loggers = taken_from(settings, where="proximo.train()")
     final, factory, source = complete_settings(env, config, settings, where="proximo.train()")
-    return unless_interrupted(train_with(final, factory, Display.choose(quiet=quiet), run_dir, source))
+    return unless_interrupted(train_with(final, factory, Display.choose(quiet=quiet), run_dir, source, loggers))
 
 
 def complete_settings(
@@ -194,7 +196,8 @@ def resume_with(
                 display.resumed(directory, checkpoint, fresh, config, changed)
                 if control.finished(config, state):
                     display.say(_already_finished(config, state, directory))
-                return _train_to_the_end(config, directory, state, envs, display)
+                with following(directory, loggers_of(directory), display.say, resumed=True) as follow:
+                    return _train_to_the_end(config, directory, state, envs, display, follow)
 
 
 def _with_total_steps(config: ControlConfig, total_steps: int, done: int, directory: RunDirectory) -> ControlConfig:
@@ -315,12 +318,18 @@ def make_to_look_at(factory: EnvFactory, env_id: str, kwargs: dict[str, Any], on
 
 
 def train_with(
-    config: ControlConfig, factory: EnvFactory, display: Display, run_dir: str | Path | None, source: str
+    config: ControlConfig,
+    factory: EnvFactory,
+    display: Display,
+    run_dir: str | Path | None,
+    source: str,
+    loggers: Loggers = NO_LOGGERS,
 ) -> Run:
     """Train a new run with settings that are complete; `source` says where they come from.
 
     The environments are made first, so that what is wrong with them leaves no run directory behind.
     """
+    refuse_missing(loggers)
     _check_environment(config.environment)
     config = with_environments_chosen(config, factory)
     with enough_memory(config), training_device(config), _open_envs(config, factory) as envs:
@@ -340,7 +349,8 @@ def train_with(
             loop.save(config, directory, state, envs)  # so that it can be resumed from its first moment on
             seconds = _estimate(config, factory, state, display)
             display.plan(config, directory, _spaces_in_words(envs), source, seconds)
-            return _train_to_the_end(config, directory, state, envs, display)
+            with following(directory, loggers, display.say, resumed=False) as follow:
+                return _train_to_the_end(config, directory, state, envs, display, follow)
 
 
 def _estimate(
@@ -378,6 +388,7 @@ def _train_to_the_end(
     state: control.ControlState,
     envs: control.Envs,
     display: Display,
+    follow: Callable[[], None],
 ) -> Run:
     """Run the loop, showing each iteration; a signal saves a checkpoint at the next safe point and ends it."""
     interrupted_by = None
@@ -389,6 +400,7 @@ def _train_to_the_end(
         ):
             for row in _loop_of(config).iterate(config, directory, state, envs, lambda: received):
                 show(row, cast(VectorEnvs, envs))
+                follow()
             if received and not control.finished(config, state):
                 interrupted_by = received[0]
     except KeyboardInterrupt:

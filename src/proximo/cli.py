@@ -17,6 +17,7 @@ from typing import Any, get_args
 import tyro
 
 from proximo.errors import UserError, nearest, shown, tell
+from proximo.lines import fitted, width_of
 from proximo.runs import files
 
 USAGE = """\
@@ -126,6 +127,8 @@ class ReportArguments:
     """Run directories."""
     out: Path | None = None
     """Folder to write to; by default report/ in the run, or a new folder beside several runs."""
+    tensorboard: Path | None = None
+    """Also write the metrics into this folder as event files for TensorBoard."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
@@ -152,7 +155,7 @@ class CheckEnvArguments:
 
 @dataclass(frozen=True)
 class DoctorArguments:
-    """Tell what this machine has, what is missing, and how to mend it."""
+    """Tell what this machine has, what is missing, and how to mend it; exits with 2 where something is broken."""
 
     speed: bool = False
     """Measure the speed of a small matrix product and of CartPole too, in a few seconds."""
@@ -218,7 +221,7 @@ def _output_to_errors() -> Iterator[None]:
 def _say(text: str) -> None:
     """Print what a command has said; a reader that has gone (`| head`) is no fault, a full disk is one."""
     try:
-        print(text, end="\n" if text else "", flush=True)
+        print(fitted(text, width_of(sys.stdout)), end="\n" if text else "", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
@@ -251,11 +254,12 @@ def _train(words: list[str]) -> Outcome:
 
     read = _control_settings(words, "train", train_arguments)
     display = Display.choose(quiet=read.output.quiet, dashboard_port=dashboard_port(read.output))
-    run = train_with(read.config, read.factory, display, read.output.run_dir, read.source)
+    run = train_with(read.config, read.factory, display, read.output.run_dir, read.source, read.output.loggers)
     return _finish(run, display, as_json=read.output.json)
 
 
 _ABOUT_DASHBOARD = ("--dashboard", "--no-dashboard", "--dashboard-port")
+_LOGGERS = ("--tensorboard", "--wandb", "--trackio")
 
 
 @dataclass(frozen=True)
@@ -310,7 +314,7 @@ def _control_settings(words: list[str], command: str, arguments: Callable[[Any],
     given = tyro.cli(arguments(base), args=rest, prog=f"proximo {command} {env_id or 'ENV'}")
     final = replace(given.settings, algorithm=given.learner)
     assert factory is not None
-    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed", *_ABOUT_DASHBOARD)
+    about_output = ("--config", "--run-dir", "--quiet", "--json", "--seed", *_ABOUT_DASHBOARD, *_LOGGERS)
     flags = [_flag_name(word) for word in rest if word.startswith("--")]
     flags = [flag for flag in flags if flag not in about_output]
     source += f"; changed by {', '.join(flags)}" if flags else ""
@@ -555,9 +559,20 @@ def _report(words: list[str]) -> Outcome:
         raise UserError("proximo report needs one or more run directories.")
     runs = [open_run(path) for path in given.runs]
     report = write_report(runs, given.out, baselines=baselines_of(runs))
+    if given.tensorboard is not None:
+        _to_tensorboard(runs, given.tensorboard)
     if given.json:
         return EXIT_DONE, json.dumps(report_json(report))
     return EXIT_DONE, f"{report.text}\nOpen this page in a browser: {report.page}"
+
+
+def _to_tensorboard(runs: list[Any], folder: Path) -> None:
+    from proximo.loggers.following import export_events
+    from proximo.report.records import run_names
+
+    for run, name in zip(runs, run_names(runs), strict=True):
+        export_events(run, files.expanded(folder) / name)
+    tell(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
 
 
 def _check_env(words: list[str]) -> Outcome:
@@ -599,24 +614,23 @@ def _doctor(words: list[str]) -> Outcome:
 
     given = _parse(DoctorArguments, words, "doctor")
     if given.json:
-        return EXIT_DONE, json.dumps({"entries": [asdict(entry) for entry in diagnose_machine(speed=given.speed)]})
-    return EXIT_DONE, main_text(speed=given.speed)[0]
+        entries = diagnose_machine(speed=given.speed)
+        is_ready = all(entry.status != "problem" for entry in entries)
+        text = json.dumps({"entries": [asdict(entry) for entry in entries]})
+    else:
+        text, is_ready = main_text(speed=given.speed)
+    return EXIT_DONE if is_ready else EXIT_BAD_INPUT, text
 
 
 def _presets(words: list[str]) -> Outcome:
-    from rich.console import Console
-    from rich.table import Table
-
     from proximo.presets import ATARI, PRESETS
 
     _parse(PresetsArguments, words, "presets")
-    table = Table("environment", "steps", "source", "measured score")
+    lines = [f"{'environment':<25}  {'steps':>10}  measured score"]
     for env_id, preset in (PRESETS | {"ALE/...": ATARI}).items():
-        table.add_row(env_id, f"{preset.settings['total_steps']:,}", preset.source, preset.score)
-    console = Console()
-    with console.capture() as captured:
-        console.print(table)
-    return EXIT_DONE, captured.get().rstrip("\n")
+        lines.append(f"{env_id:<25}  {preset.settings['total_steps']:>10,}  {preset.score}")
+        lines.append(f"    {preset.source}")
+    return EXIT_DONE, "\n".join(lines)
 
 
 def _clone(words: list[str]) -> Outcome:

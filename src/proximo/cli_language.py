@@ -21,6 +21,7 @@ from proximo.language import (
     resume_words,
     run_stage,
 )
+from proximo.loggers.following import NO_LOGGERS, Loggers
 from proximo.runs.directory import RunDirectory
 from proximo.stage_display import StageDisplay
 from proximo.terminal import dashboard_port
@@ -52,6 +53,7 @@ class _Output:
     """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
+    loggers: Annotated[Loggers, tyro.conf.OmitArgPrefixes] = NO_LOGGERS
 
 
 def stage_command(stage: str, words: list[str]) -> Outcome:
@@ -69,7 +71,7 @@ def stage_command(stage: str, words: list[str]) -> Outcome:
     given, config = _parse_stage(stage, words, base)
     display = StageDisplay.choose(quiet=given.quiet, dashboard_port=dashboard_port(given))
     with display.notes():
-        run = run_stage(stage, config, display, given.run_dir)
+        run = run_stage(stage, config, display, given.run_dir, loggers=given.loggers)
     return finish_stage(run, display, as_json=given.json)
 
 

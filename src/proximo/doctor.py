@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from proximo.lines import page_width
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -145,6 +147,8 @@ EXTRAS = {
     "export": Extra(("onnx", "onnxscript", "onnxruntime"), "proximo export", _EXPORT),
     "tune": Extra(("optuna",), "proximo tune"),
     "convert": Extra(("yaml",), "proximo convert, of files that are YAML"),
+    "wandb": Extra(("wandb",), "--wandb: metrics for Weights & Biases"),
+    "trackio": Extra(("trackio",), "--trackio: metrics for Trackio"),
     "minari": Extra(("minari", "h5py", "pyarrow"), "proximo clone from Minari datasets", ""),
     "dev": Extra(
         ("pytest", "pytest_timeout", "hypothesis", "beartype", "ruff", "pyright", "importlinter", "pre_commit"),
@@ -169,7 +173,7 @@ def main_text(*, speed: bool = False) -> tuple[str, bool]:
     indent = " " * (9 + width + 2)
     lines = []
     for entry in entries:
-        text = textwrap.wrap(entry.detail, 100 - len(indent), break_long_words=False, break_on_hyphens=False)
+        text = textwrap.wrap(entry.detail, page_width() - len(indent), break_long_words=False, break_on_hyphens=False)
         lines.append(f"{entry.status:<9}{entry.name:<{width}}  {text[0]}")
         lines += [indent + line for line in text[1:]]
         if entry.mend:
@@ -317,8 +321,8 @@ def _terminal() -> list[Entry]:
 
     console = Console(stderr=True)
     if not console.encoding.lower().startswith("utf"):
-        mend = "Set PYTHONUTF8=1 (export PYTHONUTF8=1), or a UTF-8 locale."
-        return [Entry("terminal", "problem", f"its encoding is {console.encoding}: the curve cannot be drawn", mend)]
+        mend = "For the finer one: PYTHONUTF8=1 (export PYTHONUTF8=1), or a UTF-8 locale."
+        return [Entry("terminal", "ok", f"its encoding is {console.encoding}: the curve is drawn in ASCII", mend)]
     if not console.is_terminal or console.is_dumb_terminal:
         return [Entry("terminal", "ok", "standard error is no terminal, or a dumb one: plain lines, no live table")]
     narrow = "" if console.width >= 80 else "; the live table needs 80"

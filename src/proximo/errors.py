@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Iterable
 
+from proximo.lines import fitted, width_of
+
 HIGHEST_SEED = 2**63 - 1
 """Torch's generators take no larger numbers, and TOML holds none."""
 
@@ -28,7 +30,7 @@ def tell(text: str) -> None:
     """Print one line on standard error; that nobody may read it there is no reason to stop."""
     try:
         if sys.stderr is not None:  # closed from the beginning: print would take standard output instead
-            print(text, file=sys.stderr, flush=True)
+            print(fitted(text, width_of(sys.stderr)), file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
 

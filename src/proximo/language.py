@@ -18,6 +18,7 @@ from proximo.baselines import served
 from proximo.collect.make import Env
 from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest, shown, tell
+from proximo.loggers.following import NO_LOGGERS, Loggers, following, loggers_of, refuse_missing, taken_from
 from proximo.models.folders import tokenizer_in_words
 from proximo.process import check_device, noted_signals
 from proximo.runs.checkpoint import finish_save, newest_checkpoint
@@ -62,7 +63,7 @@ def sft(model: str | Path, data: str | Path, *, run_dir: str | Path | None = Non
         data: a .jsonl or .parquet file, or a folder that `datasets` saved, with the column `messages`, the columns
             `prompt` and `completion`, or the column `text`.
         run_dir: where to write; by default a new folder `runs/sft/<time>-seed<seed>`.
-        settings: any setting of `proximo sft --help` by its name, and `quiet`.
+        settings: any setting of `proximo sft --help` by its name, `quiet`, and `tensorboard`, `wandb`, `trackio`.
 
     Raises:
         UserError: for whatever does not fit, before training where possible.
@@ -105,7 +106,7 @@ def align(
         prompts: a file or folder as for `sft`, with the column `prompt`.
         algorithm: ppo, grpo, dr_grpo, dapo or rloo.
         run_dir: where to write; by default a new folder `runs/align/<time>-seed<seed>`.
-        settings: any setting of `proximo align --help` by its name, and `quiet`.
+        settings: any setting of `proximo align --help` by its name, `quiet`, and `tensorboard`, `wandb`, `trackio`.
 
     Raises:
         UserError: for whatever does not fit, before training where possible.
@@ -201,8 +202,9 @@ def _run(
 ) -> StageRun:
     settings = dict(settings)
     display = StageDisplay.choose(quiet=bool(settings.pop("quiet", False)))
+    loggers = taken_from(settings, where=f"proximo.{stage}()")
     config = config_of(stage, named | settings, where=f"proximo.{stage}()")
-    run = run_stage(stage, config, display, run_dir, function)
+    run = run_stage(stage, config, display, run_dir, function, loggers)
     return unless_interrupted(run)
 
 
@@ -357,8 +359,10 @@ def run_stage(
     display: StageDisplay,
     run_dir: str | Path | None,
     function: Callable[..., Any] | None = None,
+    loggers: Loggers = NO_LOGGERS,
 ) -> StageRun:
     """Train a new run of a stage; a run directory that nothing was written to does not stay behind."""
+    refuse_missing(loggers)
     module = stage_module(stage)
     config = _absolute(config)
     with _threads(config), enough_memory(stage, config):
@@ -377,7 +381,8 @@ def run_stage(
             module.save(config, directory, state)  # so that it can be resumed from its first moment on
             facts = module.plan(config, state) | tried | _tokenizer_facts(state)
             display.facts({"stage": stage} | facts | {"run directory": str(directory.path)})
-            return _to_the_end(stage, module, config, directory, state, display)
+            with following(directory, loggers, display.say, resumed=False) as follow:
+                return _to_the_end(stage, module, config, directory, state, display, follow)
 
 
 def _tried(stage: str, module: Any, config: Any, state: Any) -> dict[str, str]:
@@ -425,7 +430,8 @@ def resume_stage(
         display.facts(
             {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": level}
         )
-        return _to_the_end(stage, module, config, directory, state, display)
+        with following(directory, loggers_of(directory), display.say, resumed=True) as follow:
+            return _to_the_end(stage, module, config, directory, state, display, follow)
 
 
 def _exactness(config: Any, function: Callable[..., Any] | None) -> str:
@@ -484,7 +490,13 @@ def refuse_control_settings(run: Path, **given: Any) -> None:
 
 
 def _to_the_end(
-    stage: str, module: Any, config: Any, directory: RunDirectory, state: Any, display: StageDisplay
+    stage: str,
+    module: Any,
+    config: Any,
+    directory: RunDirectory,
+    state: Any,
+    display: StageDisplay,
+    follow: Callable[[], None],
 ) -> StageRun:
     interrupted_by = None
     row: dict[str, Any] = {}
@@ -496,6 +508,7 @@ def _to_the_end(
         ):
             for row in module.iterate(config, directory, state, lambda: received):
                 show(row, getattr(state, "samples", []))
+                follow()
             if received and not module.finished(config, state):
                 interrupted_by = received[0]
     finally:

@@ -62,16 +62,11 @@ class StageDisplay:
 
     def facts(self, rows: dict[str, str]) -> None:
         """Show names with their values, one per line."""
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="bold cyan", no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in rows.items():
-            table.add_row(name, escape(value))
-        self.console.print(table)
+        Display(self.console).facts(rows)
 
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(escape(text), soft_wrap=True)
+    def say(self, text: str, style: str = "") -> None:
+        """Print a text; on a terminal its lines are broken between words."""
+        Display(self.console).say(text, style)
 
     @contextmanager
     def notes(self) -> Iterator[None]:
@@ -105,13 +100,13 @@ class StageDisplay:
                 shown = samples[0]["iteration"]
                 self.console.print(samples_table(samples))
 
-        if self.console.is_terminal and not self.console.quiet:
+        if Display(self.console).is_live:
             with Live(console=self.console, refresh_per_second=8, transient=False) as live:
 
                 def show(row: dict[str, Any], samples: list[dict[str, Any]]) -> None:
                     curve.append(row.get(CURVE[stage]))
                     new_samples(samples)
-                    live.update(_live_table(stage, row, list(curve), left(row)))
+                    live.update(_live_table(stage, row, list(curve), left(row), self.console.encoding))
 
                 yield show
             return
@@ -134,7 +129,7 @@ class StageDisplay:
         self.console.print()
         self.facts(facts)
         for finding in findings:
-            self.console.print(f"  {escape(finding)}", soft_wrap=True)
+            self.say(f"  {finding}", style="yellow" if finding.startswith("!") else "")
         if next_commands:
             self.console.print("\nNext:")
         for command in next_commands:
@@ -169,10 +164,10 @@ def _present(stage: str, row: dict[str, Any]) -> list[str]:
     return [name for name in there if name != "rewards_missing" or row[name]]
 
 
-def _live_table(stage: str, row: dict[str, Any], curve: list[float | None], left: str) -> Group:
+def _live_table(stage: str, row: dict[str, Any], curve: list[float | None], left: str, encoding: str) -> Group:
     table = Table.grid(padding=(0, 3))
-    for _ in range(4):
-        table.add_column(justify="left", no_wrap=True)
+    for least in (0, 10, 0, 10):
+        table.add_column(justify="left", no_wrap=True, min_width=least)
     cells = [(words(name), short(row[name])) for name in _present(stage, row)] + [("time left", left)]
     cells += [("", "")] * (len(cells) % 2)
     for index in range(0, len(cells), 2):
@@ -183,4 +178,4 @@ def _live_table(stage: str, row: dict[str, Any], curve: list[float | None], left
         ProgressBar(total=row["n_iterations"], completed=row["iteration"], width=40),
         f"{row['iteration']:,} / {row['n_iterations']:,} iterations",
     )
-    return Group(Text(f"{words(CURVE[stage])} " + sparkline(curve, 48), style="green"), table, progress)
+    return Group(Text(f"{words(CURVE[stage])} " + sparkline(curve, 48, encoding), style="green"), table, progress)

@@ -21,6 +21,7 @@ from rich.text import Text
 from proximo.algorithms.ppo import PPO
 from proximo.collect.envs import VectorEnvs
 from proximo.errors import in_range, tell
+from proximo.lines import fitted
 from proximo.report.sparkline import sparkline
 from proximo.runs.checkpoint import Checkpoint
 from proximo.runs.directory import RunDirectory
@@ -61,6 +62,11 @@ class Display:
         if not console.is_terminal:
             console = Console(file=file, quiet=quiet, highlight=False, width=200)  # no path is cut in two
         return Display(console, dashboard_port)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a table can be drawn over and over."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet
 
     def plan(self, config: ControlConfig, run: RunDirectory, spaces: str, source: str, seconds: float | None) -> None:
         """Say what will be done, with which settings and whence, how long it should take, and where it goes."""
@@ -121,14 +127,14 @@ class Display:
             for warning in getattr(envs, "warnings", []):
                 if warning not in told:
                     told.add(warning)
-                    self.console.print(f"[yellow]note:[/] {escape(warning)}")
+                    self.say(f"note: {warning}")
 
-        if self.console.is_terminal and not self.console.quiet:
+        if self.is_live:
             with Live(console=self.console, refresh_per_second=8, transient=False) as live:
 
                 def show(row: dict[str, Any], envs: VectorEnvs) -> None:
                     note(row, envs)
-                    live.update(_table(row, list(curve), config, clock))
+                    live.update(_table(row, list(curve), config, clock, self.console.encoding))
 
                 yield show
             return
@@ -151,18 +157,26 @@ class Display:
         if page is not None:
             self.console.print(f"page        {escape(str(page))}   (open it in a browser)", soft_wrap=True)
         for finding in findings:
-            self.console.print(escape(finding), style="yellow" if finding.startswith("!") else "", soft_wrap=True)
+            self.say(finding, style="yellow" if finding.startswith("!") else "")
         if next_commands:
             self.console.print("\nNext:")
         for command in next_commands:
             self.console.print(f"  [bold]{escape(command)}[/]", soft_wrap=True)
 
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self.console.print(escape(text), soft_wrap=True)
+    def say(self, text: str, style: str = "") -> None:
+        """Print a text; on a terminal its lines are broken between words."""
+        width = self.console.width if self.console.is_terminal else None
+        self.console.print(escape(fitted(text, width)), style=style, soft_wrap=True)
 
     def facts(self, rows: dict[str, str]) -> None:
         """Print names with what there is to say of each."""
+        if not self.console.is_terminal:
+            width = max(map(len, rows), default=0)
+            for name, value in rows.items():
+                first, *more = value.split("\n")
+                lines = [f"{name:<{width}}  {first}", *(f"{'':<{width}}  {line}" for line in more)]
+                self.console.print(escape("\n".join(lines)), soft_wrap=True)
+            return
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold cyan", no_wrap=True)
         table.add_column(overflow="fold")
@@ -247,11 +261,13 @@ def _how(config: ControlConfig) -> str:
     return f"update {path} ({kinds.get(path, path)}), {threads}; {task.n_envs} environments, {task.vectorization}"
 
 
-def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig, clock: _Clock) -> Group:
+def _table(
+    row: dict[str, Any], curve: list[float | None], config: ControlConfig, clock: _Clock, encoding: str
+) -> Group:
     """The live table of one moment."""
     table = Table.grid(padding=(0, 3))
-    for _ in range(4):
-        table.add_column(justify="left", no_wrap=True)
+    for least in (0, 10, 0, 10):  # numbers that grow longer move nothing
+        table.add_column(justify="left", no_wrap=True, min_width=least)
     cells = [
         ("return", short(row["return_mean"])),
         ("length", short(row["length_mean"])),
@@ -274,7 +290,7 @@ def _table(row: dict[str, Any], curve: list[float | None], config: ControlConfig
         ProgressBar(total=config.total_steps, completed=row["env_steps"], width=40),
         f"{row['env_steps']:,} / {config.total_steps:,} steps",
     )
-    return Group(Text("return " + sparkline(curve, 48), style="green"), table, progress)
+    return Group(Text("return " + sparkline(curve, 48, encoding), style="green"), table, progress)
 
 
 def _line(row: dict[str, Any], config: ControlConfig, clock: _Clock) -> str:

@@ -35,3 +35,10 @@ def test_nothing_and_no_room_are_no_text():
 def test_the_largest_floats_do_not_overflow():
     assert sparkline([-1.7e308, 1.7e308], 2) == "▁█"
     assert sparkline([1.7e308] * 4, 2) == "▄▄"
+
+
+def test_code_pages_without_blocks_get_ascii() -> None:
+    assert sparkline([0.0, 1.0, None, 7.0], 4, "cp437") == ".: @"
+    assert sparkline([0.0, 1.0, None, 7.0], 4, "cp1252") == ".: @"
+    assert sparkline([0.0, 1.0, None, 7.0], 4, "no-such-encoding") == ".: @"
+    assert sparkline([0.0, 1.0, None, 7.0], 4, "utf-8") == "▁▂ █"

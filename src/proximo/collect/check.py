@@ -24,6 +24,7 @@ from proximo.collect.envs import episode_seed
 from proximo.collect.packed_env import PackedEnv, packed, packed_spaces
 from proximo.collect.returned_values import SpaceCheck, end_of, reward_of, shown
 from proximo.errors import UserError, in_range, in_words
+from proximo.lines import page_width
 from proximo.models.control import ActorCritic, NetworkConfig
 from proximo.models.packing import MASK_KEY, PackedObservations, PackingError
 
@@ -552,8 +553,9 @@ def format_report(report: CheckReport) -> str:
 
 
 def _paragraph(label: str, text: str, indent: int = 9) -> str:
-    """A label and a text beside it, wrapped at 100 columns; lines of a traceback stay as they are."""
+    """A label and a text beside it, wrapped to a page; lines of a traceback stay as they are."""
     first, _, rest = text.partition("\n")
-    lines = textwrap.wrap(first, 100 - indent, break_long_words=False, break_on_hyphens=False) or [""]
+    room = page_width() - indent
+    lines = textwrap.wrap(first, room, break_long_words=False, break_on_hyphens=False) or [""]
     lines += rest.split("\n") if rest else []
     return "\n".join((label.ljust(indent) if i == 0 else " " * indent) + line for i, line in enumerate(lines)).rstrip()

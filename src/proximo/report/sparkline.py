@@ -8,9 +8,14 @@ from collections.abc import Sequence
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
+_ASCII = ".:-=+*#@"
+"""From light to dark, where the blocks cannot be written."""
 
-def sparkline(values: Sequence[float | None], width: int) -> str:
+
+def sparkline(values: Sequence[float | None], width: int, encoding: str = "utf-8") -> str:
     """Draw `values` as at most `width` block characters, the lowest value as ▁ and the highest as █.
+
+    Where `encoding` has no blocks, they are drawn from . to @ instead.
 
     More values than characters are averaged in groups. None, NaN and infinities are passed over; a group
     of nothing else is a space. Equal values give a line at half height.
@@ -26,8 +31,15 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     known = [level for level in levels if level is not None]
     if not known:
         return " " * n_characters
-    low, high = min(known), max(known)
-    return "".join(" " if level is None else _block(level, low, high) for level in levels)
+    low, high, blocks = min(known), max(known), _BLOCKS if _has_blocks(encoding) else _ASCII
+    return "".join(" " if level is None else blocks[_height(level, low, high)] for level in levels)
+
+
+def _has_blocks(encoding: str) -> bool:
+    try:
+        return bool(_BLOCKS.encode(encoding))
+    except (UnicodeEncodeError, LookupError):
+        return False
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -36,10 +48,10 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(value / len(finite) for value in finite) if finite else None
 
 
-def _block(level: float, low: float, high: float) -> str:
+def _height(level: float, low: float, high: float) -> int:
     # Halved for the same reason.
     span = high / 2 - low / 2
     if span <= 0:
-        return _BLOCKS[len(_BLOCKS) // 2 - 1]
+        return len(_BLOCKS) // 2 - 1
     share = (level / 2 - low / 2) / span
-    return _BLOCKS[round(share * (len(_BLOCKS) - 1))]
+    return round(share * (len(_BLOCKS) - 1))

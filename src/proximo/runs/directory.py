@@ -59,6 +59,16 @@ class RunDirectory:
         """`videos/`: what the policy looks like."""
         return self.path / "videos"
 
+    @property
+    def tensorboard(self) -> Path:
+        """`tensorboard/`: event files, where they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
+    def loggers(self) -> Path:
+        """`loggers/`: what W&B and Trackio have been sent, where they were asked for."""
+        return self.path / "loggers"
+
 
 def new_run(task: str, seed: int, run_dir: Path | str | None = None) -> RunDirectory:
     """Create the folder of a new run: `run_dir`, or `runs/<task>/<date and time>-seed<seed>`.
@@ -127,7 +137,8 @@ def _found(path: Path) -> RunDirectory:
 
 def _own_files(run: RunDirectory) -> RunDirectory:
     """Refuse a run whose parts are links: resuming it would write, and prune, somewhere else."""
-    for part in (run.checkpoints, run.metrics_path, run.config_path, run.report, run.videos, run.path / LOCK_NAME):
+    parts = (run.checkpoints, run.metrics_path, run.config_path, run.report, run.videos, run.tensorboard, run.loggers)
+    for part in (*parts, run.path / LOCK_NAME):
         if part.is_symlink():
             raise UserError(f"{part} is a link to {part.readlink()}; a run's own files are expected there.")
         if part.exists() and not (part.is_file() or part.is_dir()):  # a pipe would be waited for for ever

@@ -26,6 +26,7 @@ from proximo.collect.atari import is_atari
 from proximo.collect.envs import SpacePolicy
 from proximo.collect.packed_env import ActionMask
 from proximo.errors import HIGHEST_SEED, UserError, in_range, nearest, one_of, shown
+from proximo.loggers.following import NO_LOGGERS, Loggers
 from proximo.models.actions import distribution_name
 from proximo.models.control import NetworkConfig
 
@@ -303,6 +304,7 @@ class _TrainOutput:
     """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
+    loggers: Annotated[Loggers, tyro.conf.OmitArgPrefixes] = NO_LOGGERS
 
 
 def train_arguments(base: ControlConfig) -> Any:
