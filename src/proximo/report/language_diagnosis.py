@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from proximo.report.course import RISEN_NOISE, Course, course_of
-from proximo.report.diagnosis import (
+from proximo.report.diagnosis_update import (
     COLLAPSED_ENTROPY,
     EARLY_SHARE,
     HIGH_KL,
     LOW_CLIP_FRACTION,
     LOW_KL,
     REACHED_SHARE,
-    Finding,
+    not_finite,
 )
 from proximo.report.evidence import FEWEST_ITERATIONS, FLAT_AFTER_SHARE, Evidence
+from proximo.report.finding import Finding
 from proximo.report.records import Row
 from proximo.report.words import number, percent, plural
 
@@ -45,6 +46,12 @@ NEAR_LIMIT = 0.80
 """A mean length at four fifths of max_new_tokens has many responses at the limit."""
 GROWN = 1.3
 """Lengths of responses waver by a tenth; a third more is growth."""
+MUCH_GROWN = 1.5
+"""Half as long again is more than the first lessons of a reward take."""
+MUCH_REPEATED = 0.15
+"""In sound text one piece of three tokens in twenty stood before, if any; in loops it is most of them."""
+MORE_REPEATED = 0.10
+"""What the model did before it was aligned is no fault of the reward's."""
 CONSTANT_STD = 1e-3
 """Scores that differ in their fourth digit tell responses apart by rounding."""
 SATURATED_STD = 0.05
@@ -163,6 +170,43 @@ def responses_do_not_end(evidence: Evidence) -> Finding | None:
         f"Set {evidence.setting('missing_eos_penalty', '1')}, in units of the reward; raise "
         f"{evidence.setting('max_new_tokens')}; see that the reward does not grow with length, and that sft learned "
         "the end token.",
+    )
+
+
+def responses_grow(evidence: Evidence) -> Finding | None:
+    """Responses that still end become longer and longer."""
+    lengths = course_of(evidence, "response_length_mean")
+    if lengths is None or lengths.late < MUCH_GROWN * lengths.early or lengths.late - lengths.early <= lengths.chance:
+        return None
+    if responses_do_not_end(evidence) is not None:
+        return None
+    ends = course_of(evidence, "eos_fraction")
+    ending = "" if ends is None else f", and {percent(ends.late)} of them end by themselves"
+    return Finding(
+        "responses_grow",
+        "note",
+        f"Responses have {number(lengths.late)} tokens at {evidence.at(lengths.last_row)}; at first they had "
+        f"{number(lengths.early)}{ending}.",
+        "The reward pays for length. That is sound where longer answers are better ones, and else the easiest way to "
+        "please a reward model.",
+        "Read samples.md; take something off the reward per token, or train the reward model on pairs whose better "
+        "answer is not the longer one.",
+    )
+
+
+def text_repeats(evidence: Evidence) -> Finding | None:
+    """Responses say the same again and again."""
+    repeated, reward = course_of(evidence, "repetition"), course_of(evidence, "reward_mean")
+    if repeated is None or repeated.late < MUCH_REPEATED or repeated.late - repeated.early < MORE_REPEATED:
+        return None
+    paid = reward is not None and reward.has_risen
+    return Finding(
+        "text_repeats",
+        "warning",
+        f"{percent(repeated.late)} of all pieces of three tokens stood in the same response before, at "
+        f"{evidence.at(repeated.last_row)}; at first {percent(repeated.early)}.",
+        "The policy says the same again and again" + (", and the reward pays for it." if paid else "."),
+        f"{_sentence(_hold_nearer(evidence))}; take something off the reward for repetition.",
     )
 
 
@@ -356,9 +400,12 @@ def critic_explains_nothing(evidence: Evidence) -> Finding | None:
 
 
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
+    not_finite,
     over_optimization,
     kl_ran_away,
     responses_do_not_end,
+    responses_grow,
+    text_repeats,
     entropy_collapsed,
     reward_tells_nothing_apart,
     rewards_missing,

@@ -1,0 +1,284 @@
+"""How often the diagnosis is right: runs that are really made, with a fault or without one.
+
+    python benchmarks/diagnosis.py run --kept FOLDER      train what is missing (about 30 minutes of one core)
+    python benchmarks/diagnosis.py judge --kept FOLDER    diagnose every run in FOLDER anew, and write the table
+
+`run` may be interrupted and goes on where it was. The metrics of each run are kept in FOLDER, so that a rule that was
+changed is judged in seconds; what it said goes to results/diagnosis.jsonl. Thresholds are chosen by looking at the
+runs that are not held out; the table has those that are: other tasks, and seed 2 of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from records import HERE, add_row, circumstances, in_words, read_rows, write_between
+
+import proximo
+from proximo.errors import UserError
+from proximo.report.diagnosis import diagnose
+from proximo.report.language_diagnosis import diagnose_align
+from proximo.runs.directory import RunDirectory, read_config
+from proximo.runs.metrics import read_metrics
+
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from diagnosis_cases import (  # noqa: E402
+    FACTS,
+    HELD_OUT_REWARDS,
+    HELD_OUT_SEED,
+    REWARDS,
+    TASKS,
+    TAUGHT,
+    Case,
+    control_cases,
+    language_cases,
+    sentence,
+)
+
+RESULTS = HERE / "results" / "diagnosis.jsonl"
+N_SENTENCES, N_PROMPTS = 600, 200
+ORDER = {0: 0, HELD_OUT_SEED: 0.5}
+
+
+def main() -> None:
+    """Run or judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "judge"))
+    parser.add_argument("--kept", type=Path, required=True, help="where the metrics of the runs are kept")
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    arguments = parser.parse_args()
+    arguments.kept.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "run":
+        run_all(arguments.kept, arguments.only)
+    else:
+        judge_all(arguments.kept)
+
+
+# --- the runs -----------------------------------------------------------------------------------------------------
+
+
+def every_run() -> Iterator[tuple[Case, int, bool]]:
+    """Cases with each of their seeds, and whether they are of the language kind."""
+    for is_language, cases in ((False, control_cases()), (True, language_cases())):
+        for case in cases:
+            for seed in case.seeds:
+                yield case, seed, is_language
+
+
+def kept_file(folder: Path, case: Case, seed: int, *, is_language: bool) -> Path:
+    words = f"{'align' if is_language else 'train'} {case.key} {seed}"
+    return folder / ("".join(letter if letter.isalnum() else "-" for letter in words) + ".json")
+
+
+def run_all(folder: Path, only: str) -> None:
+    runs = sorted(every_run(), key=lambda run: ORDER.get(run[1], run[1]))  # so that there is something of all early
+    for case, seed, is_language in runs:
+        path = kept_file(folder, case, seed, is_language=is_language)
+        if only not in case.key or path.exists():
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            place = Path(name) / "run"
+            ended = ""
+            try:
+                (aligned if is_language else trained)(case, seed, place, folder)
+            except UserError as error:
+                ended = str(error).splitlines()[0]
+            run = RunDirectory(place)
+            if not run.config_path.exists():
+                raise SystemExit(f"{case.key}, seed {seed} did not begin: {ended}")
+            rows = read_metrics(run.metrics_path)
+            kept = {"settings": plain(read_config(run)), "rows": rows, "ended": ended} | circumstances("gymnasium")
+        path.write_text(json.dumps(kept))
+        seconds = sum(float(row["seconds_collecting"]) + float(row["seconds_updating"]) for row in rows)
+        found = ", ".join(one.name for one in findings_of(kept, is_language=is_language))
+        print(f"{case.key}, seed {seed}: {seconds:.1f} s, {len(rows)} iterations: {found} {ended}", flush=True)
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without the places of this machine."""
+    return {name: value for name, value in settings.items() if name not in ("model", "prompts", "env_id")}
+
+
+def trained(case: Case, seed: int, place: Path, _: Path) -> None:
+    task = TASKS[case.task]
+    settings = {name: value for name, value in (task.settings | case.settings).items() if value is not None}
+    proximo.train(task.make, run_dir=place, seed=seed, quiet=True, **settings)
+
+
+def aligned(case: Case, seed: int, place: Path, folder: Path) -> None:
+    settings = TAUGHT | case.settings
+    if settings.get("algorithm", "ppo") != "ppo":
+        settings.pop("sharing")
+        settings |= dict(responses_per_prompt=4, prompts_per_iteration=16)
+    model, prompts = taught(folder / f"taught-{seed}", seed)
+    proximo.align(model, REWARDS[case.task], prompts, run_dir=place, seed=seed, quiet=True, **settings)
+
+
+def taught(folder: Path, seed: int) -> tuple[Path, Path]:
+    """A tiny model that was taught the small language, and prompts in it."""
+    from tests.tiny_language import save_tiny
+
+    model, data, prompts = folder / "sft", folder / "sentences.jsonl", folder / "prompts.jsonl"
+    if not (model / "config.json").exists():
+        rng = random.Random(seed)
+
+        def cut() -> dict[str, str]:
+            words, n = sentence(rng).split(), rng.randint(1, 3)
+            return {"prompt": " ".join(words[:n]), "completion": " ".join(words[n:])}
+
+        folder.mkdir(parents=True, exist_ok=True)
+        data.write_text("".join(json.dumps(cut()) + "\n" for _ in range(N_SENTENCES)))
+        prompts.write_text("".join(json.dumps({"prompt": cut()["prompt"]}) + "\n" for _ in range(N_PROMPTS)))
+        save_tiny(folder / "untaught", seed=seed, width=32)
+        proximo.sft(
+            folder / "untaught", data, run_dir=model, batch_size=32, learning_rate=1e-2, n_epochs=3, threads=1,
+            seed=seed, quiet=True,
+        )  # fmt: skip
+    return model, prompts
+
+
+# --- the judgement ------------------------------------------------------------------------------------------------
+
+
+def findings_of(kept: dict[str, Any], *, is_language: bool) -> list[Any]:
+    return (diagnose_align if is_language else diagnose)(kept["rows"], kept["settings"])
+
+
+def judge_all(folder: Path) -> None:
+    """Write what the diagnosis says of every run into the results, and the table into the docs."""
+    RESULTS.unlink(missing_ok=True)
+    for case, seed, is_language in every_run():
+        path = kept_file(folder, case, seed, is_language=is_language)
+        if not path.exists():
+            continue
+        kept = json.loads(path.read_text())
+        first, best, final = returns_of(kept["rows"], is_language=is_language)
+        row = {
+            "case": case.name,
+            "task": case.task,
+            "seed": seed,
+            "kind": "align" if is_language else "train",
+            "is_held_out": is_held_out(case, seed, is_language=is_language),
+            "must": list(case.must),
+            "may": list(case.may),
+            "counts": counts(case, kept, is_language=is_language),
+            "first": first,
+            "best": best,
+            "final": final,
+            "found": {one.name: one.severity for one in findings_of(kept, is_language=is_language)},
+            "changed": case.settings,
+            "trained_at": kept["commit"],
+        }
+        add_row(RESULTS, row, "gymnasium", "transformers")
+    write_between("diagnosis", table(), "diagnosis.md")
+
+
+def is_held_out(case: Case, seed: int, *, is_language: bool) -> bool:
+    if is_language:
+        return seed == HELD_OUT_SEED or case.task in HELD_OUT_REWARDS
+    return seed == HELD_OUT_SEED or TASKS[case.task].is_held_out
+
+
+def returns_of(rows: Sequence[dict[str, Any]], *, is_language: bool) -> tuple[float | None, float | None, float | None]:
+    """First, best and last mean return, or reward."""
+    name = "reward_mean" if is_language else "return_mean"
+    known = [float(row[name]) for row in rows if row.get(name) is not None]
+    return (known[0], max(known), known[-1]) if known else (None, None, None)
+
+
+def counts(case: Case, kept: dict[str, Any], *, is_language: bool) -> bool:
+    """Whether what the case is about did happen, by other means than the diagnosis has."""
+    rows = kept["rows"]
+    first, best, final = returns_of(rows, is_language=is_language)
+    if is_language:
+        if case.must or not rows:
+            return True
+        early, late = (sum(row["reward_mean"] for row in some) for some in (rows[:5], rows[-5:]))
+        # A healthy run has gained, is near the reference, and ends what it says.
+        return late > early and rows[-1]["kl_to_reference"] < 15 and rows[-1]["eos_fraction"] > 0.9
+    good = TASKS[case.task].good
+    if first is None or best is None or final is None:
+        return bool(case.must)
+    if not case.must:
+        return final >= good
+    if case.when == "failed":
+        return final < good
+    if case.when == "never reached":
+        return best <= min(first, good)
+    if case.when == "collapsed":
+        return best >= good and final - first < 0.5 * (best - first)
+    if case.when == "certain":
+        entropy = [float(row["entropy"]) for row in rows if row.get("entropy") is not None]
+        third = entropy[: len(entropy) // 3]
+        return bool(third) and min(third) < 0.05 * max(entropy[0], 0.0) and final < good
+    return True
+
+
+def table() -> list[str]:
+    rows = read_rows(RESULTS)
+    lines: list[str] = []
+    for kind, title in (("train", "Control"), ("align", "Language models")):
+        of_kind = [row for row in rows if row["kind"] == kind]
+        lines += ["", f"### {title}", "", *_table_of(of_kind)]
+    return [*lines, *in_words(rows)]
+
+
+def _table_of(rows: list[dict[str, Any]]) -> list[str]:
+    names = sorted({name for row in rows for name in row["must"]})
+    lines = [
+        "| finding | found | false alarms | precision | recall | found, all runs | false alarms, all runs |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    held_out = [row for row in rows if row["is_held_out"]]
+    for name in names:
+        hit, asked, false, said = _tally(held_out, name)
+        hit_all, asked_all, false_all, _ = _tally(rows, name)
+        precision = f"{hit / (hit + false):.2f}" if hit + false else "-"
+        recall = f"{hit / asked:.2f}" if asked else "-"
+        others = sum(1 for _ in held_out) - asked - said
+        alarms = "measured, not concluded" if name in FACTS else f"{false} of {false + others}"
+        lines.append(
+            f"| `{name}` | {hit} of {asked} | {alarms} | {precision} | {recall} | {hit_all} of {asked_all} "
+            f"| {false_all} |"
+        )
+    healthy = [row for row in held_out if not row["must"] and row["counts"]]
+    blamed = [row for row in healthy if _complaints(row)]
+    left_out = sum(not row["must"] and not row["counts"] for row in held_out)
+    faults = [row for row in held_out if row["must"] and row["counts"]]
+    seen = sum(bool(_complaints(row)) for row in faults)
+    named = [f"{r['case']}, {r['task']}, seed {r['seed']} ({', '.join(_complaints(r))})" for r in blamed]
+    lines += [
+        "",
+        f"Of {len(healthy)} held-out healthy runs, {len(blamed)} got a problem or a warning"
+        + (f": {'; '.join(named)}" if named else "")
+        + f". {left_out} more runs with sane settings did not learn enough to be called healthy and are left out. Of "
+        f"{len(faults)} held-out runs with a fault, {seen} got one.",
+    ]  # fmt: skip
+    return lines
+
+
+def _complaints(row: dict[str, Any]) -> list[str]:
+    return [name for name, severity in row["found"].items() if severity in ("problem", "warning")]
+
+
+def _tally(rows: list[dict[str, Any]], name: str) -> tuple[int, int, int, int]:
+    """Found where it must be; runs where it must be; found where it must not be; runs where it may be."""
+    asked = [row for row in rows if name in row["must"] and row["counts"]]
+    neutral = [row for row in rows if (name in row["may"] or name in row["must"]) and row not in asked]
+    neutral += [row for row in rows if not row["must"] and not row["counts"]]
+    others = [row for row in rows if row not in asked and row not in neutral]
+    hit = sum(name in row["found"] for row in asked)
+    false = 0 if name in FACTS else sum(name in row["found"] for row in others)
+    return hit, len(asked), false, len(neutral)
+
+
+if __name__ == "__main__":
+    main()
