@@ -94,7 +94,7 @@ def run_all(folder: Path, only: str) -> None:
             run = RunDirectory(place)
             if not run.config_path.exists():
                 raise SystemExit(f"{case.key}, seed {seed} did not begin: {ended}")
-            rows = read_metrics(run.metrics_path)
+            rows: list[dict[str, Any]] = read_metrics(run.metrics_path)
             kept = {"settings": plain(read_config(run)), "rows": rows, "ended": ended} | circumstances("gymnasium")
         path.write_text(json.dumps(kept))
         seconds = sum(float(row["seconds_collecting"]) + float(row["seconds_updating"]) for row in rows)

@@ -134,7 +134,7 @@ class Task:
     is_held_out: bool = False
 
 
-SANE = dict(
+SANE: dict[str, Any] = dict(
     n_envs=8, rollout_length=128, batch_size=128, n_epochs=10, gamma=0.99, gae_lambda=0.95, learning_rate=1e-3,
     learning_rate_schedule="constant", clip_epsilon=0.2, clip_schedule="constant", entropy_coef=0.0,
     normalize_observations=False, normalize_rewards=False, threads=1,
@@ -170,7 +170,8 @@ def units(case: str, task: str, **factors: Any) -> str:
     """Enter a task in other units, and return its name."""
     name = f"{task}, {case}"
     plain = TASKS[task]
-    TASKS[name] = Task(lambda: Scaled(gym.make(task), **factors), plain.settings, plain.good, plain.is_held_out)
+    good = plain.good * factors.get("reward", 1.0)
+    TASKS[name] = Task(lambda: Scaled(gym.make(task), **factors), plain.settings, good, plain.is_held_out)
     return name
 
 
@@ -180,7 +181,7 @@ def control_cases() -> list[Case]:
 
 
 def _healthy() -> list[Case]:
-    many = tuple(range(6))
+    many = tuple(range(5))
     own = dict.fromkeys(SANE)  # None: what the preset says
     return [
         *(Case("sane settings", task, seeds=many) for task in ("CartPole-v1", "Pendulum-v1", "Acrobot-v1")),
@@ -242,9 +243,9 @@ def _updates() -> list[Case]:
             Case("target_kl 1e-5", task, dict(target_kl=1e-5), ("kl_stop_dominates",), (*may, "updates_too_small")),
         ]
         if task != "InvertedPendulum-v5":
-            cases.append(Case("30 epochs, learning rate 0.01", task, dict(learning_rate=1e-2, n_epochs=30), lost, may))
-        held = Case("entropy_coef 1", task, dict(entropy_coef=1.0), ("entropy_held_up",), may)
-        cases.append(held)
+            many = dict(learning_rate=1e-2, n_epochs=30)
+            cases.append(Case("30 epochs, learning rate 0.01", task, many, lost, may, "failed"))
+        cases.append(Case("entropy_coef 1", task, dict(entropy_coef=1.0), ("entropy_held_up",), may))
     for task, rate in (
         ("CartPole-v1", 0.01),
         ("CartPole-v1", 0.03),
@@ -348,7 +349,7 @@ def sound(prompts: list[str], texts: list[str]) -> list[float]:
 
 
 GOLD = "diagnosis_cases:sound"
-TAUGHT = dict(
+TAUGHT: dict[str, Any] = dict(
     n_iterations=30, prompts_per_iteration=64, batch_size=64, n_epochs=2, learning_rate=1e-3, max_new_tokens=24,
     sharing="trunk", threads=1, n_samples=0, beta=0.1,
 )  # fmt: skip
@@ -379,11 +380,11 @@ def language_cases() -> list[Case]:
     may = ("over_optimization_likely", "kl_ran_away", "over_optimization", "responses_do_not_end", "responses_grow",
            "text_repeats", "reward_saturated", "critic_explains_nothing", "groups_all_alike")  # fmt: skip
     lost = (*may, "entropy_collapsed", "reward_flat", "updates_too_large", "reward_constant")
-    free, six = dict(beta=1e-4, learning_rate=3e-3), tuple(range(6))
+    free, five = dict(beta=1e-4, learning_rate=3e-3), tuple(range(5))
     roomy = dict(max_new_tokens=48, learning_rate=3e-3, beta=0.02)
     cases = [
-        *(Case("sane settings", reward, seeds=six) for reward in ("share of words", "share of other words")),
-        Case("sane settings", "near 6 words", seeds=six),
+        *(Case("sane settings", reward, seeds=five) for reward in ("share of words", "share of other words")),
+        Case("sane settings", "near 6 words", seeds=five),
         Case("grpo", "share of words", dict(algorithm="grpo")),
         Case("adaptive beta", "share of other words", dict(beta_control="adaptive", beta_target=4.0)),
         Case("rare misses", "share of words", dict(learning_rate=5e-4, n_epochs=4)),

@@ -130,6 +130,8 @@ class TestOverOptimization:
 
 FAULTS = {
     "responses_do_not_end": dict(eos_fraction=1 - 0.5 * SHARE),
+    "text_repeats": dict(repetition=0.02 + 0.5 * SHARE),
+    "not_finite": dict(policy_loss=np.where(SHARE > 0.9, np.nan, 0.01)),
     "entropy_collapsed": dict(entropy=np.exp(-40 * SHARE), reward_mean=noisy(0 * SHARE)),
     "reward_flat": dict(reward_mean=noisy(0.4 + 0 * SHARE)),
     "reward_constant": dict(reward_mean=noisy(0.4 + 0 * SHARE, 1e-5), reward_std=1e-5),
@@ -153,7 +155,9 @@ def test_a_fault_is_named_with_what_to_do(name):
 
 
 def test_every_rule_is_seen_at_work():
-    said = {"over_optimization", "kl_ran_away", *FAULTS} - {"reward_constant"} | {"reward_tells_nothing_apart"}
+    said = {"over_optimization", "kl_ran_away", "responses_grow", *FAULTS} - {"reward_constant"} | {
+        "reward_tells_nothing_apart"
+    }
     assert {rule.__name__ for rule in RULES} == said
 
 
@@ -163,8 +167,38 @@ def test_the_numbers_of_findings():
     grown = only("responses_do_not_end", align_rows(response_length_mean=25 + 33 * SHARE, eos_fraction=0.9))
     assert "from 26.81 to 56.52 tokens" in grown.seen  # 25 + 33 * (mean of 0.01 to 0.1, of 0.91 to 1)
     assert "max_new_tokens (now 64)" in grown.advice
-    assert names(align_rows(response_length_mean=25 + 33 * SHARE), max_new_tokens=200) == ["healthy"]
+    assert names(align_rows(response_length_mean=25 + 33 * SHARE), max_new_tokens=200) == ["healthy", "responses_grow"]
+    assert names(align_rows(response_length_mean=25 + 11 * SHARE), max_new_tokens=200) == ["healthy"]
     assert names(align_rows(eos_fraction=0.0), stop_at_eos=False) == ["healthy"]
+
+
+def test_responses_that_grow_and_end_are_a_note_with_both_lengths():
+    finding = only("responses_grow", align_rows(response_length_mean=20 + 30 * SHARE), max_new_tokens=200)
+    assert finding.severity == "note"
+    assert "48.65 tokens at iteration 100; at first they had 21.65" in finding.seen
+
+
+def test_repeated_text_is_held_against_what_the_model_did_at_first():
+    finding = only("text_repeats", align_rows(repetition=0.02 + 0.5 * SHARE))
+    assert "50 % of all pieces of three tokens" in finding.seen  # 0.02 + 0.5 * (mean of 0.91 to 1)
+    assert "at first 5 %" in finding.seen
+    assert "the reward pays for it" in finding.meaning
+    assert names(align_rows(repetition=0.4)) == ["healthy"]  # poems repeat as well
+    assert names(align_rows(repetition=0.02 + 0.1 * SHARE)) == ["healthy"]
+
+
+def test_no_rule_stumbles_over_missing_or_odd_values():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        metrics = align_rows(int(rng.integers(1, 40)))
+        gone = rng.choice(list(metrics[0]), size=8, replace=False)
+        for row in metrics:
+            for name in gone:
+                row[name] = [None, "text", True, 0.0, -1e150][rng.integers(5)]
+            row.pop(str(gone[0]))
+        settings = {name: ALIGN[name] for name in rng.choice(list(ALIGN), size=5)}
+        for finding in diagnose_align(metrics, settings):
+            assert "nan" not in finding.seen
 
 
 def test_what_a_run_that_learned_need_not_mend_is_a_note():

@@ -16,7 +16,7 @@ from proximo.algorithms.rnd import IntrinsicConfig, intrinsic_advantages
 from proximo.core.advantages import gae
 from proximo.core.batch import Batch, minibatch_indices, pieces
 from proximo.core.distributions import Distribution
-from proximo.core.masked import explained_variance, masked_variance, whiten
+from proximo.core.masked import explained_variance, whiten
 from proximo.core.policy import Policy
 
 
@@ -105,7 +105,8 @@ def estimated(
     if intrinsic is not None:
         novel, intrinsic_returns = intrinsic_advantages(batch, intrinsic, gae_lambda)
         advantages = intrinsic.extrinsic_coef * advantages + intrinsic.intrinsic_coef * novel
-    quality["advantage_std"] = float(masked_variance(advantages, batch.mask).sqrt())
+    valid = advantages[batch.mask]  # their sum must not hang on how much is masked
+    quality["advantage_std"] = float(valid.std(correction=0)) if len(valid) else 0.0
     everything = Minibatch(batch, advantages, returns, intrinsic_returns=intrinsic_returns)
     return everything.as_pieces() if policy.has_memory else everything.as_steps(), quality
 

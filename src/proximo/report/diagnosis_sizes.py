@@ -61,13 +61,13 @@ def rewards_out_of_scale(evidence: Evidence) -> Finding | None:
     if len(finite) == 0 or not finite.max() > 0 or evidence.settings.get("normalize_rewards") is True:
         return None
     lengths, gamma = evidence.column("length_mean"), evidence.settings.get("gamma")
-    length = float(np.nanmax(lengths)) if np.isfinite(lengths).any() else np.inf
-    reach = 1.0 / (1.0 - gamma) if is_number(gamma) and 0 <= gamma < 1 else length
-    reach = min(reach, max(length, 1.0))
-    returns = np.abs(evidence.column("return_mean"))
-    shares = np.minimum(reach / np.maximum(lengths, 1.0), 1.0) * returns
-    large = max(float(np.median(finite)), float(np.nanmedian(shares)) if np.isfinite(shares).any() else 0.0)
-    small = float(finite.max()) * reach if np.isfinite(reach) else np.inf
+    length = max(float(np.nanmax(lengths)), 1.0) if np.isfinite(lengths).any() else np.inf
+    reach = min(1.0 / (1.0 - gamma), length) if is_number(gamma) and 0 <= gamma < 1 else length
+    # Of a return only what lies within the reach of gamma is to be foreseen.
+    foreseen = np.minimum(reach / np.maximum(lengths, 1.0), 1.0) * np.abs(evidence.column("return_mean"))
+    foreseen = foreseen[np.isfinite(foreseen)]
+    large = max(float(np.median(finite)), float(np.median(foreseen)) if is_number(gamma) and len(foreseen) else 0.0)
+    small = float(finite.max()) * reach
     if not (large >= LARGE_VALUES or small < SMALL_VALUES):
         return None
     size = f"about {number(large)}" if large >= LARGE_VALUES else f"below {number(small)}"

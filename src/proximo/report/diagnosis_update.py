@@ -22,6 +22,8 @@ REACHED_SHARE = 0.70
 """A policy that is certain and has most of its later best return has solved the task, not given up."""
 HIGH_KL = 0.05
 """Sound updates end between 0.003 and 0.03; at this the policy that collected is no guide for the next."""
+LEAP = 0.5
+"""Ten times beyond that, an action that had a chance of a half may have one of a tenth after a single update."""
 HIGH_CLIP_FRACTION = 0.40
 """Sound updates clip 5 to 30 % of the steps; beyond this, most of the batch has no gradient any more."""
 LOW_KL = 1e-5
@@ -65,15 +67,15 @@ def not_finite(evidence: Evidence) -> Finding | None:
 def updates_too_small(evidence: Evidence) -> Finding | None:
     """The policy stands still, although the learning rate has not decayed and there is something to learn."""
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
-    if kl is None or not evidence.is_flat:
+    if kl is None or evidence.has_learned or not evidence.is_judged:
         return None
-    if abs(kl) >= LOW_KL or (clipped or 0.0) >= LOW_CLIP_FRACTION:
+    if abs(kl) >= LOW_KL or (clipped or 0.0) >= LOW_CLIP_FRACTION or _leap(evidence) is not None:
         return None
     return Finding(
         "updates_too_small",
-        "problem",
+        "problem" if evidence.is_flat else "warning",
         f"An update moves the policy by a KL of {number(kl)} (median of {count(evidence.is_active)} iterations); "
-        f"{percent(clipped or 0.0)} of the steps are clipped; the return stays near {number(final_return(evidence))}.",
+        f"{percent(clipped or 0.0)} of the steps are clipped; the return is {number(final_return(evidence))}.",
         "The updates are far too small to learn anything from.",
         advice(
             f"raise {evidence.setting('learning_rate', '0.0003')} or {evidence.setting('n_epochs')}",
@@ -87,8 +89,10 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
     is_kl_high = kl is not None and kl > HIGH_KL
     is_clip_high = clipped is not None and clipped > HIGH_CLIP_FRACTION
-    if len(evidence.rows) < FEWEST_ITERATIONS or not (is_kl_high or is_clip_high):
+    if len(evidence.rows) < FEWEST_ITERATIONS:
         return None
+    if not (is_kl_high or is_clip_high):
+        return _one_update_too_large(evidence)
     kls = np.where(evidence.is_active, evidence.column("approx_kl"), np.nan)
     peak = f", at most {number(float(np.nanmax(kls)))} in {evidence.at(int(np.nanargmax(kls)))}" if kl else ""
     good = evidence.has_learned
@@ -99,6 +103,34 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
         f"(medians of {count(evidence.is_active)} iterations). Usual are 0.003 to 0.03, and 5 to 30 %.",
         "Each update moves the policy further than its rollout can vouch for, and returns may collapse."
         + (" This run learned nonetheless; another seed may not." if good else ""),
+        advice(
+            f"lower {evidence.setting('learning_rate')} or {evidence.setting('n_epochs')}",
+            f"raise {evidence.setting('batch_size')}",
+            evidence.limit_kl(),
+        ),
+    )
+
+
+def _leap(evidence: Evidence) -> int | None:
+    """The row of the largest update, where it made another policy of what there was."""
+    kls = evidence.column("approx_kl")
+    known = np.isfinite(kls)
+    return int(np.nanargmax(kls)) if known.any() and np.nanmax(kls) >= LEAP else None
+
+
+def _one_update_too_large(evidence: Evidence) -> Finding | None:
+    """One update that leaves nothing of the policy, in a run whose updates are small otherwise, and that fails."""
+    row = _leap(evidence)
+    if row is None or evidence.has_learned:
+        return None
+    kl = number(float(evidence.column("approx_kl")[row]))
+    return Finding(
+        "updates_too_large",
+        "warning",
+        f"The update of {evidence.at(row)} moved the policy by a KL of {kl}, and the return is "
+        f"{number(final_return(evidence))}. Usual are 0.003 to 0.03.",
+        "One update made another policy of what there was, further than its rollout can vouch for; where that is "
+        "certain of a poor action, nothing moves it any more.",
         advice(
             f"lower {evidence.setting('learning_rate')} or {evidence.setting('n_epochs')}",
             f"raise {evidence.setting('batch_size')}",
@@ -146,7 +178,7 @@ def entropy_held_up(evidence: Evidence) -> Finding | None:
     """The entropy bonus keeps the policy from choosing anything."""
     entropy, coef = evidence.column("entropy"), evidence.settings.get("entropy_coef")
     known = np.flatnonzero(np.isfinite(entropy))
-    if not is_number(coef) or coef < LARGE_ENTROPY_COEF or len(known) < FEWEST_ITERATIONS or evidence.has_learned:
+    if not is_number(coef) or coef < LARGE_ENTROPY_COEF or len(known) < FEWEST_ITERATIONS:
         return None
     first, now = float(entropy[known[0]]), float(np.median(entropy[known[len(known) // 2 :]]))
     is_held = 0 < HELD_UP_ENTROPY * first <= now
@@ -154,7 +186,7 @@ def entropy_held_up(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         "entropy_held_up",
-        "problem" if evidence.is_flat else "warning",
+        "note" if evidence.has_learned else "problem" if evidence.is_flat else "warning",
         f"The entropy was {number(first)} nats in {evidence.at(int(known[0]))} and is {number(now)} (median of the "
         f"second half, to {evidence.at(int(known[-1]))}), with an entropy_coef of {number(coef)}; the return is "
         f"{number(final_return(evidence))}.",

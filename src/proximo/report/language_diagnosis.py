@@ -453,7 +453,7 @@ def _number_set(evidence: Evidence, name: str) -> float | None:
 def _share_missing(evidence: Evidence) -> float | None:
     """Share of all responses without a score; every iteration has the same number of responses."""
     missing = evidence.column("rewards_missing")
-    per_iteration = evidence.column("n_responses") / evidence.iterations
+    per_iteration = evidence.column("n_responses") / np.maximum(evidence.iterations, 1.0)
     known = np.isfinite(missing) & np.isfinite(per_iteration)
     asked = float(per_iteration[known].sum())
     return float(missing[known].sum()) / asked if asked > 0 else None
