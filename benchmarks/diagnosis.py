@@ -2,6 +2,7 @@
 
     python benchmarks/diagnosis.py run --kept FOLDER      train what is missing (about 30 minutes of one core)
     python benchmarks/diagnosis.py judge --kept FOLDER    diagnose every run in FOLDER anew, and write the table
+    python benchmarks/diagnosis.py fixture --kept FOLDER  keep some of the runs, trimmed, for the tests
 
 `run` may be interrupted and goes on where it was. The metrics of each run are kept in FOLDER, so that a rule that was
 changed is judged in seconds; what it said goes to results/diagnosis.jsonl. Thresholds are chosen by looking at the
@@ -44,22 +45,35 @@ from diagnosis_cases import (  # noqa: E402
 )
 
 RESULTS = HERE / "results" / "diagnosis.jsonl"
+FIXTURE = HERE.parent / "tests" / "report" / "measured_runs.json"
 N_SENTENCES, N_PROMPTS = 600, 200
+MOST_ROWS = 60
+LOOKED_AT = (
+    "iteration", "env_steps", "n_episodes", "return_mean", "length_mean", "approx_kl", "approx_kl_max",
+    "policy_loss", "value_loss", "entropy", "clip_fraction", "grad_norm", "n_updates", "kl_stopped",
+    "explained_variance", "learning_rate", "advantage_std", "terminated_share", "reward_largest",
+    "observation_largest", "observation_smallest", "seconds_collecting", "seconds_updating", "seconds_environment",
+    "update_skipped", "n_iterations", "n_responses", "reward_mean", "reward_std", "rewards_missing",
+    "kl_to_reference", "beta", "gold_mean", "response_length_mean", "eos_fraction", "advantage_rows", "repetition",
+    "groups_alike",
+)  # fmt: skip
 ORDER = {0: 0, HELD_OUT_SEED: 0.5}
 
 
 def main() -> None:
     """Run or judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "judge"))
+    parser.add_argument("what", choices=("run", "judge", "fixture"))
     parser.add_argument("--kept", type=Path, required=True, help="where the metrics of the runs are kept")
     parser.add_argument("--only", default="", help="cases with this in their name")
     arguments = parser.parse_args()
     arguments.kept.mkdir(parents=True, exist_ok=True)
     if arguments.what == "run":
         run_all(arguments.kept, arguments.only)
-    else:
+    elif arguments.what == "judge":
         judge_all(arguments.kept)
+    else:
+        keep_for_tests(arguments.kept)
 
 
 # --- the runs -----------------------------------------------------------------------------------------------------
@@ -79,7 +93,7 @@ def kept_file(folder: Path, case: Case, seed: int, *, is_language: bool) -> Path
 
 
 def run_all(folder: Path, only: str) -> None:
-    runs = sorted(every_run(), key=lambda run: ORDER.get(run[1], run[1]))  # so that there is something of all early
+    runs = sorted(every_run(), key=_order)
     for case, seed, is_language in runs:
         path = kept_file(folder, case, seed, is_language=is_language)
         if only not in case.key or path.exists():
@@ -102,9 +116,16 @@ def run_all(folder: Path, only: str) -> None:
         print(f"{case.key}, seed {seed}: {seconds:.1f} s, {len(rows)} iterations: {found} {ended}", flush=True)
 
 
+def _order(run: tuple[Case, int, bool]) -> tuple[float, bool]:
+    """Something of every case early: one seed, then the one that is held out, then the tasks that are, then others."""
+    case, seed, is_language = run
+    is_other_task = is_held_out(case, -1, is_language=is_language)
+    return ORDER.get(seed, seed) + 0.75 * is_other_task, not is_language
+
+
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without the places of this machine."""
-    return {name: value for name, value in settings.items() if name not in ("model", "prompts", "env_id")}
+    return {name: value for name, value in settings.items() if name not in ("model", "prompts", "env_id", "gold")}
 
 
 def trained(case: Case, seed: int, place: Path, _: Path) -> None:
@@ -169,16 +190,57 @@ def judge_all(folder: Path) -> None:
             "is_held_out": is_held_out(case, seed, is_language=is_language),
             "must": list(case.must),
             "may": list(case.may),
-            "counts": counts(case, kept, is_language=is_language),
+            "counting": counting(case, kept, is_language=is_language),
+            "is_healthy": is_healthy(case, kept, is_language=is_language),
             "first": first,
             "best": best,
             "final": final,
             "found": {one.name: one.severity for one in findings_of(kept, is_language=is_language)},
-            "changed": case.settings,
+            "changed": plain(case.settings),
             "trained_at": kept["commit"],
         }
         add_row(RESULTS, row, "gymnasium", "transformers")
     write_between("diagnosis", table(), "diagnosis.md")
+
+
+def keep_for_tests(folder: Path) -> None:
+    """One run with each finding and some healthy ones, none of them held out, with the columns that rules look at."""
+    wanted = {name for case, _, _ in every_run() for name in case.must}
+    left = dict.fromkeys(wanted, 1) | {"healthy": 6}
+    kept_runs = []
+    for case, seed, is_language in every_run():
+        path = kept_file(folder, case, seed, is_language=is_language)
+        if not path.exists() or is_held_out(case, seed, is_language=is_language):
+            continue
+        kept = json.loads(path.read_text())
+        healthy = is_healthy(case, kept, is_language=is_language)
+        must = ["healthy"] if healthy else counting(case, kept, is_language=is_language)
+        kept["rows"] = [
+            {name: rounded(value) for name, value in row.items() if name in LOOKED_AT} for row in kept["rows"]
+        ]
+        found = {one.name for one in findings_of(kept, is_language=is_language)}
+        new = [name for name in must if name in found and left[name] > 0]
+        if len(kept["rows"]) > MOST_ROWS or not new:
+            continue
+        for name in new:
+            left[name] -= 1
+        columns = {name: [row.get(name) for row in kept["rows"]] for name in LOOKED_AT}
+        kept_runs.append(
+            {
+                "run": f"{case.key}, seed {seed}",
+                "kind": "align" if is_language else "train",
+                "must": [name for name in must if name in found],
+                "settings": {name: value for name, value in kept["settings"].items() if value is not None},
+                "columns": {name: values for name, values in columns.items() if set(values) != {None}},
+            }
+        )
+    FIXTURE.write_text("[\n" + ",\n".join(json.dumps(run) for run in kept_runs) + "\n]\n")
+    print(f"{len(kept_runs)} runs, {FIXTURE.stat().st_size:,} bytes; without a run: {[n for n in left if left[n] > 0]}")
+
+
+def rounded(value: Any) -> Any:
+    """Four digits are enough for every rule."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def is_held_out(case: Case, seed: int, *, is_language: bool) -> bool:
@@ -194,32 +256,35 @@ def returns_of(rows: Sequence[dict[str, Any]], *, is_language: bool) -> tuple[fl
     return (known[0], max(known), known[-1]) if known else (None, None, None)
 
 
-def counts(case: Case, kept: dict[str, Any], *, is_language: bool) -> bool:
-    """Whether what the case is about did happen, by other means than the diagnosis has."""
-    rows = kept["rows"]
-    first, best, final = returns_of(rows, is_language=is_language)
-    if is_language:
-        if case.must or not rows:
-            return True
-        early, late = (sum(row["reward_mean"] for row in some) for some in (rows[:5], rows[-5:]))
-        # A healthy run has gained, is near the reference, and ends what it says.
-        return late > early and rows[-1]["kl_to_reference"] < 15 and rows[-1]["eos_fraction"] > 0.9
-    good = TASKS[case.task].good
+def counting(case: Case, kept: dict[str, Any], *, is_language: bool) -> list[str]:
+    """The findings that must be there, by other means than the diagnosis has."""
+    first, best, final = returns_of(kept["rows"], is_language=is_language)
+    if is_language or not case.when:
+        return list(case.must)
     if first is None or best is None or final is None:
-        return bool(case.must)
-    if not case.must:
-        return final >= good
-    if case.when == "failed":
-        return final < good
-    if case.when == "never reached":
-        return best <= min(first, good)
-    if case.when == "collapsed":
-        return best >= good and final - first < 0.5 * (best - first)
-    if case.when == "certain":
-        entropy = [float(row["entropy"]) for row in rows if row.get("entropy") is not None]
-        third = entropy[: len(entropy) // 3]
-        return bool(third) and min(third) < 0.05 * max(entropy[0], 0.0) and final < good
-    return True
+        return [name for name in case.must if name not in case.when]
+    good = TASKS[case.task].good
+    entropy = [float(row["entropy"]) for row in kept["rows"] if row.get("entropy") is not None]
+    third = entropy[: len(entropy) // 3]
+    happened = {
+        "failed": final < good,
+        "never reached": best <= min(first, good),
+        "collapsed": best >= good and final - first < 0.5 * (best - first),
+        "certain": bool(third) and min(third) < 0.05 * max(entropy[0], 0.0) and final < good,
+    }
+    return [name for name in case.must if name not in case.when or happened[case.when[name]]]
+
+
+def is_healthy(case: Case, kept: dict[str, Any], *, is_language: bool) -> bool:
+    """Whether a run without a fault has learned: a language model is near its reference, and ends what it says."""
+    rows = kept["rows"]
+    _, _, final = returns_of(rows, is_language=is_language)
+    if case.must or final is None:
+        return False
+    if not is_language:
+        return final >= TASKS[case.task].good
+    early, late = (sum(row["reward_mean"] for row in some) for some in (rows[:5], rows[-5:]))
+    return late > early and rows[-1]["kl_to_reference"] < 15 and rows[-1]["eos_fraction"] > 0.9
 
 
 def table() -> list[str]:
@@ -249,10 +314,10 @@ def _table_of(rows: list[dict[str, Any]]) -> list[str]:
             f"| `{name}` | {hit} of {asked} | {alarms} | {precision} | {recall} | {hit_all} of {asked_all} "
             f"| {false_all} |"
         )
-    healthy = [row for row in held_out if not row["must"] and row["counts"]]
+    healthy = [row for row in held_out if row["is_healthy"]]
     blamed = [row for row in healthy if _complaints(row)]
-    left_out = sum(not row["must"] and not row["counts"] for row in held_out)
-    faults = [row for row in held_out if row["must"] and row["counts"]]
+    left_out = sum(not row["must"] and not row["is_healthy"] for row in held_out)
+    faults = [row for row in held_out if row["counting"]]
     seen = sum(bool(_complaints(row)) for row in faults)
     named = [f"{r['case']}, {r['task']}, seed {r['seed']} ({', '.join(_complaints(r))})" for r in blamed]
     lines += [
@@ -271,9 +336,9 @@ def _complaints(row: dict[str, Any]) -> list[str]:
 
 def _tally(rows: list[dict[str, Any]], name: str) -> tuple[int, int, int, int]:
     """Found where it must be; runs where it must be; found where it must not be; runs where it may be."""
-    asked = [row for row in rows if name in row["must"] and row["counts"]]
+    asked = [row for row in rows if name in row["counting"]]
     neutral = [row for row in rows if (name in row["may"] or name in row["must"]) and row not in asked]
-    neutral += [row for row in rows if not row["must"] and not row["counts"]]
+    neutral += [row for row in rows if not row["must"] and not row["is_healthy"]]
     others = [row for row in rows if row not in asked and row not in neutral]
     hit = sum(name in row["found"] for row in asked)
     false = 0 if name in FACTS else sum(name in row["found"] for row in others)

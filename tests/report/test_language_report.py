@@ -82,6 +82,17 @@ class TestHealthyRuns:
         assert names(metrics, value_pretraining_iterations=40) == ["healthy"]
         assert names(metrics[:40], value_pretraining_iterations=40) == ["too_early"]
 
+    def test_rise_where_thirds_differ_though_the_ends_are_a_few_iterations_only(self):
+        seen = "65 102 100 106 152 127 152 88 139 131 148 180 129 158 158 107 158 152 165 167 170 151 134 104 167"
+        reward = np.array([int(word) for word in seen.split()]) / 1000  # of a run that was really made
+        found = names(align_rows(25, reward_mean=reward), n_iterations=25)
+        assert "reward_flat" not in found
+        assert "healthy" in found
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_do_not_rise_by_luck(self, seed):
+        assert "reward_flat" in names(align_rows(30, reward_mean=noisy(np.zeros(30), 1.0, seed)), n_iterations=30)
+
     def test_that_are_short_are_too_early_to_judge(self):
         assert names(align_rows(5)) == ["too_early"]
         assert names([]) == ["too_early"]
