@@ -233,7 +233,8 @@ def _sizes() -> list[Case]:
     return cases
 
 
-_HIGH_RATES = (("CartPole-v1", 0.01), ("CartPole-v1", 0.03), ("Acrobot-v1", 0.01), ("InvertedPendulum-v5", 0.01))
+_HIGH_RATES = (("CartPole-v1", 0.03), ("Pendulum-v1", 0.01), ("Pendulum-v1", 0.02), ("Acrobot-v1", 0.01),
+               ("InvertedPendulum-v5", 0.01))  # fmt: skip
 
 
 def _updates() -> list[Case]:
@@ -242,7 +243,14 @@ def _updates() -> list[Case]:
         lost = ("updates_too_large",)
         cases += [
             Case("learning rate 1e-8", task, dict(learning_rate=1e-8), ("updates_too_small",), may),
-            Case("learning rate 0.05", task, dict(learning_rate=0.05), lost, may),
+            Case(
+                "learning rate 0.05",
+                task,
+                dict(learning_rate=0.05),
+                (*lost, "entropy_collapsed"),
+                may,
+                {"entropy_collapsed": "certain"},
+            ),
             Case("no critic learns", task, dict(value_coef=0.0), ("critic_explains_nothing",), may),
             Case("target_kl 1e-5", task, dict(target_kl=1e-5), ("kl_stop_dominates",), (*may, "updates_too_small")),
         ]
@@ -253,7 +261,7 @@ def _updates() -> list[Case]:
     lost = ("return_collapsed", "entropy_collapsed")
     when: dict[str, When] = {"return_collapsed": "collapsed", "entropy_collapsed": "certain"}
     for task, rate in _HIGH_RATES:
-        settings = dict(learning_rate=rate, n_epochs=20, total_steps=61_440)
+        settings = dict(learning_rate=rate, n_epochs=20, total_steps=max(61_440, TASKS[task].settings["total_steps"]))
         cases.append(Case(f"learning rate {rate:g}, 20 epochs", task, settings, lost, may, when))
     return cases
 
@@ -262,10 +270,10 @@ def _tasks() -> list[Case]:
     may = (*COMMON, "updates_too_small", "advantages_degenerate", "rewards_constant", "episodes_all_cut_off")
     nan = units("reward x 1e38", "CartPole-v1", reward=1e38)
     return [
-        Case("no reward", "no reward", must=("rewards_constant",), may=may),
+        Case("no reward", "no reward", must=("rewards_constant", "advantages_degenerate"), may=may),
         Case("no reward", "no reward, no end", must=("episodes_all_cut_off", "advantages_degenerate"), may=may),
-        Case("goal out of reach", "MountainCar-v0", must=("episodes_all_cut_off", "advantages_degenerate"), may=may,
-             when={"episodes_all_cut_off": "never reached", "advantages_degenerate": "never reached"}),
+        Case("goal out of reach", "MountainCar-v0", must=("episodes_all_cut_off",), may=may,
+             when={"episodes_all_cut_off": "never reached"}),
         Case("reward by chance", "reward by chance", must=("returns_flat", "critic_explains_nothing"), may=may),
         Case("swelling reward", "swelling reward", must=("value_loss_exploded",),
              may=(*may, "rewards_out_of_scale", "value_loss_dwarfs")),
@@ -306,6 +314,11 @@ def count_of(*wanted: str) -> Score:
 def has_word(*wanted: str) -> Score:
     """1 where a word is said at all."""
     return lambda prompts, texts: [float(any(w in wanted for w in t.split())) for t in texts]
+
+
+def has_both(*wanted: str) -> Score:
+    """1 where all of the words are said."""
+    return lambda prompts, texts: [float(set(wanted) <= set(t.split())) for t in texts]
 
 
 def length(prompts: list[str], texts: list[str]) -> list[float | None]:
@@ -366,7 +379,7 @@ REWARDS: dict[str, Score] = {
     "chance": by_chance,
     "constant": constant,
     "patchy": patchy,
-    "rare word": has_word("yes"),
+    "two rare words": has_both("moon", "bad"),
 }
 HELD_OUT_REWARDS = ("share of other words", "count of other words", "count of another word", "has another word",
                     "near 14 words", "near 6 words")  # fmt: skip
@@ -378,13 +391,14 @@ def language_cases() -> list[Case]:
            "text_repeats", "reward_saturated", "critic_explains_nothing", "groups_all_alike")  # fmt: skip
     lost = (*may, "entropy_collapsed", "reward_flat", "updates_too_large", "reward_constant")
     free, five = dict(beta=1e-4, learning_rate=3e-3), tuple(range(5))
-    roomy = dict(max_new_tokens=48, learning_rate=3e-3, beta=0.02)
+    roomy = dict(max_new_tokens=48, learning_rate=3e-3, beta=0.02, n_iterations=40)
+    easy = dict(learning_rate=5e-3, beta=0.02, n_iterations=40)
     cases = [
         *(Case("sane settings", reward, seeds=five) for reward in ("share of words", "share of other words")),
         Case("sane settings", "near 6 words", seeds=five),
         Case("grpo", "share of words", dict(algorithm="grpo")),
         Case("adaptive beta", "share of other words", dict(beta_control="adaptive", beta_target=4.0)),
-        Case("rare misses", "share of words", dict(learning_rate=5e-4, n_epochs=4)),
+        Case("small steps, 4 epochs", "share of words", dict(learning_rate=5e-4, n_epochs=4)),
     ]
     for reward in ("count of words", "count of other words"):
         cases += [
@@ -394,12 +408,12 @@ def language_cases() -> list[Case]:
     for reward in ("count of one word", "count of another word"):
         cases.append(Case("hardly any beta", reward, free, ("text_repeats",), lost))
     for reward in ("has a word", "has another word"):
-        cases.append(Case("easy reward", reward, dict(learning_rate=3e-3), ("reward_saturated",), lost))
+        cases.append(Case("easy reward", reward, easy, ("reward_saturated",), lost))
     for reward in ("near 16 words", "near 14 words"):
         cases.append(Case("pays for length", reward, roomy, ("responses_grow",), lost))
     return [
         *cases,
-        Case("pays for length", "length", free, ("responses_do_not_end", "responses_grow"), lost),
+        Case("pays for length", "length", free, ("responses_do_not_end",), lost),
         Case("reward by chance", "chance", {}, ("reward_flat",), lost),
         Case("constant reward", "constant", {}, ("reward_constant",), lost),
         Case("missing answers", "patchy", dict(max_missing_rewards=1.0), ("rewards_missing",), lost),
@@ -409,5 +423,5 @@ def language_cases() -> list[Case]:
         Case("no critic learns", "share of words", dict(value_coef=0.0), ("critic_explains_nothing",), lost),
         Case("too little room", "share of words", dict(max_new_tokens=6, truncation="mask"), ("responses_left_out",),
              lost),
-        Case("hard prompts", "rare word", dict(algorithm="grpo"), ("groups_all_alike",), lost),
+        Case("hard prompts", "two rare words", dict(algorithm="grpo", learning_rate=1e-4), ("groups_all_alike",), lost),
     ]  # fmt: skip

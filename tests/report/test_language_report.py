@@ -212,6 +212,17 @@ def test_no_rule_stumbles_over_missing_or_odd_values():
             assert "nan" not in finding.seen
 
 
+def test_a_policy_that_has_not_moved_has_not_learned_though_the_reward_rose_by_luck():
+    still = dict(approx_kl=1e-12, clip_fraction=0.0, kl_to_reference=1e-9)
+    assert only("updates_too_small", align_rows(**still)).severity == "problem"
+    assert "updates_too_small" not in names(align_rows(approx_kl=1e-6, clip_fraction=0.0))
+
+
+def test_one_update_that_leaves_nothing_of_the_policy():
+    finding = only("updates_too_large", align_rows(approx_kl=np.where(SHARE == 0.03, 5.8, 0.001)))
+    assert "The update of iteration 3 moved the policy by an approx_kl of 5.8" in finding.seen
+
+
 def test_what_a_run_that_learned_need_not_mend_is_a_note():
     for metrics, name in (
         (dict(explained_variance=-0.4), "critic_explains_nothing"),

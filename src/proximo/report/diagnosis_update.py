@@ -69,7 +69,7 @@ def updates_too_small(evidence: Evidence) -> Finding | None:
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
     if kl is None or evidence.has_learned or not evidence.is_judged:
         return None
-    if abs(kl) >= LOW_KL or (clipped or 0.0) >= LOW_CLIP_FRACTION or _leap(evidence) is not None:
+    if abs(kl) >= LOW_KL or (clipped or 0.0) >= LOW_CLIP_FRACTION or leap(evidence) is not None:
         return None
     return Finding(
         "updates_too_small",
@@ -111,7 +111,7 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
     )
 
 
-def _leap(evidence: Evidence) -> int | None:
+def leap(evidence: Evidence) -> int | None:
     """The row of the largest update, where it made another policy of what there was."""
     kls = evidence.column("approx_kl")
     known = np.isfinite(kls)
@@ -120,7 +120,7 @@ def _leap(evidence: Evidence) -> int | None:
 
 def _one_update_too_large(evidence: Evidence) -> Finding | None:
     """One update that leaves nothing of the policy, in a run whose updates are small otherwise, and that fails."""
-    row = _leap(evidence)
+    row = leap(evidence)
     if row is None or evidence.has_learned:
         return None
     kl = number(float(evidence.column("approx_kl")[row]))

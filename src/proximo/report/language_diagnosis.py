@@ -19,6 +19,7 @@ from proximo.report.diagnosis_update import (
     LOW_CLIP_FRACTION,
     LOW_KL,
     REACHED_SHARE,
+    leap,
     not_finite,
 )
 from proximo.report.evidence import FEWEST_ITERATIONS, FLAT_AFTER_SHARE, Evidence
@@ -32,6 +33,8 @@ FALLEN_SHARE = 0.10
 """A fall of less than a tenth of what was gained before is no reason to go back."""
 KL_LIMIT = 20.0
 """Nats per response: reported gold scores of over-optimized reward models turn down between about 10 and 50."""
+STILL_KL = 1e-3
+"""At a thousandth of a nat per response, two policies cannot be told apart by thousands of responses."""
 STEEP_KL = 10.0
 """Below this, policies are close enough to the reference that even a steep rise is only the beginning."""
 STEEP_RISE = 1.8
@@ -325,8 +328,10 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
     """Each update moves the policy further than its responses can tell."""
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
     is_too_large = (kl or 0.0) > HIGH_KL or (clipped or 0.0) > HIGH_CLIP_FRACTION
-    if len(evidence.rows) < FEWEST_ITERATIONS or not is_too_large:
+    if len(evidence.rows) < FEWEST_ITERATIONS:
         return None
+    if not is_too_large:
+        return _one_update_too_large(evidence)
     return Finding(
         "updates_too_large",
         "warning",
@@ -338,12 +343,31 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
     )
 
 
+def _one_update_too_large(evidence: Evidence) -> Finding | None:
+    """One update that leaves nothing of the policy, in a run whose updates are small otherwise."""
+    row = leap(evidence)
+    if row is None:
+        return None
+    return Finding(
+        "updates_too_large",
+        "warning",
+        f"The update of {evidence.at(row)} moved the policy by an approx_kl of "
+        f"{number(float(evidence.column('approx_kl')[row]))} nats per token. Usual are 0.0003 to 0.03.",
+        "One update made another policy of what there was, further than its responses can vouch for.",
+        f"Lower {evidence.setting('learning_rate')} or {evidence.setting('n_epochs')}; raise "
+        f"{evidence.setting('batch_size')}; {evidence.limit_kl()}.",
+    )
+
+
 def updates_too_small(evidence: Evidence) -> Finding | None:
     """The policy stands still, although there is something to learn."""
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
     # The first minibatch is measured before its step: with one step per rollout the numbers are always 0.
     steps = evidence.median("n_updates")
-    if kl is None or (steps is not None and steps < 2) or not _is_flat(evidence):
+    distance = course_of(evidence, "kl_to_reference")
+    # Where nothing has moved, a reward that rose did so by luck.
+    is_still = distance is not None and abs(distance.late) < STILL_KL
+    if kl is None or (steps is not None and steps < 2) or not (is_still or _is_flat(evidence)):
         return None
     if abs(kl) >= LOW_KL or (clipped or 0.0) >= LOW_CLIP_FRACTION:
         return None
