@@ -275,8 +275,8 @@ def _tasks() -> list[Case]:
         Case("goal out of reach", "MountainCar-v0", must=("episodes_all_cut_off",), may=may,
              when={"episodes_all_cut_off": "never reached"}),
         Case("reward by chance", "reward by chance", must=("returns_flat", "critic_explains_nothing"), may=may),
-        Case("swelling reward", "swelling reward", must=("value_loss_exploded",),
-             may=(*may, "rewards_out_of_scale", "value_loss_dwarfs")),
+        Case("swelling reward", "swelling reward", must=("rewards_out_of_scale",),
+             may=(*may, "value_loss_exploded", "value_loss_dwarfs")),
         Case("endless", "endless", must=("no_episode_finished",), may=may),
         Case("slow", "slow", must=("environment_dominates",), may=may),
         Case("broken numbers", nan, must=("not_finite",), may=(*may, "rewards_out_of_scale", "value_loss_dwarfs")),
@@ -379,7 +379,7 @@ REWARDS: dict[str, Score] = {
     "chance": by_chance,
     "constant": constant,
     "patchy": patchy,
-    "two rare words": has_both("moon", "bad"),
+    "two rare words": has_both("sun", "sees"),
 }
 HELD_OUT_REWARDS = ("share of other words", "count of other words", "count of another word", "has another word",
                     "near 14 words", "near 6 words")  # fmt: skip

@@ -37,6 +37,8 @@ class Course:
     """The mean over each window, `[n]`."""
     rows: np.ndarray
     """The row in the middle of each window, `[n]`."""
+    first: float
+    """The very first value: what quick changes began at, with the noise of one iteration."""
     trend: float
     """The mean of the last third less that of the first one, in standard deviations of such a difference."""
 
@@ -81,5 +83,6 @@ def course_of(evidence: Evidence, name: str, known: np.ndarray | None = None) ->
         noise=luck / math.sqrt(window),
         means=means,
         rows=middles,
+        first=float(values[rows[0]]),
         trend=moved / noise if noise > 0 else 0.0,
     )

@@ -57,8 +57,10 @@ MORE_REPEATED = 0.10
 """What the model did before it was aligned is no fault of the reward's."""
 CONSTANT_STD = 1e-3
 """Scores that differ in their fourth digit tell responses apart by rounding."""
-SATURATED_STD = 0.05
-"""With a twentieth of the first spread left, nearly all responses get the same score."""
+SATURATED_STD = 0.15
+"""With a seventh of the first spread left after a rise, one response in a hundred fails where each passes or fails."""
+COLLAPSED_STD = 0.05
+"""With a twentieth of the first spread left and nothing gained, nearly all responses get the same score."""
 MANY_MISSING = 0.05
 """One response in twenty without a score is a fault of the reward's, not an accident."""
 MANY_LEFT_OUT = 0.25
@@ -179,9 +181,11 @@ def responses_do_not_end(evidence: Evidence) -> Finding | None:
 def responses_grow(evidence: Evidence) -> Finding | None:
     """Responses that still end become longer and longer."""
     lengths = course_of(evidence, "response_length_mean")
-    if lengths is None or lengths.late < MUCH_GROWN * lengths.early or lengths.late - lengths.early <= lengths.chance:
+    if lengths is None or responses_do_not_end(evidence) is not None:
         return None
-    if responses_do_not_end(evidence) is not None:
+    # The first iteration, for lengths may change within a few; a single one has more luck in it than a mean.
+    chance = lengths.chance * math.sqrt(lengths.window)
+    if lengths.late < MUCH_GROWN * lengths.first or lengths.late - lengths.first <= chance:
         return None
     ends = course_of(evidence, "eos_fraction")
     ending = "" if ends is None else f", and {percent(ends.late)} of them end by themselves"
@@ -189,7 +193,7 @@ def responses_grow(evidence: Evidence) -> Finding | None:
         "responses_grow",
         "note",
         f"Responses have {number(lengths.late)} tokens at {evidence.at(lengths.last_row)}; at first they had "
-        f"{number(lengths.early)}{ending}.",
+        f"{number(lengths.first)}{ending}.",
         "The reward pays for length. That is sound where longer answers are better ones, and else the easiest way to "
         "please a reward model.",
         "Read samples.md; take something off the reward per token, or train the reward model on pairs whose better "
@@ -454,7 +458,8 @@ def _gold_and_reward(evidence: Evidence) -> tuple[Course | None, Course | None]:
 
 def _is_saturated(spread: Course, reward: Course) -> bool:
     size = max(abs(reward.early), abs(reward.late))
-    return spread.late <= max(SATURATED_STD * spread.early, CONSTANT_STD * size)
+    left = SATURATED_STD if reward.has_risen else COLLAPSED_STD
+    return spread.late <= max(left * max(spread.early, spread.first), CONSTANT_STD * size)
 
 
 def _is_flat(evidence: Evidence) -> bool:
