@@ -136,9 +136,9 @@ def trained(case: Case, seed: int, place: Path, _: Path) -> None:
 
 def aligned(case: Case, seed: int, place: Path, folder: Path) -> None:
     settings = TAUGHT | case.settings
-    if settings.get("algorithm", "ppo") != "ppo":
+    if "algorithm" in case.settings:  # one without a critic
+        settings = TAUGHT | dict(responses_per_prompt=4, prompts_per_iteration=16) | case.settings
         settings.pop("sharing")
-        settings |= dict(responses_per_prompt=4, prompts_per_iteration=16)
     model, prompts = taught(folder / f"taught-{seed}", seed)
     proximo.align(model, REWARDS[case.task], prompts, run_dir=place, seed=seed, quiet=True, **settings)
 
@@ -259,6 +259,8 @@ def returns_of(rows: Sequence[dict[str, Any]], *, is_language: bool) -> tuple[fl
 def counting(case: Case, kept: dict[str, Any], *, is_language: bool) -> list[str]:
     """The findings that must be there, by other means than the diagnosis has."""
     first, best, final = returns_of(kept["rows"], is_language=is_language)
+    if not kept["rows"]:
+        return []  # it was refused at once, with a message that says why
     if is_language or not case.when:
         return list(case.must)
     if first is None or best is None or final is None:
@@ -269,7 +271,7 @@ def counting(case: Case, kept: dict[str, Any], *, is_language: bool) -> list[str
     happened = {
         "failed": final < good,
         "never reached": best <= min(first, good),
-        "collapsed": best >= good and final - first < 0.5 * (best - first),
+        "collapsed": best - first >= 0.3 * max(abs(first), abs(best)) and final - first < 0.5 * (best - first),
         "certain": bool(third) and min(third) < 0.05 * max(entropy[0], 0.0) and final < good,
     }
     return [name for name in case.must if name not in case.when or happened[case.when[name]]]
