@@ -255,11 +255,12 @@ def _updates() -> list[Case]:
             Case("target_kl 1e-5", task, dict(target_kl=1e-5), ("kl_stop_dominates",), (*may, "updates_too_small")),
         ]
         if task != "InvertedPendulum-v5":
-            many = dict(learning_rate=1e-2, n_epochs=30)
-            cases.append(Case("30 epochs, learning rate 0.01", task, many, lost, may, {"updates_too_large": "failed"}))
+            many, both = dict(learning_rate=1e-2, n_epochs=30), (*lost, "return_collapsed")
+            when: dict[str, When] = {"updates_too_large": "failed", "return_collapsed": "collapsed"}
+            cases.append(Case("30 epochs, learning rate 0.01", task, many, both, may, when))
         cases.append(Case("entropy_coef 1", task, dict(entropy_coef=1.0), ("entropy_held_up",), may))
     lost = ("return_collapsed", "entropy_collapsed")
-    when: dict[str, When] = {"return_collapsed": "collapsed", "entropy_collapsed": "certain"}
+    when = {"return_collapsed": "collapsed", "entropy_collapsed": "certain"}
     for task, rate in _HIGH_RATES:
         settings = dict(learning_rate=rate, n_epochs=20, total_steps=max(61_440, TASKS[task].settings["total_steps"]))
         cases.append(Case(f"learning rate {rate:g}, 20 epochs", task, settings, lost, may, when))

@@ -39,4 +39,5 @@ def test_nothing_is_said_of_the_first_iterations_but_that_it_is_too_early(run):
     assert {finding.name for finding in findings_of(run, 5)} <= {"too_early", "no_episode_finished", "not_finite"} | {
         "observations_out_of_scale",
         "rewards_out_of_scale",
+        "rewards_missing",
     }
