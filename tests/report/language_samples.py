@@ -48,6 +48,7 @@ def align_rows(n=100, seed=0, **columns):
         "response_length_mean": 26 + rng.normal(0, 1.0, n),
         "eos_fraction": np.minimum(1.0, 0.97 + rng.normal(0, 0.01, n)),
         "advantage_rows": np.ones(n),
+        "repetition": 0.02 + 0.005 * rng.random(n),
         "approx_kl": 0.004 * noise,
         "approx_kl_max": 0.006 * noise,
         "policy_loss": -0.01 * noise,

@@ -125,6 +125,19 @@ def test_updates_that_go_too_far():
     assert only("updates_too_large", rows(clip_fraction=0.6, return_mean=20.0))
 
 
+def test_one_update_that_leaves_nothing_of_the_policy():
+    stuck = dict(return_mean=9.0 + 0.1 * np.sin(np.arange(100)), approx_kl=np.where(np.arange(100) == 2, 3.4, 0.0))
+    finding = only("updates_too_large", rows(**stuck, clip_fraction=0.0))
+    assert "The update of iteration 3 moved the policy by a KL of 3.4" in finding.seen
+    assert "updates_too_small" not in names(rows(**stuck, clip_fraction=0.0))
+    assert names(rows(approx_kl=np.where(np.arange(100) == 50, 0.6, 0.01))) == ["healthy"]
+
+
+def test_updates_that_do_nothing_while_returns_waver_by_luck():
+    falling = dict(approx_kl=1e-11, clip_fraction=0.0, return_mean=26 - 5 * SHARE, explained_variance=0.5)
+    assert only("updates_too_small", rows(**falling)).severity == "warning"
+
+
 def test_updates_that_do_nothing():
     finding = only(
         "updates_too_small", rows(approx_kl=1e-9, clip_fraction=0.0, return_mean=22.0, explained_variance=0.5)
@@ -169,10 +182,11 @@ def test_flat_returns_are_no_fault_before_a_quarter_of_the_budget():
     assert "returns_flat" not in names(rows(return_mean=22.0), total_steps=10_000_000)
 
 
-def test_episodes_that_are_all_cut_off():
-    finding = only("episodes_all_cut_off", rows(return_mean=-200.0, length_mean=200.0))
-    assert "200 steps" in finding.seen
-    assert "returns_flat" not in names(rows(return_mean=-200.0, length_mean=200.0))
+@pytest.mark.parametrize("ends", [0.0, None])  # None: a run from before it was counted how episodes end
+def test_episodes_that_are_all_cut_off(ends):
+    cut = rows(return_mean=-200.0, length_mean=200.0, terminated_share=ends)
+    assert "200 steps" in only("episodes_all_cut_off", cut).seen
+    assert "returns_flat" not in names(cut)
 
 
 def test_a_return_that_collapses_after_its_peak():

@@ -82,6 +82,17 @@ class TestHealthyRuns:
         assert names(metrics, value_pretraining_iterations=40) == ["healthy"]
         assert names(metrics[:40], value_pretraining_iterations=40) == ["too_early"]
 
+    def test_rise_where_thirds_differ_though_the_ends_are_a_few_iterations_only(self):
+        seen = "65 102 100 106 152 127 152 88 139 131 148 180 129 158 158 107 158 152 165 167 170 151 134 104 167"
+        reward = np.array([int(word) for word in seen.split()]) / 1000  # of a run that was really made
+        found = names(align_rows(25, reward_mean=reward), n_iterations=25)
+        assert "reward_flat" not in found
+        assert "healthy" in found
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_do_not_rise_by_luck(self, seed):
+        assert "reward_flat" in names(align_rows(30, reward_mean=noisy(np.zeros(30), 1.0, seed)), n_iterations=30)
+
     def test_that_are_short_are_too_early_to_judge(self):
         assert names(align_rows(5)) == ["too_early"]
         assert names([]) == ["too_early"]
@@ -130,6 +141,8 @@ class TestOverOptimization:
 
 FAULTS = {
     "responses_do_not_end": dict(eos_fraction=1 - 0.5 * SHARE),
+    "text_repeats": dict(repetition=0.02 + 0.5 * SHARE),
+    "not_finite": dict(policy_loss=np.where(SHARE > 0.9, np.nan, 0.01)),
     "entropy_collapsed": dict(entropy=np.exp(-40 * SHARE), reward_mean=noisy(0 * SHARE)),
     "reward_flat": dict(reward_mean=noisy(0.4 + 0 * SHARE)),
     "reward_constant": dict(reward_mean=noisy(0.4 + 0 * SHARE, 1e-5), reward_std=1e-5),
@@ -153,7 +166,9 @@ def test_a_fault_is_named_with_what_to_do(name):
 
 
 def test_every_rule_is_seen_at_work():
-    said = {"over_optimization", "kl_ran_away", *FAULTS} - {"reward_constant"} | {"reward_tells_nothing_apart"}
+    said = {"over_optimization", "kl_ran_away", "responses_grow", *FAULTS} - {"reward_constant"} | {
+        "reward_tells_nothing_apart"
+    }
     assert {rule.__name__ for rule in RULES} == said
 
 
@@ -163,8 +178,49 @@ def test_the_numbers_of_findings():
     grown = only("responses_do_not_end", align_rows(response_length_mean=25 + 33 * SHARE, eos_fraction=0.9))
     assert "from 26.81 to 56.52 tokens" in grown.seen  # 25 + 33 * (mean of 0.01 to 0.1, of 0.91 to 1)
     assert "max_new_tokens (now 64)" in grown.advice
-    assert names(align_rows(response_length_mean=25 + 33 * SHARE), max_new_tokens=200) == ["healthy"]
+    assert names(align_rows(response_length_mean=25 + 33 * SHARE), max_new_tokens=200) == ["healthy", "responses_grow"]
+    assert names(align_rows(response_length_mean=25 + 11 * SHARE), max_new_tokens=200) == ["healthy"]
     assert names(align_rows(eos_fraction=0.0), stop_at_eos=False) == ["healthy"]
+
+
+def test_responses_that_grow_and_end_are_a_note_with_both_lengths():
+    finding = only("responses_grow", align_rows(response_length_mean=20 + 30 * SHARE), max_new_tokens=200)
+    assert finding.severity == "note"
+    assert "48.65 tokens at iteration 100; at first they had 20.3" in finding.seen
+
+
+def test_repeated_text_is_held_against_what_the_model_did_at_first():
+    finding = only("text_repeats", align_rows(repetition=0.02 + 0.5 * SHARE))
+    assert "50 % of all pieces of three tokens" in finding.seen  # 0.02 + 0.5 * (mean of 0.91 to 1)
+    assert "at first 5 %" in finding.seen
+    assert "the reward pays for it" in finding.meaning
+    assert names(align_rows(repetition=0.4)) == ["healthy"]  # poems repeat as well
+    assert names(align_rows(repetition=0.02 + 0.1 * SHARE)) == ["healthy"]
+
+
+def test_no_rule_stumbles_over_missing_or_odd_values():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        metrics = align_rows(int(rng.integers(1, 40)))
+        gone = rng.choice(list(metrics[0]), size=8, replace=False)
+        for row in metrics:
+            for name in gone:
+                row[name] = [None, "text", True, 0.0, -1e150][rng.integers(5)]
+            row.pop(str(gone[0]))
+        settings = {name: ALIGN[name] for name in rng.choice(list(ALIGN), size=5)}
+        for finding in diagnose_align(metrics, settings):
+            assert "nan" not in finding.seen
+
+
+def test_a_policy_that_has_not_moved_has_not_learned_though_the_reward_rose_by_luck():
+    still = dict(approx_kl=1e-12, clip_fraction=0.0, kl_to_reference=1e-9)
+    assert only("updates_too_small", align_rows(**still)).severity == "problem"
+    assert "updates_too_small" not in names(align_rows(approx_kl=1e-6, clip_fraction=0.0))
+
+
+def test_one_update_that_leaves_nothing_of_the_policy():
+    finding = only("updates_too_large", align_rows(approx_kl=np.where(SHARE == 0.03, 5.8, 0.001)))
+    assert "The update of iteration 3 moved the policy by an approx_kl of 5.8" in finding.seen
 
 
 def test_what_a_run_that_learned_need_not_mend_is_a_note():

@@ -76,7 +76,7 @@ class PolicyGradient:
             microbatch_size=self.microbatch_size,
         )
         metrics = run_epochs(policy, optimizer, everything, self._loss, whole, generator)
-        return metrics | {"explained_variance": quality}
+        return metrics | quality
 
     def _loss(self, policy: Policy, minibatch: Minibatch) -> Loss:
         """Policy gradient + value_coef * value loss - entropy_coef * entropy (Mnih et al. 2016, section 4)."""

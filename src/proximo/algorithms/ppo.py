@@ -234,14 +234,14 @@ class PPO:
         everything: Minibatch,
         generator: torch.Generator,
         reference_kl: ReferenceKL | None,
-        quality: float,
+        quality: dict[str, float],
     ) -> dict[str, float]:
         """Go through the epochs by the path that fits."""
         is_eager = everything.intrinsic_returns is not None
         if not is_eager and self._is_graphed(policy, optimizer, everything, reference_kl):
             assert isinstance(optimizer, FlatAdam)
             metrics = run_graphed_epochs(policy, optimizer, everything, self._graphed_settings, generator)
-            return metrics | {"explained_variance": quality}
+            return metrics | quality
         may_fuse = self.can_fuse and reference_kl is None and not is_eager
         if self.update_path in ("auto", "fused", "compiled") and may_fuse:
             plain = policy.plain(everything.batch)
@@ -249,7 +249,7 @@ class PPO:
                 assert isinstance(optimizer, FlatAdam)
                 arguments = (plain, optimizer, everything, self._clip_settings, generator)
                 run = run_compiled_epochs if self.update_path == "compiled" else run_fused_epochs
-                return run(*arguments) | {"explained_variance": quality}
+                return run(*arguments) | quality
             if self.update_path != "auto" and everything.batch.hidden is None:
                 raise UserError(
                     f"update_path is '{self.update_path}', but this policy is no plain perceptron on the CPU; use "
@@ -265,7 +265,7 @@ class PPO:
             Epochs(**{name: getattr(self, name) for name in Epochs._fields if hasattr(self, name)}),
             generator,
         )
-        metrics["explained_variance"] = quality
+        metrics |= quality
         if everything.intrinsic_returns is not None:
             foreseen, mask = everything.batch.intrinsic_values, everything.batch.mask
             assert foreseen is not None
@@ -298,8 +298,8 @@ class PPO:
 
     def _estimated(
         self, policy: Policy, batch: Batch, intrinsic: IntrinsicConfig | None = None
-    ) -> tuple[Minibatch, float]:
-        """Advantages, the critic's targets, and the explained variance of the values of collection time."""
+    ) -> tuple[Minibatch, dict[str, float]]:
+        """Advantages, the critic's targets, and metrics of the values of collection time."""
         gae_lambda: float | Tensor = self.gae_lambda
         if self.gae_lambda_per_step is not None:
             if not policy.has_memory:

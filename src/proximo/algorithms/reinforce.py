@@ -49,7 +49,7 @@ class Reinforce(PolicyGradient):
         with torch.no_grad():
             entropy = float(masked_mean(policy.evaluate(batch).entropy, batch.mask))
         nothing = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "approx_kl_max", "grad_norm"), 0.0)
-        return nothing | {"entropy": entropy, "explained_variance": quality, "n_updates": 0.0, "kl_stopped": 0.0}
+        return nothing | quality | {"entropy": entropy, "n_updates": 0.0, "kl_stopped": 0.0}
 
 
 def in_ended_episodes(done: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ class TRPO:
         metrics = self._step(policy, everything)
         optimizer.learning_rate = self.learning_rate
         metrics |= self._fit_critic(policy, optimizer, everything, generator)
-        return metrics | {"explained_variance": quality}
+        return metrics | quality
 
     def _step(self, policy: SplitPolicy, everything: Minibatch) -> dict[str, float]:
         """Take the step of the policy (Schulman et al. 2015, appendix C)."""

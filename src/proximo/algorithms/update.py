@@ -75,12 +75,13 @@ def estimated(
     gae_lambda: float | Tensor,
     value_gae_lambda: float | None = None,
     intrinsic: IntrinsicConfig | None = None,
-) -> tuple[Minibatch, float]:
-    """Advantages by GAE, the critic's targets, and the explained variance of the values of collection time.
+) -> tuple[Minibatch, dict[str, float]]:
+    """Advantages by GAE, the critic's targets, and metrics of the values of collection time.
 
-    The targets are advantages plus values, the advantages those of `value_gae_lambda` where that is given. With
-    `intrinsic` the advantages are the weighted sum of those of both rewards. Without memory every step is a row of its
-    own.
+    The metrics are `explained_variance`, and `advantage_std`: the standard deviation of the advantages before they are
+    normalized, in the units of the critic. The targets are advantages plus values, the advantages those of
+    `value_gae_lambda` where that is given. With `intrinsic` the advantages are the weighted sum of those of both
+    rewards. Without memory every step is a row of its own.
     """
     if batch.values is None or batch.next_values is None:
         raise ValueError("this algorithm needs values in the batch; one without a critic is in grpo.py")
@@ -99,11 +100,13 @@ def estimated(
         returns = advantages + batch.values
     else:
         returns = estimate(gae_lambda=value_gae_lambda) + batch.values
-    quality = float(explained_variance(batch.values, returns, batch.mask))
+    quality = {"explained_variance": float(explained_variance(batch.values, returns, batch.mask))}
     intrinsic_returns = None
     if intrinsic is not None:
         novel, intrinsic_returns = intrinsic_advantages(batch, intrinsic, gae_lambda)
         advantages = intrinsic.extrinsic_coef * advantages + intrinsic.intrinsic_coef * novel
+    valid = advantages[batch.mask]  # their sum must not hang on how much is masked
+    quality["advantage_std"] = float(valid.std(correction=0)) if len(valid) else 0.0
     everything = Minibatch(batch, advantages, returns, intrinsic_returns=intrinsic_returns)
     return everything.as_pieces() if policy.has_memory else everything.as_steps(), quality
 

@@ -352,6 +352,14 @@ class ActorCritic(nn.Module):
         self.observation_variance.copy_(moments.variance)
         self.observation_count.copy_(moments.count)
 
+    def observation_extent(self, observations: Tensor) -> Tensor | None:
+        """The largest size of each number of raw observations `[N, *O]`, `[F]`; None where they are images alone."""
+        space = self.observation_space
+        if self.encoder is not None and not (isinstance(space, PackedObservations) and space.n_numbers):
+            return None
+        lowest, highest = self._numbers(observations, (len(observations),)).aminmax(dim=0)
+        return torch.maximum(lowest.to(torch.float32).abs(), highest.to(torch.float32).abs())
+
     def update_return_moments(self, discounted_returns: Tensor) -> None:
         """Merge running discounted returns `[N]` into the reward scale. Only ever between two rollouts."""
         moments = RunningMoments(self.return_mean, self.return_variance, self.return_count)

@@ -37,6 +37,10 @@ class Course:
     """The mean over each window, `[n]`."""
     rows: np.ndarray
     """The row in the middle of each window, `[n]`."""
+    first: float
+    """The very first value: what quick changes began at, with the noise of one iteration."""
+    trend: float
+    """The mean of the last third less that of the first one, in standard deviations of such a difference."""
 
     @property
     def chance(self) -> float:
@@ -45,8 +49,8 @@ class Course:
 
     @property
     def has_risen(self) -> bool:
-        """Whether the end lies above the beginning by more than chance."""
-        return self.late - self.early > self.chance
+        """Whether the end lies above the beginning by more than chance, or the last third above the first one."""
+        return self.late - self.early > self.chance or (self.trend > RISEN_NOISE and self.late > self.early)
 
     def at(self, row: int) -> float:
         """The mean of the window around a row."""
@@ -63,7 +67,10 @@ def course_of(evidence: Evidence, name: str, known: np.ndarray | None = None) ->
     means = np.convolve(values[rows], np.full(window, 1 / window), mode="valid")
     middles = rows[window // 2 : window // 2 + len(means)]
     # The median of the absolute difference of two draws is 0.6745 sqrt(2) standard deviations.
-    noise = float(np.median(np.abs(np.diff(values[rows])))) / (0.6745 * math.sqrt(2.0)) / math.sqrt(window)
+    luck = float(np.median(np.abs(np.diff(values[rows])))) / (0.6745 * math.sqrt(2.0))
+    third = len(rows) // 3
+    moved = float(values[rows[-third:]].mean() - values[rows[:third]].mean())
+    noise = luck * math.sqrt(2.0 / third) + 1e-9 * float(np.abs(values[rows]).max())
     best = int(means.argmax())
     return Course(
         early=float(means[0]),
@@ -73,7 +80,9 @@ def course_of(evidence: Evidence, name: str, known: np.ndarray | None = None) ->
         first_row=int(rows[0]),
         last_row=int(rows[-1]),
         window=window,
-        noise=noise,
+        noise=luck / math.sqrt(window),
         means=means,
         rows=middles,
+        first=float(values[rows[0]]),
+        trend=moved / noise if noise > 0 else 0.0,
     )

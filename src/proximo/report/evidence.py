@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -72,12 +72,18 @@ class Evidence:
         return steps / (planned if isinstance(planned, int) and planned > 0 else np.nanmax(steps))
 
     @cached_property
-    def is_flat(self) -> bool:
-        """Whether enough was tried, and the returns are no better than at the start."""
+    def is_judged(self) -> bool:
+        """Whether enough was tried to say how the returns went."""
         progress = self.progress
         if progress is None or len(self.rows) < FEWEST_ITERATIONS or progress.n_episodes < FEWEST_EPISODES:
             return False
-        if not self.share_done[-1] >= FLAT_AFTER_SHARE:
+        return bool(self.share_done[-1] >= FLAT_AFTER_SHARE)
+
+    @cached_property
+    def is_flat(self) -> bool:
+        """Whether enough was tried, and the returns are no better than at the start."""
+        progress = self.progress
+        if progress is None or not self.is_judged:
             return False
         if abs(progress.kept_gain) < FLAT_GAIN and progress.gain < FLAT_BEST_GAIN:
             return True
@@ -143,6 +149,6 @@ class Evidence:
         return f"iteration {self.iterations[row]:,.0f}"
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a setting or a metric has a number for its value; True and False are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

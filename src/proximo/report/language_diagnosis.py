@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 
 from proximo.report.course import RISEN_NOISE, Course, course_of
-from proximo.report.diagnosis import (
+from proximo.report.diagnosis_update import (
     COLLAPSED_ENTROPY,
     EARLY_SHARE,
     HIGH_KL,
     LOW_CLIP_FRACTION,
     LOW_KL,
     REACHED_SHARE,
-    Finding,
+    leap,
+    not_finite,
 )
 from proximo.report.evidence import FEWEST_ITERATIONS, FLAT_AFTER_SHARE, Evidence
+from proximo.report.finding import Finding
 from proximo.report.records import Row
 from proximo.report.words import number, percent, plural
 
@@ -31,6 +33,8 @@ FALLEN_SHARE = 0.10
 """A fall of less than a tenth of what was gained before is no reason to go back."""
 KL_LIMIT = 20.0
 """Nats per response: reported gold scores of over-optimized reward models turn down between about 10 and 50."""
+STILL_KL = 1e-3
+"""At a thousandth of a nat per response, two policies cannot be told apart by thousands of responses."""
 STEEP_KL = 10.0
 """Below this, policies are close enough to the reference that even a steep rise is only the beginning."""
 STEEP_RISE = 1.8
@@ -45,10 +49,18 @@ NEAR_LIMIT = 0.80
 """A mean length at four fifths of max_new_tokens has many responses at the limit."""
 GROWN = 1.3
 """Lengths of responses waver by a tenth; a third more is growth."""
+MUCH_GROWN = 1.5
+"""Half as long again is more than the first lessons of a reward take."""
+MUCH_REPEATED = 0.15
+"""In sound text one piece of three tokens in twenty stood before, if any; in loops it is most of them."""
+MORE_REPEATED = 0.10
+"""What the model did before it was aligned is no fault of the reward's."""
 CONSTANT_STD = 1e-3
 """Scores that differ in their fourth digit tell responses apart by rounding."""
-SATURATED_STD = 0.05
-"""With a twentieth of the first spread left, nearly all responses get the same score."""
+SATURATED_STD = 0.15
+"""With a seventh of the first spread left after a rise, one response in a hundred fails where each passes or fails."""
+COLLAPSED_STD = 0.05
+"""With a twentieth of the first spread left and nothing gained, nearly all responses get the same score."""
 MANY_MISSING = 0.05
 """One response in twenty without a score is a fault of the reward's, not an accident."""
 MANY_LEFT_OUT = 0.25
@@ -163,6 +175,45 @@ def responses_do_not_end(evidence: Evidence) -> Finding | None:
         f"Set {evidence.setting('missing_eos_penalty', '1')}, in units of the reward; raise "
         f"{evidence.setting('max_new_tokens')}; see that the reward does not grow with length, and that sft learned "
         "the end token.",
+    )
+
+
+def responses_grow(evidence: Evidence) -> Finding | None:
+    """Responses that still end become longer and longer."""
+    lengths = course_of(evidence, "response_length_mean")
+    if lengths is None or responses_do_not_end(evidence) is not None:
+        return None
+    # The first iteration, for lengths may change within a few; a single one has more luck in it than a mean.
+    chance = lengths.chance * math.sqrt(lengths.window)
+    if lengths.late < MUCH_GROWN * lengths.first or lengths.late - lengths.first <= chance:
+        return None
+    ends = course_of(evidence, "eos_fraction")
+    ending = "" if ends is None else f", and {percent(ends.late)} of them end by themselves"
+    return Finding(
+        "responses_grow",
+        "note",
+        f"Responses have {number(lengths.late)} tokens at {evidence.at(lengths.last_row)}; at first they had "
+        f"{number(lengths.first)}{ending}.",
+        "The reward pays for length. That is sound where longer answers are better ones, and else the easiest way to "
+        "please a reward model.",
+        "Read samples.md; take something off the reward per token, or train the reward model on pairs whose better "
+        "answer is not the longer one.",
+    )
+
+
+def text_repeats(evidence: Evidence) -> Finding | None:
+    """Responses say the same again and again."""
+    repeated, reward = course_of(evidence, "repetition"), course_of(evidence, "reward_mean")
+    if repeated is None or repeated.late < MUCH_REPEATED or repeated.late - repeated.early < MORE_REPEATED:
+        return None
+    paid = reward is not None and reward.has_risen
+    return Finding(
+        "text_repeats",
+        "warning",
+        f"{percent(repeated.late)} of all pieces of three tokens stood in the same response before, at "
+        f"{evidence.at(repeated.last_row)}; at first {percent(repeated.early)}.",
+        "The policy says the same again and again" + (", and the reward pays for it." if paid else "."),
+        f"{_sentence(_hold_nearer(evidence))}; take something off the reward for repetition.",
     )
 
 
@@ -281,8 +332,10 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
     """Each update moves the policy further than its responses can tell."""
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
     is_too_large = (kl or 0.0) > HIGH_KL or (clipped or 0.0) > HIGH_CLIP_FRACTION
-    if len(evidence.rows) < FEWEST_ITERATIONS or not is_too_large:
+    if len(evidence.rows) < FEWEST_ITERATIONS:
         return None
+    if not is_too_large:
+        return _one_update_too_large(evidence)
     return Finding(
         "updates_too_large",
         "warning",
@@ -294,12 +347,31 @@ def updates_too_large(evidence: Evidence) -> Finding | None:
     )
 
 
+def _one_update_too_large(evidence: Evidence) -> Finding | None:
+    """One update that leaves nothing of the policy, in a run whose updates are small otherwise."""
+    row = leap(evidence)
+    if row is None:
+        return None
+    return Finding(
+        "updates_too_large",
+        "warning",
+        f"The update of {evidence.at(row)} moved the policy by an approx_kl of "
+        f"{number(float(evidence.column('approx_kl')[row]))} nats per token. Usual are 0.0003 to 0.03.",
+        "One update made another policy of what there was, further than its responses can vouch for.",
+        f"Lower {evidence.setting('learning_rate')} or {evidence.setting('n_epochs')}; raise "
+        f"{evidence.setting('batch_size')}; {evidence.limit_kl()}.",
+    )
+
+
 def updates_too_small(evidence: Evidence) -> Finding | None:
     """The policy stands still, although there is something to learn."""
     kl, clipped = (evidence.median(name, evidence.is_active) for name in ("approx_kl", "clip_fraction"))
     # The first minibatch is measured before its step: with one step per rollout the numbers are always 0.
     steps = evidence.median("n_updates")
-    if kl is None or (steps is not None and steps < 2) or not _is_flat(evidence):
+    distance = course_of(evidence, "kl_to_reference")
+    # Where nothing has moved, a reward that rose did so by luck.
+    is_still = distance is not None and abs(distance.late) < STILL_KL
+    if kl is None or (steps is not None and steps < 2) or not (is_still or _is_flat(evidence)):
         return None
     if abs(kl) >= LOW_KL or (clipped or 0.0) >= LOW_CLIP_FRACTION:
         return None
@@ -356,9 +428,12 @@ def critic_explains_nothing(evidence: Evidence) -> Finding | None:
 
 
 RULES: tuple[Callable[[Evidence], Finding | None], ...] = (
+    not_finite,
     over_optimization,
     kl_ran_away,
     responses_do_not_end,
+    responses_grow,
+    text_repeats,
     entropy_collapsed,
     reward_tells_nothing_apart,
     rewards_missing,
@@ -383,7 +458,8 @@ def _gold_and_reward(evidence: Evidence) -> tuple[Course | None, Course | None]:
 
 def _is_saturated(spread: Course, reward: Course) -> bool:
     size = max(abs(reward.early), abs(reward.late))
-    return spread.late <= max(SATURATED_STD * spread.early, CONSTANT_STD * size)
+    left = SATURATED_STD if reward.has_risen else COLLAPSED_STD
+    return spread.late <= max(left * max(spread.early, spread.first), CONSTANT_STD * size)
 
 
 def _is_flat(evidence: Evidence) -> bool:
@@ -406,7 +482,7 @@ def _number_set(evidence: Evidence, name: str) -> float | None:
 def _share_missing(evidence: Evidence) -> float | None:
     """Share of all responses without a score; every iteration has the same number of responses."""
     missing = evidence.column("rewards_missing")
-    per_iteration = evidence.column("n_responses") / evidence.iterations
+    per_iteration = evidence.column("n_responses") / np.maximum(evidence.iterations, 1.0)
     known = np.isfinite(missing) & np.isfinite(per_iteration)
     asked = float(per_iteration[known].sum())
     return float(missing[known].sum()) / asked if asked > 0 else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from proximo.errors import UserError
 from proximo.report.charts import CHARTS, Chart
-from proximo.report.diagnosis import Finding
+from proximo.report.finding import Finding
 from proximo.report.folder import MARK, prepare_folder, write_ours
 from proximo.report.language_pictures import draw_language_records, language_charts, samples_text
 from proximo.report.page import PAGE_NAME, page_bytes

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from proximo.report.diagnosis import Finding, diagnose
+from proximo.report.diagnosis import diagnose
+from proximo.report.finding import Finding
 from proximo.report.language_diagnosis import diagnose_align
 from proximo.report.progress import WINDOW_EPISODES, progress_of
 from proximo.report.records import Row, RunRecord, column

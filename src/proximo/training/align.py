@@ -20,6 +20,7 @@ from proximo.algorithms.grpo import GRPO
 from proximo.algorithms.ppo import PPO
 from proximo.collect.data import PromptRow, read_prompts
 from proximo.collect.generate import Answers, check_ends, columns_of, end_tokens, generate, token_texts
+from proximo.collect.repetition import repetition
 from proximo.collect.reward_model import score_responses
 from proximo.collect.rewards import Reward, check_columns
 from proximo.core.batch import Batch
@@ -360,6 +361,7 @@ def _row(config: AlignConfig, state: AlignState, batch: Batch, answers: Answers)
         "response_length_mean": sum(answers.n_tokens) / n,
         "eos_fraction": sum(answers.ended) / n,
         "advantage_rows": float(batch.mask.any(1).float().mean()),
+        "repetition": repetition(batch.actions, batch.done, answers.n_tokens),
     } | _alike(config, answers)
 
 

@@ -36,6 +36,7 @@ from proximo.training.compiled_acting import network_for
 from proximo.training.config import Algorithm, ControlConfig, recorded, settings_of, with_settings
 from proximo.training.environments import Envs
 from proximo.training.exploration import Explorer, explored_update, is_warming_up, refuse_what_cannot_explore, warm_up
+from proximo.training.rollout_metrics import rollout_metrics
 from proximo.training.skipping import leave_out
 
 Metrics = dict[str, Any]
@@ -439,6 +440,7 @@ def learn(
         warm_up(state.explorer, batch, episodes, cast(Carry, state.carry).observations)
         return {"learning_rate": algorithm.learning_rate}
     first_ratio_error = _ratio_error(state.policy, batch) if config.debug else None
+    seen = rollout_metrics(config.network, state.policy, batch, episodes)
     try:
         metrics: Metrics = _updated(config, state, algorithm, batch, episodes)
     except NonFiniteUpdateError as error:
@@ -454,7 +456,7 @@ def learn(
     if first_ratio_error is not None:
         metrics["first_ratio_error"] = first_ratio_error
     clip = {"clip_epsilon": algorithm.clip_epsilon} if isinstance(algorithm, PPO) else {}
-    return metrics | {"learning_rate": algorithm.learning_rate} | clip
+    return metrics | seen | {"learning_rate": algorithm.learning_rate} | clip
 
 
 def _updated(
