@@ -79,5 +79,6 @@ def test_flags_in_the_text_are_flags_of_a_command(page: Path):
     assert not unknown
 
 
-OF_OTHERS = {"--memory", "--full", "--version", "--strict"}
-"""Flags of docker, of our benchmarks, of mkdocs."""
+_SCRIPTS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "benchmarks").glob("**/*.py")))
+OF_OTHERS = {"--memory", "--version", "--strict"} | set(re.findall(r'"(--[a-z][a-z-]+)"', _SCRIPTS))
+"""Flags of docker, of mkdocs, and of our benchmarks."""

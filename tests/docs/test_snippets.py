@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,13 +30,38 @@ def has_something_to_run(page: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if has_something_to_run(page)], ids=page_name)
-def test_snippets_of(page: Path, tmp_path: Path):
-    words = [sys.executable, "-W", "ignore", str(RUNNER), str(page), str(tmp_path)]
+RUNNABLE = {page_name(page): page for page in PAGES if has_something_to_run(page)}
+
+
+def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    words = [sys.executable, "-W", "ignore", str(RUNNER), str(page), str(folder)]
     alone = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HF_HUB_OFFLINE": "1", "SDL_VIDEODRIVER": "dummy"}
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=240, env=os.environ | alone, stdin=subprocess.DEVNULL
-    )
+    quiet = subprocess.DEVNULL
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, env=os.environ | alone, stdin=quiet)
+
+
+@pytest.fixture(scope="module")
+def pages_run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """All pages that are asked for, two at a time, while the tests wait for them one after the other."""
+    asked = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
+    root = tmp_path_factory.mktemp("pages")
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(run_page, RUNNABLE[name], root / name.replace("/", "-"))
+            for name in dict.fromkeys(asked)
+            if name in RUNNABLE
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_snippets_of(name: str, pages_run: dict[str, Future[subprocess.CompletedProcess[str]]]):
+    done = pages_run[name].result()
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
