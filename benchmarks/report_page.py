@@ -109,10 +109,10 @@ def write_table() -> None:
     shares = [row["asking"] / EVERY for row in found]
     lines += [
         "",
-        f"Seconds are processor time. An asking, the browser's side of it counted in, comes every {EVERY} seconds: "
-        f"{100 * min(shares):.2f} to {100 * max(shares):.2f} % of one core. Summaries are made anew so seldom that they "
-        f"take {100 * SUMMARY_SHARE:g} % at most. CartPole-v1, {STEPS:,} steps, seed 1; the longer run is {LONGER} times "
-        "its metrics.",
+        f"Seconds are processor time. An asking, the browser's side of it counted in, comes every {EVERY} seconds:",
+        f"{100 * min(shares):.2f} to {100 * max(shares):.2f} % of one core. Summaries are made anew so seldom that",
+        f"they take {100 * SUMMARY_SHARE:g} % at most. CartPole-v1, {STEPS:,} steps, seed 1; the longer run is {LONGER}",
+        "times its metrics.",
     ]
     write_between("cost of the page", lines + in_words(found), "report.md")
 
@@ -136,11 +136,9 @@ def draw(scratch: Path) -> None:
     three = write_report(runs, scratch / "three", with_pictures=False, baselines=baselines_of(runs)).page
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        for name, page, size, scheme in (
-            ("report", one, (1280, 1240), "light"),
-            ("report_seeds", three, (1280, 1020), "dark"),
-        ):
-            tab = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+        for name, page, height in (("report", one, 1240), ("report_seeds", three, 1020)):
+            scheme = "light" if page is one else "dark"
+            tab = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)
             tab.goto(page.as_uri())
             over = tab.locator('.panel[data-metric="return_mean"] .u-over').bounding_box()
             assert over is not None
