@@ -457,7 +457,7 @@ def _evaluate(words: list[str]) -> Outcome:
             seed=given.seed,
             allow_import=given.allow_import,
         )
-        return _ratings(rated, open_run(given.run).report, as_json=given.json)
+        return _ratings(rated, open_run(given.run), as_json=given.json)
     result = evaluate_opened(
         config,
         policy,
@@ -481,11 +481,12 @@ def _evaluate(words: list[str]) -> Outcome:
     )
 
 
-def _ratings(rated: dict[str, Any], folder: Path, *, as_json: bool) -> Outcome:
-    """The ratings of a self-play run in words and as a picture."""
-    from proximo.report.ratings import draw_ratings
+def _ratings(rated: dict[str, Any], run: Any, *, as_json: bool) -> Outcome:
+    """The ratings of a self-play run in words, as a picture, and kept for the page of the run."""
+    from proximo.report.ratings import draw_ratings, keep_ratings
 
-    picture = draw_ratings(rated, rated["env_id"], folder)
+    picture = draw_ratings(rated, rated["env_id"], run.report)
+    keep_ratings(rated, run)
     if as_json:
         return EXIT_DONE, json.dumps(rated | {"picture": str(picture)})
     widest = max(len(player["name"]) for player in rated["players"])

@@ -25,6 +25,7 @@ from proximo.report.page_data import (
     samples_of,
 )
 from proximo.report.page_settings import Baseline, differs, setting_rows
+from proximo.report.ratings import keep_ratings, read_ratings
 from proximo.report.records import read_records
 from proximo.report.report import report_json, write_report
 from proximo.report.summary import summarize, summarize_language
@@ -426,6 +427,26 @@ class TestVideo:
         run.videos.mkdir()
         (run.videos / "x.mp4").symlink_to(secret)
         assert base64.b64encode(b"secret").decode() not in written(run)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"players": 1}', '{"players": [{"step": 1, "rating": null}]}', "[" * 9000])
+def test_ratings_that_make_no_sense_are_none(tmp_path, text):
+    run = make_run(tmp_path / "run", rows(5))
+    assert read_ratings(run) == []
+    (run.path / "ratings.json").write_text(text)
+    assert read_ratings(run) == []
+
+
+def test_ratings_are_kept_for_the_page(tmp_path):
+    run = make_run(tmp_path / "run", rows(5))
+    players = [
+        {"step": step, "rating": step / 10, "standard_error": 5.0, "name": "x", "score": 0.5} for step in (200, 100)
+    ]
+    keep_ratings({"players": [{"step": None, "rating": 0.0, "standard_error": 0.0}, *players]}, run)
+    assert read_ratings(run) == [
+        {"step": 100.0, "rating": 10.0, "standard_error": 5.0},
+        {"step": 200.0, "rating": 20.0, "standard_error": 5.0},
+    ]
 
 
 def test_versions_and_machine_are_those_of_the_newest_checkpoint(tmp_path):

@@ -293,6 +293,19 @@ def test_language_runs_have_their_frontier_and_their_samples_side_by_side(see, t
     assert page.complaints == []
 
 
+def test_ratings_of_past_selves_are_drawn(see, tmp_path):
+    run = make_run(tmp_path / "run", rows(20))
+    names = ("step", "rating", "standard_error")
+    players = [dict(zip(names, values, strict=True)) for values in ((None, 0, 0), (4000, 310.4, 20), (2000, 120, 15))]
+    (run.path / "ratings.json").write_text(json.dumps({"players": [*players, "x", {"step": "y"}]}))
+    page = see(run)
+    assert page.tab.locator("#ratings canvas").evaluate(SUM_OF_INK) > 8
+    assert page.tab.locator("#ratings .legend").inner_text() == "step 4,000: 310 ± 20"
+    label = page.tab.locator("#ratings .plot").get_attribute("aria-label")
+    assert label == "Ratings of run: 120 at step 2,000, 310 at step 4,000."
+    assert page.complaints == []
+
+
 def test_a_film_is_played_from_the_page_itself(see, tmp_path):
     run = make_run(tmp_path / "run", rows(20))
     run.videos.mkdir()

@@ -34,6 +34,7 @@ from proximo.report.page_data import (
     samples_of,
 )
 from proximo.report.page_settings import Baseline, in_words, setting_rows
+from proximo.report.ratings import read_ratings
 from proximo.report.records import RunRecord, settings_that_differ
 from proximo.report.summary import (
     ALIGN_METRICS,
@@ -221,6 +222,11 @@ def _data(records: Sequence[RunRecord], summaries: Summaries, groups: Sequence[S
         "panels": panels_of(records[0].stage),
         "runs": runs,
         "groups": of_groups if any(summed) else [],
+        "ratings": [
+            {"label": record.name, "players": players}
+            for record in records[:7]
+            if (players := read_ratings(record.run))
+        ],
         "samples": [
             {"label": record.name, "samples": samples} for record in records[:4] if (samples := samples_of(record))
         ],

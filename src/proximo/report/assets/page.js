@@ -707,7 +707,7 @@
       const clouds = data.runs.map((run, place) => ({ run, place, points: points(run, metric) })).filter((cloud) => cloud.points.length > 1);
       if (clouds.length) frontiers.push(frontierChart(root, ink, clouds, metric, title));
     }
-    if (!frontiers.length) byId("frontier-section").hidden = true;
+    byId("frontier-section").hidden = root.children.length === 0;
   }
 
   function frontierChart(root, ink, clouds, metric, title) {
@@ -750,6 +750,40 @@
     const u = new uPlot(options, [x, all.map((point) => point.y)], plot);
     u.setCursor({ left: -10, top: -10 });
     return u;
+  }
+
+  function buildRatings() {
+    const root = byId("ratings");
+    root.replaceChildren();
+    byId("ratings-section").hidden = data.ratings.length === 0;
+    const ink = colours();
+    for (const { label, players } of data.ratings) {
+      const x = players.map((player) => player.step);
+      const y = players.map((player) => player.rating);
+      const figure = make("figure", "panel");
+      const plot = make("div", "plot");
+      plot.setAttribute("role", "img");
+      plot.tabIndex = 0;
+      plot.setAttribute("aria-label", `Ratings of ${label}: ${players.map((player) => `${told(Math.round(player.rating))} at step ${told(player.step)}`).join(", ")}.`);
+      const legend = make("ul", "legend");
+      figure.append(make("h3", "", label), make("p", "hint", "Elo over environment steps"), plot, legend);
+      root.append(figure);
+      const side = (sign) => players.map((player) => player.rating + 2 * sign * player.standard_error);
+      frontiers.push(new uPlot({
+        width: Math.max(plot.clientWidth, 160), height: 280, legend: { show: false }, padding: [12, 14, 0, 0],
+        scales: { x: { time: false, range: (u, low, high) => padded(low, high) }, y: { range: (u, low, high) => padded(Math.min(low, 0), Math.max(high, 0)) } },
+        axes: axesOf({ percent: false }, ink, false),
+        cursor: { y: false, drag: { x: false, y: false }, points: { size: 8, width: 0 } },
+        series: [{}, { width: 0, points: { show: false } }, { width: 0, points: { show: false } },
+          { stroke: ink.lines[0], width: 2, points: { show: true, size: 6, fill: ink.lines[0] } }],
+        bands: [{ series: [2, 1], fill: faded(ink.lines[0], 0.17) }],
+        hooks: { setCursor: [(u) => {
+          const at = u.cursor.left >= 0 && isNumber(u.cursor.idx) ? players[u.cursor.idx] : players[players.length - 1];
+          legend.replaceChildren(make("li", "where", `step ${told(at.step)}: ${told(Math.round(at.rating))} ± ${told(Math.round(at.standard_error))}`));
+        }] },
+      }, [x, side(-1), side(1), y], plot));
+      frontiers[frontiers.length - 1].setCursor({ left: -10, top: -10 });
+    }
   }
 
   function padded(low, high) {
@@ -919,6 +953,7 @@
   function redraw() {
     rebuild();
     buildFrontier();
+    buildRatings();
   }
 
   // --- while the run goes on ---------------------------------------------------------------------------------------------------
@@ -980,7 +1015,7 @@
       const samples = await fresh("samples", takeSample);
       const summary = await (await fetch("summary", { cache: "no-store" })).text();
       if (summary !== read.summary) { byId("summary").innerHTML = summary; read.summary = summary; } // escaped by the server, as the page is
-      if (rows) { rebuild(); buildFrontier(); }
+      if (rows) redraw();
       if (samples) buildSamples();
       more = rows > 500;
       read.misses = 0;
