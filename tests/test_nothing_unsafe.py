@@ -105,6 +105,7 @@ ALLOWED: dict[Use, str] = {
     Use("collect/worker_process.py", "unpack", "cloudpickle.loads"): OWN_WORKERS,
     Use("collect/workers.py", "_start", "cloudpickle.loads"): OWN_WORKERS,
     Use("collect/rewards.py", "__init__", "subprocess.Popen"): "Python with a module of ours, as a list of words",
+    Use("loggers/following.py", "__init__", "subprocess.Popen"): "Python with a module of ours, as a list of words",
     Use("doctor.py", "_tried", "subprocess.run"): "Python with a program of ours, as a list of words",
     Use(
         "collect/code_reward.py", "_own_folder", "subprocess.run"

@@ -98,6 +98,7 @@ class StageDisplay:
             nonlocal shown
             if samples and samples[0]["iteration"] != shown:
                 shown = samples[0]["iteration"]
+                self.console.print(f"samples at iteration {shown}")
                 self.console.print(samples_table(samples))
 
         if Display(self.console).is_live:
@@ -143,7 +144,7 @@ def words(name: str) -> str:
 
 def samples_table(samples: list[dict[str, Any]]) -> Table:
     """Prompts with their responses, scores and distances to the reference."""
-    table = Table(title=f"samples at iteration {samples[0]['iteration']}", title_justify="left", expand=False)
+    table = Table(expand=False)
     table.add_column("prompt", overflow="fold", max_width=40)
     table.add_column("response", overflow="fold", max_width=70)
     table.add_column("score", justify="right")

@@ -26,6 +26,7 @@ from proximo.runs.checkpoint import newest_checkpoint
 from proximo.runs.directory import RunDirectory
 from proximo.runs.metrics import read_metrics
 from tests.loggers.test_events import read
+from tests.tiny_language import save_tiny
 
 SMALL: dict[str, Any] = dict(total_steps=2048, n_envs=2, rollout_length=64, batch_size=32, n_epochs=1, seed=1)
 
@@ -118,6 +119,17 @@ def test_a_resumed_run_has_no_point_twice_and_none_of_before(tmp_path: Path) -> 
     assert len(list((run / "tensorboard").iterdir())) == 2
     assert [step for step, _ in points["entropy"]] == [row["env_steps"] for row in rows]
     assert [value for _, value in points["seconds"]] == pytest.approx([row["seconds"] for row in rows])
+
+
+def test_a_language_run_goes_to_tensorboard_by_iterations(tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"the {word} sleeps"}) + "\n" for word in ("cat", "dog", "bird") * 4))
+    model = save_tiny(tmp_path / "model")
+    settings: dict[str, Any] = dict(batch_size=4, n_epochs=2, quiet=True, tensorboard=True)
+    run = proximo.sft(model, data, run_dir=tmp_path / "run", **settings).path
+    points, rows = read(run / "tensorboard"), rows_of(run)
+    assert len(rows) >= 4
+    assert points["loss"] == [(row["iteration"], pytest.approx(row["loss"])) for row in rows]
 
 
 def test_a_run_that_is_not_asked_for_it_writes_no_events(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import queue
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -227,7 +228,8 @@ class Service:
 
     def __init__(self, run: RunDirectory, name: str, say: Say) -> None:
         """Start it. It reads metrics.jsonl itself, and remembers in `loggers/NAME.json` what it has sent."""
-        self._name, self._say, self._heard = name, say, b""
+        self._name, self._say = name, say
+        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
         memory = _memory(run, name)
         if not memory.exists():
             memory.parent.mkdir(exist_ok=True)
@@ -235,16 +237,20 @@ class Service:
         words = [sys.executable, "-P", "-m", "proximo.loggers.service", name, str(run.path.absolute())]
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self._process: Any = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True)
-        os.set_blocking(self._process.stdout.fileno(), False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        for line in self._process.stdout:
+            self._heard.put(line.decode(errors="replace").rstrip("\r\n"))
 
     def look(self) -> bool:
         """Say what it has to say; whether it is still there."""
         ended = self._process.poll()
-        with suppress(BlockingIOError):
-            self._heard += self._process.stdout.read() or b""
-        *lines, self._heard = self._heard.split(b"\n")
-        for line in lines:
-            self._say(line.decode(errors="replace"))
+        if ended is not None:
+            self._listener.join(1.0)
+        while not self._heard.empty():
+            self._say(self._heard.get())
         if ended:
             self._say(_off(SERVICES[self._name], f"its process ended with code {ended}"))
         return ended is None
@@ -264,7 +270,7 @@ class Service:
             self._process.wait()
             why = "it was interrupted" if not by else f"it was not done after {WAIT_AT_END:.0f} s"
             self._say(f"note: {SERVICES[self._name]} has not got everything: {why}. metrics.jsonl has.")
-        self._process.stdout.close()
+        self._listener.join(1.0)
 
 
 def _memory(run: RunDirectory, name: str) -> Path:
