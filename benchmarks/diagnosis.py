@@ -297,7 +297,14 @@ def is_healthy(case: Case, kept: dict[str, Any], *, is_language: bool) -> bool:
 
 def table() -> list[str]:
     rows = read_rows(RESULTS)
-    lines: list[str] = []
+    planned, held_out = sum(1 for _ in every_run()), sum(row["is_held_out"] for row in rows)
+    lines = [
+        f"{len(rows)} runs of {planned} that the benchmark has, {held_out} of them held out, seeds "
+        f"{', '.join(str(seed) for seed in sorted({row['seed'] for row in rows}))}. The others are still to be made: "
+        "seeds 0 and 2 came first."
+        if len(rows) < planned
+        else f"{len(rows)} runs, {held_out} of them held out."
+    ]
     for kind, title in (("train", "Control"), ("align", "Language models")):
         of_kind = [row for row in rows if row["kind"] == kind]
         lines += ["", f"### {title}", "", *_table_of(of_kind)]
