@@ -219,6 +219,12 @@ class TestZoo:
         assert {name: ours[name] for name in wanted} == wanted
         assert any("enable_critic_lstm" in remark for remark in found.remarks)
 
+    def test_recurrent_ppo_of_a_game_keeps_its_lives(self, tmp_path):
+        wrapper = {"stable_baselines3.common.atari_wrappers.AtariWrapper": {"terminal_on_life_loss": False}}
+        entry = {"policy": "CnnLstmPolicy", "env_wrapper": [wrapper], "frame_stack": 4, "n_envs": 8, "n_timesteps": 1e7}
+        ours = round_trip(convert(write(tmp_path / "ppo_lstm.yml", {"atari": entry}), "ALE/Pong-v5"))
+        assert (ours["episodic_life"], ours["sign_rewards"], ours["memory"]) == (False, True, "lstm")
+
     def test_recurrent_ppo_has_other_defaults(self, tmp_path):
         entry = {"policy": "MlpLstmPolicy", "n_timesteps": 1e5}
         ours = convert(write(tmp_path / "a.json", entry), "CartPole-v1").settings

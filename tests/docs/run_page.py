@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.docs.pages import Snippet, snippets_of  # noqa: E402
-from tests.docs.shorter import PLACEHOLDERS, RUN_PLACEHOLDERS, limited, why_not_run  # noqa: E402
+from tests.docs.shorter import PLACEHOLDERS, RUN_PLACEHOLDER, limited, why_not_run  # noqa: E402
 
 
 class SnippetError(Exception):
@@ -205,13 +205,25 @@ def settings_of(words: list[str]) -> dict[str, Any]:
 
 def real(word: str) -> list[str]:
     """What stands for a placeholder; a pattern as a shell would write it out."""
-    if word in RUN_PLACEHOLDERS:
+    if (run := RUN_PLACEHOLDER.fullmatch(word)) and run["number"]:
+        return [numbered_run(int(run["number"]))]
+    if run:
         return [str(MADE[-1] if MADE else newest(Path("runs")))]
     if word.endswith("/..."):
         return [str(newest(Path(word.removesuffix("/..."))))]
     if "*" in word and (found := sorted(map(str, Path().glob(word)))):
         return found
     return [PLACEHOLDERS.get(word, word)]
+
+
+def numbered_run(number: int) -> str:
+    """One of several short runs of the same task, that differ in their seeds."""
+    import proximo
+
+    folder = Path("runs", "numbered", str(number))
+    if not folder.exists():
+        proximo.train("CartPole-v1", total_steps=4096, seed=number, run_dir=folder, quiet=True)
+    return str(folder)
 
 
 def newest(folder: Path) -> Path:

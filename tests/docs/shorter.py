@@ -48,8 +48,8 @@ NOT_RUN: list[tuple[str, str]] = [
 ]
 """Commands that are only looked at, and why."""
 
-RUN_PLACEHOLDERS = {"RUN", "RUN1", "RUN_1"}
-"""The run that a command of the page has made last."""
+RUN_PLACEHOLDER = re.compile(r"RUN_?(?P<number>\d*)")
+"""RUN is the run that a command of the page has made last; RUN1, RUN2, ... are short ones made for the test."""
 
 PLACEHOLDERS = {"MODEL": "model", "ENV": "CartPole-v1"}
 

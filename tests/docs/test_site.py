@@ -28,6 +28,11 @@ def test_every_page_of_the_docs_is_there(site):
     assert pages <= {path.relative_to(site).with_suffix("").as_posix() for path in site.glob("**/*.html")}
 
 
+def test_every_page_has_its_place_in_the_navigation():
+    named = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    assert named == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").glob("**/*.md")}
+
+
 def test_nothing_is_fetched_from_elsewhere(site):
     fetched = re.compile(
         r'<(?:script|img|iframe|source|video)[^>]*\bsrc="(?:https?:)?//|<link[^>]*\bhref="(?:https?:)?//'

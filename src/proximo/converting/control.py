@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from proximo.converting.draft import Draft
-from proximo.converting.reading import Word, expression, number, truth, whole
+from proximo.converting.reading import Word, count, expression, number, truth, whole, without_none
 from proximo.errors import UserError, shown
 
 _IDLE = ("verbose", "tensorboard_log", "device", "stats_window_size", "_init_setup_model", "rollout_buffer_*")
@@ -61,7 +61,7 @@ def _sizes(draft: Draft, whose: str, *, recurrent: bool) -> None:
     given = {name: draft.take(name) for name in ("n_timesteps", "n_envs", "n_steps", "batch_size", "n_epochs")}
     by_default = {"n_timesteps": 1_000_000, "n_envs": 1, "n_steps": 128 if recurrent else 2048}
     by_default |= {"batch_size": 128 if recurrent else 64, "n_epochs": 10}
-    sizes = {name: whole(name, by_default[name] if value is None else value) for name, value in given.items()}
+    sizes = {name: count(name, by_default[name] if value is None else value) for name, value in given.items()}
     said = {name: "" if given[name] is not None else whose for name in given}
     rollout = sizes["n_envs"] * sizes["n_steps"]
     if given["n_timesteps"] is None:
@@ -70,7 +70,7 @@ def _sizes(draft: Draft, whose: str, *, recurrent: bool) -> None:
     if sizes["n_timesteps"] < rollout:
         draft.say(f"n_timesteps {sizes['n_timesteps']} is less than a rollout; SB3 plays one whole rollout, as here.")
         sizes["n_timesteps"] = rollout
-    elif sizes["n_timesteps"] % max(1, rollout):
+    elif sizes["n_timesteps"] % rollout:
         draft.say("n_timesteps is no multiple of a rollout: SB3 goes past it by the rest, Proximo stops before it.")
     if sizes["batch_size"] > rollout:
         said["batch_size"] = f"theirs is {sizes['batch_size']}, of which a rollout of {rollout} fills one minibatch"
@@ -226,7 +226,7 @@ def _memory(draft: Draft, kwargs: dict[str, Any]) -> None:
 def _environment(draft: Draft, env_id: str | None) -> None:
     """Wrappers, frames and arguments of the environment."""
     if kwargs := draft.take("env_kwargs"):
-        draft.put("env_kwargs", expression("env_kwargs", kwargs))
+        draft.put("env_kwargs", without_none(expression("env_kwargs", kwargs)))
     wrapper, frames = draft.take("env_wrapper"), draft.take("frame_stack")
     if env_id is not None and env_id.startswith("ALE/"):
         draft.put("vectorization", "native")
@@ -268,14 +268,14 @@ def from_cleanrl(draft: Draft, env_id: str | None) -> None:
         draft.put("env_id", str(env_id))
 
     def sized(name: str, default: int) -> int:
-        return whole(name, draft.take(name, default))
+        return count(name, draft.take(name, default))
 
     n_envs, n_steps = sized("num_envs", 1 if continuous else 4), sized("num_steps", 2048 if continuous else 128)
     n_minibatches = sized("num_minibatches", 32 if continuous else 4)
     draft.put("total_steps", sized("total_timesteps", 1_000_000 if continuous else 500_000))
     draft.put("n_envs", n_envs)
     draft.put("rollout_length", n_steps)
-    draft.put("batch_size", max(1, n_envs * n_steps // max(1, n_minibatches)), f"{n_minibatches} minibatches")
+    draft.put("batch_size", max(1, n_envs * n_steps // n_minibatches), f"{n_minibatches} minibatches")
     draft.put("n_epochs", sized("update_epochs", 10 if continuous else 4))
     draft.put("learning_rate", number("learning_rate", draft.take("learning_rate", 3e-4 if continuous else 2.5e-4)))
     draft.put("learning_rate_schedule", "linear" if truth("anneal_lr", draft.take("anneal_lr", True)) else "constant")

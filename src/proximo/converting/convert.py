@@ -148,9 +148,14 @@ def convert(path: str | Path, env: str | None = None, kind: Kind = "auto") -> Co
 
 
 def _done(draft: Draft, command: Literal["train", "align"], kind: str, source: str) -> Converted:
-    return Converted(
+    found = Converted(
         command, kind, draft.settings, draft.because, draft.remarks, sorted(draft.idle), draft.unknown, source
     )
+    try:
+        found.toml.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{source} has text that cannot be written in UTF-8: {error.reason}.") from error
+    return found
 
 
 def _entry(path: Path, entries: dict[str, Any], env: str | None) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from proximo.converting.draft import Draft
-from proximo.converting.reading import number, truth, whole
+from proximo.converting.reading import count, number, truth, whole
 from proximo.errors import UserError, shown
 
 _TRAINING_IDLE = (
@@ -247,7 +247,10 @@ def _losses_of_openrlhf(draft: Draft, algorithm: str) -> None:
     """The band of the ratio, and the critic."""
     both = draft.take("eps_clip_low_high")
     clip = draft.take("eps_clip", 0.2)
-    low, high = (clip, None) if not isinstance(both, list) or len(both) != 2 else both
+    both = both.split() if isinstance(both, str) else both
+    if both is not None and (not isinstance(both, list) or len(both) != 2):
+        raise UserError(f"eps_clip_low_high is {shown(both)}; it must be two numbers.")
+    low, high = both or (clip, None)
     draft.put("clip_epsilon", number("eps_clip", low))
     if high is not None:
         draft.put("clip_epsilon_high", number("eps_clip_low_high", high))
@@ -285,10 +288,7 @@ def _kl_of_openrlhf(draft: Draft) -> None:
 
 
 def _count(draft: Draft, name: str, default: int) -> int:
-    found = whole(name, draft.take(name, default))
-    if found < 1:
-        raise UserError(f"{name} is {found}; it must be at least 1.")
-    return found
+    return count(name, draft.take(name, default))
 
 
 def _places(draft: Draft, model: str, reward: str) -> None:

@@ -112,6 +112,21 @@ def whole(name: str, value: Any) -> int:
     return int(found)
 
 
+def count(name: str, value: Any) -> int:
+    """A whole number from 1 on."""
+    found = whole(name, value)
+    if found < 1:
+        raise UserError(f"{name} is {found}; it must be at least 1.")
+    return found
+
+
+def without_none(value: Any) -> Any:
+    """A table without the names that have no value, for which TOML has no word."""
+    if isinstance(value, dict):
+        return {str(name): without_none(each) for name, each in value.items() if each is not None}
+    return [without_none(each) for each in value if each is not None] if isinstance(value, list) else value
+
+
 def truth(name: str, value: Any) -> bool:
     """Yes or no."""
     if isinstance(value, bool) or value in (0, 1):
