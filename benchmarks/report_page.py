@@ -111,8 +111,8 @@ def write_table() -> None:
         "",
         f"Seconds are processor time. An asking, the browser's side of it counted in, comes every {EVERY} seconds:",
         f"{100 * min(shares):.2f} to {100 * max(shares):.2f} % of one core. Summaries are made anew so seldom that",
-        f"they take {100 * SUMMARY_SHARE:g} % at most. CartPole-v1, {STEPS:,} steps, seed 1; the longer run is {LONGER}",
-        "times its metrics.",
+        f"they take {100 * SUMMARY_SHARE:g} % at most. CartPole-v1, {STEPS:,} steps, seed 1; the longer run has",
+        f"{LONGER} times its metrics.",
     ]
     write_between("cost of the page", lines + in_words(found), "report.md")
 

@@ -200,6 +200,11 @@ class TestSettings:
         assert (row.differs, row.preset) == (True, "")
         assert [row.differs for row in setting_rows({"gamma": 0.5}, None)] == [False]
 
+    def test_that_a_run_says_nothing_of_do_not_differ(self):
+        base = Baseline("defaults", {"memory": "none", "target_kl": None}, {"memory": "gru", "target_kl": None})
+        found = {row.name: row for row in setting_rows({}, base)}
+        assert [(row.differs, row.value) for row in found.values()] == [(False, "-"), (False, "none")]
+
     @pytest.mark.parametrize(
         ("name", "value", "other"),
         [

@@ -37,19 +37,25 @@ _OF_ITS_OWN = frozenset({"env_id", "stage", "model", "data", "prompts", "reward"
 
 
 def setting_rows(settings: Mapping[str, Any], baseline: Baseline | None) -> list[SettingRow]:
-    """The table of settings, those that differ from the preset first."""
+    """The table of settings, those that differ from the preset first.
+
+    A setting that a run says nothing of is None, or newer than the run: that is no difference.
+    """
     preset = baseline.preset if baseline else None
     defaults = baseline.defaults if baseline else {}
     rows = []
     for name in dict.fromkeys([*settings, *defaults]):
         value = settings.get(name)
+        is_said = name in settings
         has_default = name in defaults
-        from_default = has_default and differs(name, value, defaults[name])
-        from_preset = from_default if preset is None else name in preset and differs(name, value, preset[name])
+        from_default = is_said and has_default and differs(name, value, defaults[name])
+        from_preset = from_default
+        if preset is not None:
+            from_preset = is_said and name in preset and differs(name, value, preset[name])
         rows.append(
             SettingRow(
                 name,
-                in_words(value),
+                in_words(value) if is_said or defaults.get(name) is None else "-",
                 "" if preset is None or name not in preset else in_words(preset[name]),
                 in_words(defaults[name]) if has_default else "",
                 from_preset,

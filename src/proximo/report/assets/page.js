@@ -413,6 +413,7 @@
 
   function build(chart, ink) {
     const { panel, plot } = chart;
+    const cursor = chart.u && chart.u.cursor.left >= 0 ? { left: chart.u.cursor.left, top: chart.u.cursor.top } : null;
     if (chart.u) chart.u.destroy();
     chart.curves = curvesOf(panel);
     const log = isLog(panel, chart.curves);
@@ -443,6 +444,7 @@
     chart.u = new uPlot(options, joined, plot);
     chart.u.setScale("x", { min: range[0], max: range[1] });
     chart.range = range;
+    if (cursor) chart.u.setCursor(cursor);
     describe(chart);
     writeLegend(chart);
   }
@@ -959,7 +961,7 @@
   // --- while the run goes on ---------------------------------------------------------------------------------------------------
 
   const EVERY = 2000; // milliseconds between two questions
-  const read = { metrics: 0, samples: 0, summary: "", misses: 0, rows: 0 };
+  const read = { metrics: 0, samples: 0, summary: "", misses: 0, rows: 0, drawn: 0, held: false };
 
   function take(row) {
     const run = data.runs[0];
@@ -1015,7 +1017,7 @@
       const samples = await fresh("samples", takeSample);
       const summary = await (await fetch("summary", { cache: "no-store" })).text();
       if (summary !== read.summary) { byId("summary").innerHTML = summary; read.summary = summary; } // escaped by the server, as the page is
-      if (rows) redraw();
+      if (read.rows !== read.drawn && !read.held) { read.drawn = read.rows; redraw(); } // not while somebody drags
       if (samples) buildSamples();
       more = rows > 500;
       read.misses = 0;
@@ -1041,7 +1043,12 @@
     listEntities();
     redraw();
     buildSamples();
-    if (data.live) poll();
+    if (data.live) {
+      addEventListener("pointerdown", () => { read.held = true; });
+      addEventListener("pointerup", () => { read.held = false; });
+      addEventListener("pointercancel", () => { read.held = false; });
+      poll();
+    }
   }
 
   start();
