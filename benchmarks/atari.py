@@ -5,8 +5,9 @@
     python benchmarks/atari.py --table         # only the table and the picture of docs/atari.md
 
 Pong has 3 million steps (12 million frames), once with the preset's settings, its schedules ending there, and once
-with a larger learning rate and a clip range that stays. Breakout has as many steps as are done in ten minutes. Scores are of 20 whole games with the game's own rewards, by the final policy
-with sampled actions. One seed each: this shows that they learn, not how well they do.
+with a larger learning rate and a clip range that stays. Breakout has as many steps as are done in ten minutes. Scores
+are of 20 whole games with the game's own rewards, by the final policy with sampled actions: its most likely ones may
+play on for ever. One seed each: this shows that they learn, not how well they do.
 """
 
 from __future__ import annotations
