@@ -28,6 +28,7 @@ LIMITS: dict[str, dict[str, int]] = {
 
 SPECIAL: list[tuple[str, dict[str, int]]] = [
     (r"^train mpe2", {"total_steps": 1024}),
+    (r"^resume .*--total-steps", {"total_steps": 6144}),  # more than the runs of the test have
     (r"^train .*--exploration rnd", {"total_steps": 6144}),  # what its warm-up takes, and an iteration
 ]
 """Limits for commands that are slower than others, or need more."""
