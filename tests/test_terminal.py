@@ -228,3 +228,15 @@ def test_the_doctor_exits_by_whether_something_is_broken(monkeypatch, capsys, st
         cli.main(["doctor", *flags])
     assert ended.value.code == code
     assert "as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["doctor", "--help"], ["--help"]])
+def test_help_whose_reader_has_gone_is_no_fault(words: list[str]):
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "proximo", *words]
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

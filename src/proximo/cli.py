@@ -181,6 +181,11 @@ def main(arguments: list[str] | None = None) -> None:
         with _output_to_errors() if "--json" in words else contextlib.nullcontext():
             code, text = _dispatch(words)
         _say(text)
+    except (SystemExit, BrokenPipeError) as error:  # Tyro prints help by itself, and its reader may have gone
+        if isinstance(error, BrokenPipeError) and not {"-h", "--help"} & set(words):
+            raise
+        _say("")
+        code = error.code if isinstance(error, SystemExit) else EXIT_DONE
     except UserError as error:
         tell(f"proximo: {error}")
         code = EXIT_BAD_INPUT
