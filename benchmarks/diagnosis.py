@@ -321,13 +321,14 @@ def _table_of(rows: list[dict[str, Any]]) -> list[str]:
     for name in names:
         hit, asked, false, said = _tally(held_out, name)
         hit_all, asked_all, false_all, _ = _tally(rows, name)
-        precision = f"{hit / (hit + false):.2f}" if hit + false else "-"
+        is_fact = name in FACTS
+        precision = f"{hit / (hit + false):.2f}" if hit + false and not is_fact else "-"
         recall = f"{hit / asked:.2f}" if asked else "-"
         others = sum(1 for _ in held_out) - asked - said
-        alarms = "measured, not concluded" if name in FACTS else f"{false} of {false + others}"
+        alarms = "measured, not concluded" if is_fact else f"{false} of {false + others}"
         lines.append(
             f"| `{name}` | {hit} of {asked} | {alarms} | {precision} | {recall} | {hit_all} of {asked_all} "
-            f"| {false_all} |"
+            f"| {'-' if is_fact else false_all} |"
         )
     healthy = [row for row in held_out if row["is_healthy"]]
     blamed = [row for row in healthy if _complaints(row)]

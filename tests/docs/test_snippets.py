@@ -86,6 +86,7 @@ def test_what_is_not_run_has_a_reason_and_is_little(capsys: pytest.CaptureFixtur
         )
     assert all(snippet.not_run for snippet in marked)
     assert len(marked) <= 8, "mend some of them instead"
+    assert 3 * len(looked_at) <= commands, "run some of them instead"
 
 
 def test_blocks_are_of_languages_that_are_known():

@@ -189,6 +189,13 @@ def test_episodes_that_are_all_cut_off(ends):
     assert "returns_flat" not in names(cut)
 
 
+def test_what_began_with_a_policy_that_had_learned_may_be_solved():
+    solved = rows(return_mean=500.0, length_mean=500.0, terminated_share=0.0)
+    finding = only("episodes_all_cut_off", solved, init_from="runs/before")
+    assert (finding.severity, "solved the task already" in finding.meaning) == ("note", True)
+    assert only("episodes_all_cut_off", solved).severity == "problem"
+
+
 def test_a_return_that_collapses_after_its_peak():
     fall = np.where(SHARE < 0.6, 20 + 480 * SHARE / 0.6, 40.0)
     finding = only("return_collapsed", rows(return_mean=fall))

@@ -40,13 +40,17 @@ def returns_flat(evidence: Evidence) -> Finding | None:
             ),
         )
     if spread(returns) == 0:
+        had_learned = evidence.settings.get("init_from") is not None
         return Finding(
             "episodes_all_cut_off",
-            "problem",
+            "note" if had_learned else "problem",
             f"Every episode has {number(float(np.nanmax(lengths)))} steps and a return of {number(progress.final)}, in "
             f"all {progress.n_episodes:,} episodes up to {evidence.at(progress.final_row)}.",
-            "Every episode ends in the time limit and scores the same: the goal was never reached, so there is "
-            "nothing to learn from.",
+            "Every episode ends in the time limit and scores the same. The policy that this run began with may have "
+            "solved the task already; else the goal was never reached, and there is nothing to learn from."
+            if had_learned
+            else "Every episode ends in the time limit and scores the same: the goal was never reached, so there is "
+            "nothing to learn from, unless lasting so long is the goal.",
             advice(
                 f"explore more: raise {evidence.setting('entropy_coef', '0.01')}",
                 "give rewards on the way to the goal",
