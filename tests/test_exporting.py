@@ -447,17 +447,6 @@ def test_files_run_where_proximo_is_not(arm: proximo.Run, tmp_path: Path, format
     np.testing.assert_allclose(found["value"], policy.value(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_page_of_the_docs_runs(tmp_path: Path):
-    """Every Python block of docs/export.md, with a run of the environment that it names."""
-    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) >= 2
-    proximo.train("Pendulum-v1", run_dir=tmp_path / "runs" / "pendulum", **ONE_ITERATION)
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-
-
 # --- what files and command say -------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,8 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None
         stderr=subprocess.PIPE,
         cwd=tmp_path,
         env=environment({"PYTHONPATH": path}),
+        # Whatever began the tests may have done so in the background, where Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(9) == b"importing"

@@ -50,6 +50,7 @@ NEEDED = {
     "tomli-w": "1.1",
     "cloudpickle": "",
     "threadpoolctl": "3.5",
+    "jinja2": "3.1",
 }
 """The packages that Proximo needs, and from which version on; `pyproject.toml` says the same."""
 
