@@ -168,6 +168,9 @@ class PresetsArguments:
     """List the environments with tuned settings, their sources and measured scores."""
 
 
+DATA = (["convert"], ["sample"])
+"""The commands that say TOML or JSON, whose lines stay whole on a terminal too."""
+
 Outcome = tuple[int, str]
 """Exit code, and what a command has to say on standard output."""
 
@@ -180,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         # What environments print must not come between the braces of the JSON.
         with _output_to_errors() if "--json" in words else contextlib.nullcontext():
             code, text = _dispatch(words)
-        _say(text)
+        _say(text, as_it_is="--json" in words or words[:1] in DATA)
     except (SystemExit, BrokenPipeError) as error:  # Tyro prints help by itself, and its reader may have gone
         if isinstance(error, BrokenPipeError) and not {"-h", "--help"} & set(words):
             raise
@@ -223,10 +226,11 @@ def _output_to_errors() -> Iterator[None]:
         os.close(output)
 
 
-def _say(text: str) -> None:
+def _say(text: str, *, as_it_is: bool = False) -> None:
     """Print what a command has said; a reader that has gone (`| head`) is no fault, a full disk is one."""
+    width = None if as_it_is else width_of(sys.stdout)
     try:
-        print(fitted(text, width_of(sys.stdout)), end="\n" if text else "", flush=True)
+        print(fitted(text, width), end="\n" if text else "", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
