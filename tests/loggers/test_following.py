@@ -148,6 +148,63 @@ def test_an_old_run_goes_to_tensorboard_with_report(tmp_path: Path, capsys: pyte
     assert f"tensorboard --logdir {tmp_path / 'board'}" in capsys.readouterr().err
 
 
+def exported(metrics: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run whose metrics.jsonl is this text, once it is exported into `folder`."""
+    run = folder.parent / "run"
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text(metrics)
+    following.export_events(RunDirectory(run), folder)
+    return read(folder)
+
+
+def test_exporting_again_takes_the_place_of_what_was_exported_and_of_nothing_else(tmp_path: Path) -> None:
+    board, first = tmp_path / "board", '{"env_steps": 1, "entropy": 0.5}\n'
+    board.mkdir()
+    other = board / "events.out.tfevents.0000000001.machine.1.0"  # TensorFlow's own, and empty
+    other.write_bytes(b"")
+    assert exported(first, board)["entropy"] == [(1, 0.5)]
+    assert exported(first + '{"env_steps": 2, "entropy": 0.25}\n', board)["entropy"] == [(1, 0.5), (2, 0.25)]
+    assert len(list(board.iterdir())) == 2
+    assert other.exists()
+
+
+def test_an_export_that_the_disk_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    exported('{"env_steps": 1, "entropy": 0.5}\n', tmp_path / "board")
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(following.EventFile, "add", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        following.export_events(RunDirectory(tmp_path / "run"), tmp_path / "board")
+    assert read(tmp_path / "board")["entropy"] == [(1, 0.5)]
+
+
+@pytest.mark.parametrize("seconds", ['"x"', "[1]", "1e999", "-1e308", "1" + 400 * "0", "true", "null"])
+def test_a_clock_that_shows_no_time_is_none(tmp_path: Path, seconds: str) -> None:
+    rows = f'{{"env_steps": 1, "seconds": {seconds}, "entropy": 0.5}}\n{{"env_steps": 2, "entropy": 0.25}}\n'
+    assert exported(rows, tmp_path / "board")["entropy"] == [(1, 0.5), (2, 0.25)]
+
+
+@pytest.mark.parametrize("step", ["-5", str(2**63), '"x"', "null", "1.5"])
+def test_a_row_whose_step_is_none_is_left_out_and_told(tmp_path: Path, step: str, capsys) -> None:
+    rows = f'{{"env_steps": 1, "entropy": 0.5}}\n{{"env_steps": {step}, "entropy": 9.0}}\n'
+    last = f'{{"env_steps": {2**63 - 1}, "entropy": 0.25}}\n'
+    assert exported(rows + last, tmp_path / "board")["entropy"] == [(1, 0.5), (2**63 - 1, 0.25)]
+    assert "note: 1 of 3 rows" in capsys.readouterr().err
+
+
+def test_a_last_row_without_a_newline_is_exported_too_and_half_a_row_is_not(tmp_path: Path) -> None:
+    rows = '{"env_steps": 1, "entropy": 0.5}\n{"env_steps": 2, "entropy": 0.25}'
+    assert exported(rows, tmp_path / "board")["entropy"] == [(1, 0.5), (2, 0.25)]
+    assert exported(rows[:-3], tmp_path / "board")["entropy"] == [(1, 0.5)]
+
+
+def test_a_name_that_is_no_text_stops_no_export(tmp_path: Path) -> None:
+    points = exported('{"env_steps": 1, "a\\ud800": 1.0, "entropy": 0.5}\n', tmp_path / "board")
+    assert points == {"env_steps": [(1, 1.0)], "a?": [(1, 1.0)], "entropy": [(1, 0.5)]}
+
+
 def test_a_service_gets_each_row_once_also_of_a_resumed_run(logged: Path, tmp_path: Path, capsys) -> None:
     run = proximo.train("CartPole-v1", run_dir=tmp_path / "run", wandb=True, checkpoint_every=512, **SMALL).path
     said = capsys.readouterr().err

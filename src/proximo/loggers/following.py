@@ -16,16 +16,17 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from proximo.errors import UserError, in_words
-from proximo.loggers.events import EventFile
+from proximo.errors import UserError, in_words, tell
+from proximo.loggers.events import HIGHEST_STEP, OURS, EventFile
 from proximo.runs import files
 from proximo.runs.directory import RunDirectory
+from proximo.runs.metrics import read_metrics
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at metrics.jsonl."""
@@ -91,10 +92,20 @@ def loggers_of(run: RunDirectory) -> Loggers:
     return Loggers(tensorboard=run.tensorboard.is_dir(), **services)
 
 
-def step_of(row: dict[str, Any]) -> int:
-    """The step of a row: environment steps, or iterations where there are none."""
+def step_of(row: Mapping[str, Any]) -> int | None:
+    """The step of a row: environment steps, or iterations where there are none; None if that is no step."""
     step = row.get("env_steps", row.get("iteration"))
-    return step if isinstance(step, int) else 0
+    return step if isinstance(step, int) and 0 <= step <= HIGHEST_STEP else None
+
+
+def _seconds_of(row: Mapping[str, Any]) -> float:
+    """The clock of a row; 0 where it shows no time, which a file that was edited may have there."""
+    seconds = row.get("seconds")
+    return seconds if isinstance(seconds, int | float) and 0 <= seconds <= _LONGEST else 0.0
+
+
+_LONGEST = 1e10
+"""Seconds, three centuries: what is longer is no clock."""
 
 
 class MetricsReader:
@@ -182,13 +193,14 @@ class Board:
         reader = MetricsReader(run.metrics_path)
         before = reader.new_rows() if resumed else []
         self._reader, self._say = MetricsReader(run.metrics_path, reader.position if resumed else 0), say
-        self._file = EventFile(run.tensorboard, from_step=step_of(before[-1]) + 1 if before else 1 if resumed else 0)
+        last = max((step_of(row) or 0 for row in before), default=0)
+        self._file = EventFile(run.tensorboard, from_step=last + 1 if resumed else 0)
         say(f"TensorBoard: tensorboard --logdir {shlex.quote(str(run.tensorboard))}")
 
     def look(self) -> bool:
         """Write what is new."""
         try:
-            write_events(self._file, self._reader)
+            write_events(self._file, self._reader.new_rows(), self._reader.path)
             return True
         except Exception as error:  # a full disk, say
             self._say(_off("TensorBoard", error))
@@ -199,27 +211,52 @@ class Board:
         self.look()
 
 
-def write_events(file: EventFile, reader: MetricsReader) -> None:
-    """Write the rows that are new as events; the newest one is as old as the file, the others by their own clocks."""
-    rows = reader.new_rows()
-    if rows:
-        newest, written = rows[-1].get("seconds") or 0.0, reader.path.stat().st_mtime
-        file.add([(written - newest + (row.get("seconds") or 0.0), step_of(row), row) for row in rows])
+def write_events(file: EventFile, rows: Sequence[Mapping[str, Any]], path: Path) -> int:
+    """Write new rows of `path` as events; the newest one is as old as the file, the others by their own clocks.
+
+    Returns:
+        How many were written: rows without a step that TensorBoard could take are left out.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    if not rows:
+        return 0
+    began = path.stat().st_mtime - _seconds_of(rows[-1])
+    written = [(began + _seconds_of(row), step, row) for row in rows if (step := step_of(row)) is not None]
+    file.add(written)
+    return len(written)
 
 
 def export_events(run: RunDirectory, folder: Path) -> Path:
-    """Write all rows of a run into one event file in `folder`; return the file.
+    """Write all rows of a run into one event file in `folder`, in place of those that were exported there before.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: if the disk refuses.
+        UserError: if metrics.jsonl is damaged, or the disk refuses; what was exported before is then still there.
     """
+    rows = read_metrics(run.metrics_path)
+    file = None
     try:
+        before = list(folder.glob(OURS))
         file = EventFile(folder)
-        write_events(file, MetricsReader(run.metrics_path))
+        n_written = write_events(file, rows, run.metrics_path)
+        for path in before:
+            path.unlink()
     except OSError as error:
+        if file is not None:
+            with suppress(OSError):
+                file.path.unlink()
         raise UserError(
             f"The events for TensorBoard could not be written to {folder}: {files.reason(error)}. Name another folder."
         ) from error
+    if n_written < len(rows):
+        tell(
+            f"note: {len(rows) - n_written} of {len(rows)} rows of {run.metrics_path} are not in TensorBoard: their "
+            f"step is no whole number from 0 to {HIGHEST_STEP}."
+        )
     return file.path
 
 
