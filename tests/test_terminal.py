@@ -27,6 +27,7 @@ from proximo.runs.directory import RunDirectory
 from proximo.runs.manifest import versions
 from proximo.terminal import Display
 from proximo.training.config import ControlConfig
+from tests.tiny_language import save_tiny
 
 
 @pytest.mark.parametrize("kind", ["closed pipe", "full disk", "closed"])
@@ -206,6 +207,17 @@ def test_tables_are_whole_on_a_terminal_too(tmp_path: Path) -> None:
     rows = [line for line in lines_of(said) if line.startswith("|")]
     assert len(rows) == 4
     assert all(len(row) > 80 and row.endswith("|") for row in rows)
+
+
+def test_the_path_of_a_language_runs_page_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sleeps"}\n' * 8)
+    save_tiny(tmp_path / "model")
+    name = "a-run-with-a-name-that-is-as-long-as-those-of-people-who-put-all-settings-into-it"
+    words = ("sft", "--model", "model", "--data", "texts.jsonl", "--batch-size", "4", "--n-epochs", "1")
+    code, said = on_a_terminal(*words, "--run-dir", name, cwd=tmp_path)
+    assert code == 0, said
+    page = next(line for line in lines_of(said) if line.startswith("page"))
+    assert page.endswith(f" {name}/report/index.html   (open it in a browser)")
 
 
 # --- breaking lines ---

@@ -12,12 +12,13 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from proximo.errors import UserError, nearest, shown, tell
 from proximo.lines import fitted, width_of
+from proximo.loggers.following import NO_LOGGERS, Loggers, ResumeLoggers, flags_to_go_on
 from proximo.runs import files
 
 USAGE = """\
@@ -73,6 +74,27 @@ class ResumeArguments:
     """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write event files for TensorBoard, into the folder tensorboard/ of the run; one that has some goes on anyway."""
+    no_tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write no event files any more."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases (extra: wandb); without this, they are not, whatever the run did before."""
+    trackio: bool = False
+    """Give the metrics to Trackio (extra: trackio); without this, they are not, whatever the run did before."""
+
+    def loggers(self) -> Loggers:
+        """Where the metrics go.
+
+        Raises:
+            UserError: if there is no such run, a package is missing, or both flags for TensorBoard are given.
+        """
+        from proximo.runs.directory import open_run
+
+        if self.tensorboard and self.no_tensorboard:
+            raise UserError("--tensorboard and --no-tensorboard say the opposite of each other. Leave one out.")
+        board = None if self.tensorboard == self.no_tensorboard else self.tensorboard
+        return ResumeLoggers(board, self.wandb, self.trackio).of(open_run(self.run))
 
 
 @dataclass(frozen=True)
@@ -264,7 +286,7 @@ def _train(words: list[str]) -> Outcome:
     read = _control_settings(words, "train", train_arguments)
     display = Display.choose(quiet=read.output.quiet, dashboard_port=dashboard_port(read.output))
     run = train_with(read.config, read.factory, display, read.output.run_dir, read.source, read.output.loggers)
-    return _finish(run, display, as_json=read.output.json)
+    return _finish(run, display, as_json=read.output.json, loggers=read.output.loggers)
 
 
 _ABOUT_DASHBOARD = ("--dashboard", "--no-dashboard", "--dashboard-port")
@@ -352,13 +374,22 @@ def _resume(words: list[str]) -> Outcome:
 
         refuse_control_settings(given.run, env=given.env, total_steps=given.total_steps)
         display = StageDisplay.choose(quiet=given.quiet, dashboard_port=port)
-        return resume_command(given.run, display, allow_import=given.allow_import, as_json=given.json)
-    display = Display.choose(quiet=given.quiet, dashboard_port=port)
-    run = resume_with(given.run, given.env, display, allow_import=given.allow_import, total_steps=given.total_steps)
-    return _finish(run, display, as_json=given.json, env=given.env)
+        return resume_command(
+            given.run, display, allow_import=given.allow_import, as_json=given.json, loggers=given.loggers()
+        )
+    display, loggers = Display.choose(quiet=given.quiet, dashboard_port=port), given.loggers()
+    run = resume_with(
+        given.run,
+        given.env,
+        display,
+        allow_import=given.allow_import,
+        total_steps=given.total_steps,
+        loggers=loggers,
+    )
+    return _finish(run, display, as_json=given.json, env=given.env, loggers=loggers)
 
 
-def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) -> Outcome:
+def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None, loggers: Loggers = NO_LOGGERS) -> Outcome:
     """Write the page of the run, show the result, and say what may be typed next."""
     from proximo.baselines import baselines_of
     from proximo.report.report import write_report
@@ -383,9 +414,10 @@ def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) ->
             findings = [f"! No report: {error if isinstance(error, UserError) else repr(error)}"]
     path = shlex.quote(str(run.path))
     named = f" --env {shlex.quote(env)}" if env else " --allow-import" if needs_trust(run.config) else ""
-    words = ("evaluate", "watch") if run.interrupted_by is None else ("resume", "evaluate", "watch")
-    commands = [f"proximo {word} {path}{named}" for word in words]
-    if run.interrupted_by is None:
+    commands = [f"proximo {word} {path}{named}" for word in ("evaluate", "watch")]
+    if run.interrupted_by is not None:
+        commands.insert(0, " ".join([f"proximo resume {path}{named}", *flags_to_go_on(loggers)]))
+    else:
         commands.append(f"proximo report {path}")
     display.result(facts, page, findings, commands)
     told = {

@@ -34,6 +34,9 @@ LOOK_EVERY = 1.0
 WAIT_AT_END = 60.0
 """Seconds that a service gets to send what is left when the run is over."""
 
+QUIET_AT_END = 1.0
+"""Seconds of that before it is said."""
+
 SERVICES = {"wandb": "Weights & Biases", "trackio": "Trackio"}
 
 Say = Callable[[str], object]
@@ -86,10 +89,35 @@ def _is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder wandb/ that wandb has left here is no package
 
 
-def loggers_of(run: RunDirectory) -> Loggers:
-    """What a run that goes on was begun with."""
-    services = {name: _memory(run, name).is_file() for name in SERVICES}
-    return Loggers(tensorboard=run.tensorboard.is_dir(), **services)
+@dataclass(frozen=True)
+class ResumeLoggers:
+    """Where the metrics of a run that goes on are to go."""
+
+    tensorboard: bool | None = None
+    """None goes on with what the run has: the files are its own."""
+    wandb: bool = False
+    trackio: bool = False
+
+    def of(self, run: RunDirectory) -> Loggers:
+        """The loggers of this run; services that it was sent to, and is not any more, are told.
+
+        A run may be a stranger's, and services know whom they belong to: nothing is sent there unasked.
+
+        Raises:
+            UserError: if one is neither True nor False, or its package is missing.
+        """
+        asked = {"tensorboard": run.tensorboard.is_dir()} | {k: v for k, v in asdict(self).items() if v is not None}
+        loggers = taken_from(asked, where="proximo.resume()")
+        refuse_missing(loggers)
+        for name, called in SERVICES.items():
+            if _memory(run, name).is_file() and not getattr(loggers, name):
+                tell(f"note: {called} gets no more of this run. To go on sending: --{name} (Python: {name}=True).")
+        return loggers
+
+
+def flags_to_go_on(loggers: Loggers) -> list[str]:
+    """What is to be added to `proximo resume` for the same loggers."""
+    return [f"--{name}" for name in SERVICES if getattr(loggers, name)]
 
 
 def step_of(row: Mapping[str, Any]) -> int | None:
@@ -189,12 +217,13 @@ class Board:
     """TensorBoard's event file of this session."""
 
     def __init__(self, run: RunDirectory, say: Say, *, resumed: bool) -> None:
-        """Begin one; of a resumed run, after the rows that are there."""
+        """Begin one; of a resumed run that has one already, after the rows that are there."""
         reader = MetricsReader(run.metrics_path)
-        before = reader.new_rows() if resumed else []
-        self._reader, self._say = MetricsReader(run.metrics_path, reader.position if resumed else 0), say
+        goes_on = resumed and any(run.tensorboard.glob(OURS))  # where there are none: all rows, from the first one on
+        before = reader.new_rows() if goes_on else []
+        self._reader, self._say = MetricsReader(run.metrics_path, reader.position if goes_on else 0), say
         last = max((step_of(row) or 0 for row in before), default=0)
-        self._file = EventFile(run.tensorboard, from_step=last + 1 if resumed else 0)
+        self._file = EventFile(run.tensorboard, from_step=last + 1 if goes_on else 0)
         say(f"TensorBoard: tensorboard --logdir {shlex.quote(str(run.tensorboard))}")
 
     def look(self) -> bool:
@@ -296,9 +325,13 @@ class Service:
         """Let it send what is left, for a while."""
         with suppress(OSError):
             self._process.stdin.close()
-        by = time.monotonic() + WAIT_AT_END
+        began = time.monotonic()
+        by, quiet_until = began + WAIT_AT_END, began + QUIET_AT_END
         try:
             while self.look() and time.monotonic() < by:
+                if time.monotonic() >= quiet_until:
+                    quiet_until = by
+                    self._say(f"waiting for {SERVICES[self._name]} (Ctrl-C stops it)")
                 time.sleep(0.05)
         except KeyboardInterrupt:
             by = 0.0
