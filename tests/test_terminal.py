@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -26,6 +27,7 @@ from proximo.runs.directory import RunDirectory
 from proximo.runs.manifest import versions
 from proximo.terminal import Display
 from proximo.training.config import ControlConfig
+from tests.tiny_language import save_tiny
 
 
 @pytest.mark.parametrize("kind", ["closed pipe", "full disk", "closed"])
@@ -39,7 +41,7 @@ def test_a_display_that_nobody_reads_goes_quiet(kind: str, monkeypatch: pytest.M
     display = Display.choose(quiet=False)
     for _ in range(3):
         display.say("x" * 10_000)
-        display.result({"result": "fine"}, [], [], ["next"])
+        display.result({"result": "fine"}, None, [], ["next"])
 
 
 def test_a_quiet_display_shows_skipped_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,6 +182,44 @@ def test_quiet_is_quiet_on_a_terminal(tmp_path: Path) -> None:
     assert on_a_terminal(*TRAIN, "--quiet", cwd=tmp_path) == (0, "")
 
 
+def small_run(path: Path) -> None:
+    proximo.train("CartPole-v1", run_dir=path, quiet=True, total_steps=256, n_envs=2, rollout_length=64, batch_size=32)
+
+
+def test_what_programs_read_is_whole_on_a_terminal_too(tmp_path: Path) -> None:
+    small_run(tmp_path / "run")
+    code, said = on_a_terminal("report", "run", "--json", cwd=tmp_path)
+    assert code == 0
+    assert json.loads(said)["folder"] == "run/report"
+    (tmp_path / "zoo.yml").write_text("MyEnv-v0:\n  n_timesteps: 4096\n  policy: MlpPolicy\n  noise_std: 0.1\n")
+    _, whole = in_a_pipe("convert", "zoo.yml", cwd=tmp_path)
+    assert max(map(len, whole.split("\n"))) > 80
+    _, said = on_a_terminal("convert", "zoo.yml", cwd=tmp_path)
+    assert said.replace("\r", "") == whole
+
+
+def test_tables_are_whole_on_a_terminal_too(tmp_path: Path) -> None:
+    names = ("one", "another-one-with-a-name-that-takes-much-of-the-line")
+    for name in names:
+        small_run(tmp_path / name)
+    code, said = on_a_terminal("report", *names, cwd=tmp_path)
+    assert code == 0
+    rows = [line for line in lines_of(said) if line.startswith("|")]
+    assert len(rows) == 4
+    assert all(len(row) > 80 and row.endswith("|") for row in rows)
+
+
+def test_the_path_of_a_language_runs_page_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "the cat sleeps"}\n' * 8)
+    save_tiny(tmp_path / "model")
+    name = "a-run-with-a-name-that-is-as-long-as-those-of-people-who-put-all-settings-into-it"
+    words = ("sft", "--model", "model", "--data", "texts.jsonl", "--batch-size", "4", "--n-epochs", "1")
+    code, said = on_a_terminal(*words, "--run-dir", name, cwd=tmp_path)
+    assert code == 0, said
+    page = next(line for line in lines_of(said) if line.startswith("page"))
+    assert page.endswith(f" {name}/report/index.html   (open it in a browser)")
+
+
 # --- breaking lines ---
 
 
@@ -193,6 +233,7 @@ def test_quiet_is_quiet_on_a_terminal(tmp_path: Path) -> None:
         ("  proximo resume runs/CartPole-v1/of-today", "  proximo resume runs/CartPole-v1/of-today"),
         ("Go on: proximo resume runs/a --env b. It is saved.", "Go on:\nproximo resume runs/a --env b.\nIt is saved."),
         ("a runs/without/any/blank/at/all b", "a\nruns/without/any/blank/at/all\nb"),
+        ("| run | steps | mean return |\n|---|---|---|", "| run | steps | mean return |\n|---|---|---|"),
     ],
 )
 def test_lines_are_broken_between_words_and_commands_never(text: str, wanted: str) -> None:

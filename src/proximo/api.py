@@ -22,7 +22,7 @@ from proximo.collect.envs import VectorEnvs
 from proximo.collect.make import Env, EnvFactory, environment_source, make_packed_env, names_code
 from proximo.collect.parallel_envs import ParallelEnvs
 from proximo.errors import UserError, shown, tell
-from proximo.loggers.following import NO_LOGGERS, Loggers, following, loggers_of, refuse_missing, taken_from
+from proximo.loggers.following import NO_LOGGERS, Loggers, ResumeLoggers, following, refuse_missing, taken_from
 from proximo.models.packing import PackedObservations
 from proximo.presets import resolve_settings
 from proximo.process import check_device, enough_memory, noted_signals, training_device, training_threads
@@ -143,6 +143,7 @@ def resume(
     allow_import: bool = False,
     total_steps: int | None = None,
     quiet: bool = False,
+    loggers: ResumeLoggers | None = None,
 ) -> Run:
     """Go on exactly where a control run stopped; `proximo.resume` (in language.py) takes runs of both kinds.
 
@@ -152,16 +153,25 @@ def resume(
         allow_import: import the file or module that the run names; only for runs of your own.
         total_steps: train up to this many steps instead of the number the run was begun with.
         quiet: print nothing.
+        loggers: where its metrics go.
 
     Raises:
         UserError: if there is no run, no sound checkpoint, or the environment cannot be made.
     """
-    display = Display.choose(quiet=quiet)
-    return unless_interrupted(resume_with(run, env, display, allow_import=allow_import, total_steps=total_steps))
+    display, chosen = Display.choose(quiet=quiet), (loggers or ResumeLoggers()).of(_directory(run))
+    return unless_interrupted(
+        resume_with(run, env, display, allow_import=allow_import, total_steps=total_steps, loggers=chosen)
+    )
 
 
 def resume_with(
-    run: str | Path | Run, env: Env | None, display: Display, *, allow_import: bool, total_steps: int | None
+    run: str | Path | Run,
+    env: Env | None,
+    display: Display,
+    *,
+    allow_import: bool,
+    total_steps: int | None,
+    loggers: Loggers,
 ) -> Run:
     """`resume` on a display of the caller's."""
     directory = _directory(run)
@@ -196,7 +206,7 @@ def resume_with(
                 display.resumed(directory, checkpoint, fresh, config, changed)
                 if control.finished(config, state):
                     display.say(_already_finished(config, state, directory))
-                with following(directory, loggers_of(directory), display.say, resumed=True) as follow:
+                with following(directory, loggers, display.say, resumed=True) as follow:
                     return _train_to_the_end(config, directory, state, envs, display, follow)
 
 

@@ -12,12 +12,13 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from proximo.errors import UserError, nearest, shown, tell
 from proximo.lines import fitted, width_of
+from proximo.loggers.following import NO_LOGGERS, Loggers, ResumeLoggers, flags_to_go_on
 from proximo.runs import files
 
 USAGE = """\
@@ -73,6 +74,27 @@ class ResumeArguments:
     """The port of that page; by default any free one."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write event files for TensorBoard, into the folder tensorboard/ of the run; one that has some goes on anyway."""
+    no_tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write no event files any more."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases (extra: wandb); without this, they are not, whatever the run did before."""
+    trackio: bool = False
+    """Give the metrics to Trackio (extra: trackio); without this, they are not, whatever the run did before."""
+
+    def loggers(self) -> Loggers:
+        """Where the metrics go.
+
+        Raises:
+            UserError: if there is no such run, a package is missing, or both flags for TensorBoard are given.
+        """
+        from proximo.runs.directory import open_run
+
+        if self.tensorboard and self.no_tensorboard:
+            raise UserError("--tensorboard and --no-tensorboard say the opposite of each other. Leave one out.")
+        board = None if self.tensorboard == self.no_tensorboard else self.tensorboard
+        return ResumeLoggers(board, self.wandb, self.trackio).of(open_run(self.run))
 
 
 @dataclass(frozen=True)
@@ -168,6 +190,9 @@ class PresetsArguments:
     """List the environments with tuned settings, their sources and measured scores."""
 
 
+DATA = (["convert"], ["sample"])
+"""The commands that say TOML or JSON, whose lines stay whole on a terminal too."""
+
 Outcome = tuple[int, str]
 """Exit code, and what a command has to say on standard output."""
 
@@ -180,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
         # What environments print must not come between the braces of the JSON.
         with _output_to_errors() if "--json" in words else contextlib.nullcontext():
             code, text = _dispatch(words)
-        _say(text)
+        _say(text, as_it_is="--json" in words or words[:1] in DATA)
     except (SystemExit, BrokenPipeError) as error:  # Tyro prints help by itself, and its reader may have gone
         if isinstance(error, BrokenPipeError) and not {"-h", "--help"} & set(words):
             raise
@@ -223,10 +248,11 @@ def _output_to_errors() -> Iterator[None]:
         os.close(output)
 
 
-def _say(text: str) -> None:
+def _say(text: str, *, as_it_is: bool = False) -> None:
     """Print what a command has said; a reader that has gone (`| head`) is no fault, a full disk is one."""
+    width = None if as_it_is else width_of(sys.stdout)
     try:
-        print(fitted(text, width_of(sys.stdout)), end="\n" if text else "", flush=True)
+        print(fitted(text, width), end="\n" if text else "", flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python tries again when it ends
         if not isinstance(error, BrokenPipeError):
@@ -260,7 +286,7 @@ def _train(words: list[str]) -> Outcome:
     read = _control_settings(words, "train", train_arguments)
     display = Display.choose(quiet=read.output.quiet, dashboard_port=dashboard_port(read.output))
     run = train_with(read.config, read.factory, display, read.output.run_dir, read.source, read.output.loggers)
-    return _finish(run, display, as_json=read.output.json)
+    return _finish(run, display, as_json=read.output.json, loggers=read.output.loggers)
 
 
 _ABOUT_DASHBOARD = ("--dashboard", "--no-dashboard", "--dashboard-port")
@@ -348,13 +374,22 @@ def _resume(words: list[str]) -> Outcome:
 
         refuse_control_settings(given.run, env=given.env, total_steps=given.total_steps)
         display = StageDisplay.choose(quiet=given.quiet, dashboard_port=port)
-        return resume_command(given.run, display, allow_import=given.allow_import, as_json=given.json)
-    display = Display.choose(quiet=given.quiet, dashboard_port=port)
-    run = resume_with(given.run, given.env, display, allow_import=given.allow_import, total_steps=given.total_steps)
-    return _finish(run, display, as_json=given.json, env=given.env)
+        return resume_command(
+            given.run, display, allow_import=given.allow_import, as_json=given.json, loggers=given.loggers()
+        )
+    display, loggers = Display.choose(quiet=given.quiet, dashboard_port=port), given.loggers()
+    run = resume_with(
+        given.run,
+        given.env,
+        display,
+        allow_import=given.allow_import,
+        total_steps=given.total_steps,
+        loggers=loggers,
+    )
+    return _finish(run, display, as_json=given.json, env=given.env, loggers=loggers)
 
 
-def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) -> Outcome:
+def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None, loggers: Loggers = NO_LOGGERS) -> Outcome:
     """Write the page of the run, show the result, and say what may be typed next."""
     from proximo.baselines import baselines_of
     from proximo.report.report import write_report
@@ -379,9 +414,10 @@ def _finish(run: Any, display: Any, *, as_json: bool, env: str | None = None) ->
             findings = [f"! No report: {error if isinstance(error, UserError) else repr(error)}"]
     path = shlex.quote(str(run.path))
     named = f" --env {shlex.quote(env)}" if env else " --allow-import" if needs_trust(run.config) else ""
-    words = ("evaluate", "watch") if run.interrupted_by is None else ("resume", "evaluate", "watch")
-    commands = [f"proximo {word} {path}{named}" for word in words]
-    if run.interrupted_by is None:
+    commands = [f"proximo {word} {path}{named}" for word in ("evaluate", "watch")]
+    if run.interrupted_by is not None:
+        commands.insert(0, " ".join([f"proximo resume {path}{named}", *flags_to_go_on(loggers)]))
+    else:
         commands.append(f"proximo report {path}")
     display.result(facts, page, findings, commands)
     told = {

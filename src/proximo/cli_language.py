@@ -21,7 +21,7 @@ from proximo.language import (
     resume_words,
     run_stage,
 )
-from proximo.loggers.following import NO_LOGGERS, Loggers
+from proximo.loggers.following import NO_LOGGERS, Loggers, flags_to_go_on
 from proximo.runs.directory import RunDirectory
 from proximo.stage_display import StageDisplay
 from proximo.terminal import dashboard_port
@@ -72,7 +72,7 @@ def stage_command(stage: str, words: list[str]) -> Outcome:
     display = StageDisplay.choose(quiet=given.quiet, dashboard_port=dashboard_port(given))
     with display.notes():
         run = run_stage(stage, config, display, given.run_dir, loggers=given.loggers)
-    return finish_stage(run, display, as_json=given.json)
+    return finish_stage(run, display, as_json=given.json, loggers=given.loggers)
 
 
 def _parse_stage(stage: str, words: list[str], base: Any) -> tuple[_Output, Any]:
@@ -98,22 +98,23 @@ def _dataclass_of(name: str, fields: list[Any]) -> Any:
     return make_dataclass(name, fields, frozen=True)
 
 
-def resume_command(run: Path, display: StageDisplay, *, allow_import: bool, as_json: bool) -> Outcome:
+def resume_command(run: Path, display: StageDisplay, *, allow_import: bool, as_json: bool, loggers: Loggers) -> Outcome:
     """`proximo resume RUN` for a language run."""
     with display.notes():
-        whole = resume_stage(run, display, allow_import=allow_import)
-    return finish_stage(whole, display, as_json=as_json)
+        whole = resume_stage(run, display, allow_import=allow_import, loggers=loggers)
+    return finish_stage(whole, display, as_json=as_json, loggers=loggers)
 
 
-def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outcome:
+def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool, loggers: Loggers) -> Outcome:
     """Show the result, and say what may be typed next."""
     path = str(run.path)
     if run.interrupted_by is not None:
         facts = {"interrupted": f"by signal {run.interrupted_by}; all is saved"}
-        display.result(facts, [resume_words(run.path, run.stage, run.config)])
+        words = [resume_words(run.path, run.stage, run.config), *flags_to_go_on(loggers)]
+        display.result(facts, [" ".join(words)])
     else:
-        drawn, findings = _reported(run)
-        display.result(run.facts | drawn, _next(run.stage, path, run.config), findings)
+        page, findings = _reported(run)
+        display.result(run.facts, _next(run.stage, path, run.config), findings, page)
     numbers = {name: value for name, value in run.metrics.items() if isinstance(value, int | float | None)}
     row = {"run": path, "stage": run.stage, "interrupted": run.interrupted_by is not None} | numbers
     text = json.dumps(row) if as_json else ""
@@ -122,8 +123,8 @@ def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool) -> Outc
     return (EXIT_INTERRUPTED if run.interrupted_by == signal.SIGINT else 128 + run.interrupted_by), text
 
 
-def _reported(run: StageRun) -> tuple[dict[str, str], list[str]]:
-    """Write the page of a run, and say what it shows."""
+def _reported(run: StageRun) -> tuple[Path | None, list[str]]:
+    """Write the page of a run, and say where it is and what it shows."""
     from proximo.baselines import baselines_of
     from proximo.report.report import write_report
 
@@ -131,13 +132,13 @@ def _reported(run: StageRun) -> tuple[dict[str, str], list[str]]:
     try:
         report = write_report([directory], with_pictures=False, baselines=baselines_of([directory]))
     except Exception as error:  # whatever it is: the run itself is done and saved
-        return {}, [f"! No report: {error if isinstance(error, UserError) else repr(error)}"]
+        return None, [f"! No report: {error if isinstance(error, UserError) else repr(error)}"]
     lines = [
         f"{'!' if finding.severity in ('problem', 'warning') else '-'} "
         f"{finding.seen} {finding.meaning} {finding.advice}".rstrip()
         for finding in report.runs[0].findings
     ]
-    return {"page": f"{report.page}   (open it in a browser)"}, lines
+    return report.page, lines
 
 
 def _next(stage: str, path: str, config: Any) -> list[str]:

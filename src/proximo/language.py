@@ -18,7 +18,7 @@ from proximo.baselines import served
 from proximo.collect.make import Env
 from proximo.collect.rewards import kind_of_reward
 from proximo.errors import UserError, nearest, shown, tell
-from proximo.loggers.following import NO_LOGGERS, Loggers, following, loggers_of, refuse_missing, taken_from
+from proximo.loggers.following import NO_LOGGERS, Loggers, ResumeLoggers, following, refuse_missing, taken_from
 from proximo.models.folders import tokenizer_in_words
 from proximo.process import check_device, noted_signals
 from proximo.runs.checkpoint import finish_save, newest_checkpoint
@@ -128,12 +128,22 @@ def resume(
     allow_import: bool = False,
     total_steps: int | None = None,
     quiet: bool = False,
+    tensorboard: bool | None = None,
+    wandb: bool = False,
+    trackio: bool = False,
 ) -> Run: ...
 
 
 @overload
 def resume(
-    run: str | Path | StageRun, *, reward: Callable[..., Any] | None, allow_import: bool = False, quiet: bool = False
+    run: str | Path | StageRun,
+    *,
+    reward: Callable[..., Any] | None,
+    allow_import: bool = False,
+    quiet: bool = False,
+    tensorboard: bool | None = None,
+    wandb: bool = False,
+    trackio: bool = False,
 ) -> StageRun: ...
 
 
@@ -145,6 +155,9 @@ def resume(
     allow_import: bool = False,
     total_steps: int | None = None,
     quiet: bool = False,
+    tensorboard: bool | None = None,
+    wandb: bool = False,
+    trackio: bool = False,
 ) -> Run | StageRun:
     """Go on exactly where a run stopped, of control or of a language stage.
 
@@ -155,18 +168,24 @@ def resume(
         allow_import: import the file or module that the run names; only for runs of your own.
         total_steps: train a control run up to this many steps instead of the number it was begun with.
         quiet: print nothing.
+        tensorboard: write event files for TensorBoard; by default if the run has some.
+        wandb: send its metrics to Weights & Biases, also where it was sent there before.
+        trackio: the same of Trackio.
 
     Raises:
         UserError: if there is no run, no sound checkpoint, or the environment or the reward cannot be had.
     """
+    loggers = ResumeLoggers(tensorboard=tensorboard, wandb=wandb, trackio=trackio)
     directory = open_run(run if isinstance(run, str | Path) else run.path)
     if stage_of(directory) is None:
         if reward is not None:
             raise UserError(f"{directory.path} is a control run: its rewards are its environment's. Leave reward out.")
-        return api.resume(directory.path, env, allow_import=allow_import, total_steps=total_steps, quiet=quiet)
+        return api.resume(
+            directory.path, env, allow_import=allow_import, total_steps=total_steps, quiet=quiet, loggers=loggers
+        )
     refuse_control_settings(directory.path, env=env, total_steps=total_steps)
-    display = StageDisplay.choose(quiet=quiet)
-    return unless_interrupted(resume_stage(directory.path, display, reward, allow_import=allow_import))
+    display, chosen = StageDisplay.choose(quiet=quiet), loggers.of(directory)
+    return unless_interrupted(resume_stage(directory.path, display, reward, allow_import=allow_import, loggers=chosen))
 
 
 def _place(name: str, value: Any) -> str:
@@ -407,7 +426,12 @@ def _tokenizer_facts(state: Any) -> dict[str, str]:
 
 
 def resume_stage(
-    run: str | Path, display: StageDisplay, function: Callable[..., Any] | None = None, *, allow_import: bool = False
+    run: str | Path,
+    display: StageDisplay,
+    function: Callable[..., Any] | None = None,
+    *,
+    allow_import: bool = False,
+    loggers: Loggers = NO_LOGGERS,
 ) -> StageRun:
     """Go on exactly where a language run stopped.
 
@@ -430,7 +454,7 @@ def resume_stage(
         display.facts(
             {"run directory": str(directory.path), "goes on at": f"iteration {state.iteration}", "resume": level}
         )
-        with following(directory, loggers_of(directory), display.say, resumed=True) as follow:
+        with following(directory, loggers, display.say, resumed=True) as follow:
             return _to_the_end(stage, module, config, directory, state, display, follow)
 
 

@@ -1,4 +1,4 @@
-"""Text for terminals: lines that are too long are broken between words, and commands stay whole, to be copied."""
+"""Text for terminals: lines that are too long are broken between words; commands and rows of tables stay whole."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fitted(text: str, width: int | None) -> str:
 
 
 def _broken(line: str, width: int) -> str:
-    if len(line) <= width or _COMMAND_LINE.match(line):
+    if len(line) <= width or line.startswith("|") or _COMMAND_LINE.match(line):
         return line
     kept = _COMMAND_INSIDE.sub(lambda found: found[0].replace(" ", "\0"), line)
     hang = " " * min(_hang(line), width // 2)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -125,10 +126,15 @@ class StageDisplay:
 
         yield show_line
 
-    def result(self, facts: dict[str, str], next_commands: list[str], findings: Sequence[str] = ()) -> None:
-        """Say what came out of it, what the curves show, and what may be typed next."""
+    def result(
+        self, facts: dict[str, str], next_commands: list[str], findings: Sequence[str] = (), page: Path | None = None
+    ) -> None:
+        """Say what came out of it, where its page is, what the curves show, and what may be typed next."""
         self.console.print()
         self.facts(facts)
+        if page is not None:  # not among the facts: on a terminal those are folded, and paths are to be copied
+            label = f"{'page':<{max(map(len, facts), default=4)}}"
+            self.console.print(f"[bold cyan]{label}[/]  {escape(str(page))}   (open it in a browser)", soft_wrap=True)
         for finding in findings:
             self.say(f"  {finding}", style="yellow" if finding.startswith("!") else "")
         if next_commands:

@@ -148,12 +148,69 @@ def test_an_old_run_goes_to_tensorboard_with_report(tmp_path: Path, capsys: pyte
     assert f"tensorboard --logdir {tmp_path / 'board'}" in capsys.readouterr().err
 
 
+def exported(metrics: str, folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run whose metrics.jsonl is this text, once it is exported into `folder`."""
+    run = folder.parent / "run"
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text(metrics)
+    following.export_events(RunDirectory(run), folder)
+    return read(folder)
+
+
+def test_exporting_again_takes_the_place_of_what_was_exported_and_of_nothing_else(tmp_path: Path) -> None:
+    board, first = tmp_path / "board", '{"env_steps": 1, "entropy": 0.5}\n'
+    board.mkdir()
+    other = board / "events.out.tfevents.0000000001.machine.1.0"  # TensorFlow's own, and empty
+    other.write_bytes(b"")
+    assert exported(first, board)["entropy"] == [(1, 0.5)]
+    assert exported(first + '{"env_steps": 2, "entropy": 0.25}\n', board)["entropy"] == [(1, 0.5), (2, 0.25)]
+    assert len(list(board.iterdir())) == 2
+    assert other.exists()
+
+
+def test_an_export_that_the_disk_refuses_leaves_what_was_there(tmp_path: Path, monkeypatch) -> None:
+    exported('{"env_steps": 1, "entropy": 0.5}\n', tmp_path / "board")
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(following.EventFile, "add", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        following.export_events(RunDirectory(tmp_path / "run"), tmp_path / "board")
+    assert read(tmp_path / "board")["entropy"] == [(1, 0.5)]
+
+
+@pytest.mark.parametrize("seconds", ['"x"', "[1]", "1e999", "-1e308", "1" + 400 * "0", "true", "null"])
+def test_a_clock_that_shows_no_time_is_none(tmp_path: Path, seconds: str) -> None:
+    rows = f'{{"env_steps": 1, "seconds": {seconds}, "entropy": 0.5}}\n{{"env_steps": 2, "entropy": 0.25}}\n'
+    assert exported(rows, tmp_path / "board")["entropy"] == [(1, 0.5), (2, 0.25)]
+
+
+@pytest.mark.parametrize("step", ["-5", str(2**63), '"x"', "null", "1.5"])
+def test_a_row_whose_step_is_none_is_left_out_and_told(tmp_path: Path, step: str, capsys) -> None:
+    rows = f'{{"env_steps": 1, "entropy": 0.5}}\n{{"env_steps": {step}, "entropy": 9.0}}\n'
+    last = f'{{"env_steps": {2**63 - 1}, "entropy": 0.25}}\n'
+    assert exported(rows + last, tmp_path / "board")["entropy"] == [(1, 0.5), (2**63 - 1, 0.25)]
+    assert "note: 1 of 3 rows" in capsys.readouterr().err
+
+
+def test_a_last_row_without_a_newline_is_exported_too_and_half_a_row_is_not(tmp_path: Path) -> None:
+    rows = '{"env_steps": 1, "entropy": 0.5}\n{"env_steps": 2, "entropy": 0.25}'
+    assert exported(rows, tmp_path / "board")["entropy"] == [(1, 0.5), (2, 0.25)]
+    assert exported(rows[:-3], tmp_path / "board")["entropy"] == [(1, 0.5)]
+
+
+def test_a_name_that_is_no_text_stops_no_export(tmp_path: Path) -> None:
+    points = exported('{"env_steps": 1, "a\\ud800": 1.0, "entropy": 0.5}\n', tmp_path / "board")
+    assert points == {"env_steps": [(1, 1.0)], "a?": [(1, 1.0)], "entropy": [(1, 0.5)]}
+
+
 def test_a_service_gets_each_row_once_also_of_a_resumed_run(logged: Path, tmp_path: Path, capsys) -> None:
     run = proximo.train("CartPole-v1", run_dir=tmp_path / "run", wandb=True, checkpoint_every=512, **SMALL).path
     said = capsys.readouterr().err
     assert "Weights & Biases: https://somewhere/run" in said
     damage_newest(run)
-    proximo.resume(run, total_steps=3072, quiet=True)
+    proximo.resume(run, total_steps=3072, quiet=True, wandb=True)
     told, rows = lines(logged), rows_of(run)
     begun = [line["init"] for line in told if "init" in line]
     sent = [line for line in told if "step" in line]
@@ -177,11 +234,104 @@ def test_a_service_gets_each_row_once_also_of_a_resumed_run(logged: Path, tmp_pa
 def test_a_service_that_fails_stops_no_run(logged: Path, tmp_path: Path, monkeypatch, capsys, does, words) -> None:
     monkeypatch.setenv("FAKE_DOES", does)
     monkeypatch.setattr(following, "WAIT_AT_END", 1.0 if does == "hang" else 60.0)
+    monkeypatch.setattr(following, "QUIET_AT_END", 0.0 if does == "hang" else 60.0)
     run = proximo.train("CartPole-v1", run_dir=tmp_path / "run", wandb=True, **SMALL)
     said = " ".join(capsys.readouterr().err.split())
     assert run.env_steps == 2048
     assert said.count(words) == 1, said
     assert "a long story" not in said
+    assert "Traceback" not in said
+    assert said.count("waiting for Weights & Biases (Ctrl-C stops it)") == (does == "hang")
+
+
+def resumed(run: Path, *flags: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["resume", str(run), *flags])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def test_a_resumed_run_sends_nothing_to_a_service_unasked(logged: Path, tmp_path: Path, capsys) -> None:
+    run = proximo.train("CartPole-v1", run_dir=tmp_path / "run", quiet=True, wandb=True, **SMALL).path
+    sent = logged.read_text()
+    capsys.readouterr()
+    proximo.resume(run, total_steps=2560, quiet=True)
+    said = capsys.readouterr().err
+    assert logged.read_text() == sent
+    assert said == (
+        "note: Weights & Biases gets no more of this run. To go on sending: --wandb (Python: wandb=True).\n"
+    )
+    assert resumed(run, "--total-steps", "3072", "--no-wandb") == 0
+    assert logged.read_text() == sent
+    capsys.readouterr()
+    assert resumed(run, "--total-steps", "4096", "--wandb") == 0
+    assert "Weights & Biases: https://somewhere/run" in capsys.readouterr().err
+    steps = [line["step"] for line in lines(logged) if "step" in line]
+    assert steps == [row["iteration"] for row in rows_of(run)] == list(range(1, 33))
+
+
+def test_a_language_run_sends_nothing_to_a_service_unasked(logged: Path, tmp_path: Path, capsys) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": f"the {word} sleeps"}) + "\n" for word in ("cat", "dog", "bird") * 4))
+    settings: dict[str, Any] = dict(batch_size=4, n_epochs=1, checkpoint_every=1, quiet=True, wandb=True)
+    run = proximo.sft(save_tiny(tmp_path / "model"), data, run_dir=tmp_path / "run", **settings).path
+    damage_newest(run)
+    (run / "loggers" / "wandb.json").write_text('{"id": "a-strangers", "sent": 1}')
+    begun, n_rows = logged.read_text(), len(rows_of(run))
+    assert resumed(run) == 0
+    assert logged.read_text() == begun
+    assert "To go on sending: --wandb" in capsys.readouterr().err
+    damage_newest(run)
+    assert resumed(run, "--wandb") == 0
+    told = [json.loads(line) for line in logged.read_text().removeprefix(begun).splitlines()]
+    assert [line["step"] for line in told if "step" in line] == list(range(2, n_rows + 1))
+
+
+def test_a_resumed_run_can_begin_and_end_writing_events(tmp_path: Path, capsys) -> None:
+    run = proximo.train("CartPole-v1", run_dir=tmp_path / "run", quiet=True, **SMALL).path
+    assert resumed(run, "--total-steps", "2560") == 0
+    assert not (run / "tensorboard").exists()
+    assert resumed(run, "--total-steps", "3072", "--tensorboard") == 0
+    wanted = [(row["env_steps"], pytest.approx(row["entropy"])) for row in rows_of(run)]
+    assert len(wanted) == 24  # those of before too
+    assert read(run / "tensorboard")["entropy"] == wanted
+    assert resumed(run, "--total-steps", "3584", "--no-tensorboard") == 0
+    assert read(run / "tensorboard")["entropy"] == wanted
+    capsys.readouterr()
+    assert resumed(run, "--tensorboard", "--no-tensorboard") == 2
+    assert "Leave one out" in capsys.readouterr().err
+
+
+def test_a_missing_package_and_a_wrong_value_are_refused_at_resume(tmp_path: Path, monkeypatch, capsys) -> None:
+    run = proximo.train("CartPole-v1", run_dir=tmp_path / "run", quiet=True, **SMALL).path
+    wrong: Any = "yes"
+    with pytest.raises(UserError, match=r"wandb is 'yes'; it must be True or False"):
+        proximo.resume(run, wandb=wrong)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resumed(run, "--trackio") == 2
+    assert '".[trackio]"' in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_wait_for_a_service_and_names_the_flag_to_go_on(logged: Path, tmp_path: Path) -> None:
+    words = ["train", "CartPole-v1", "--total-steps", "100000000", "--wandb", "--run-dir", "run"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "proximo.cli", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"FAKE_DOES": "hang"},
+    ) as process:
+        assert process.stderr is not None
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "steps/s" in line and "return" in line and said.count("steps/s") == 1:
+                process.send_signal(signal.SIGINT)  # ends the training, and saves
+            if "waiting for Weights & Biases (Ctrl-C stops it)" in line:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert "Weights & Biases has not got everything: it was interrupted" in said
+    assert "  proximo resume run --wandb\n" in said
     assert "Traceback" not in said
 
 
@@ -273,7 +423,7 @@ def test_trackio_itself_gets_every_row(tmp_path: Path, monkeypatch: pytest.Monke
         "CartPole-v1", run_dir=tmp_path / "run", quiet=True, trackio=True, checkpoint_every=512, **SMALL
     ).path
     damage_newest(run)
-    proximo.resume(run, quiet=True)
+    proximo.resume(run, quiet=True, trackio=True)
     with sqlite3.connect(tmp_path / "trackio" / "proximo.db") as database:
         found = database.execute("select step, metrics from metrics order by id").fetchall()
     assert [step for step, _ in found] == [row["env_steps"] for row in rows_of(run)]

@@ -15,6 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+OURS = "events.out.tfevents.*.proximo"
+"""What the names of our own event files look like."""
+
+HIGHEST_STEP = 2**63 - 1
+"""The format has 64 bits for a step, one of them for its sign."""
+
 
 class EventFile:
     """One event file, which grows."""
@@ -49,7 +55,7 @@ class EventFile:
 def event(wall_time: float, step: int, metrics: Mapping[str, Any]) -> bytes:
     """The numbers of one moment as an event."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    values = (_bytes(1, _bytes(1, name.encode()) + _float(2, value)) for name, value in numbers.items())
+    values = (_bytes(1, _bytes(1, name.encode(errors="replace")) + _float(2, value)) for name, value in numbers.items())
     return _double(1, wall_time) + _integer(2, step) + _bytes(5, b"".join(values))
 
 
@@ -96,7 +102,7 @@ def _bytes(field: int, value: bytes) -> bytes:
 def _float(field: int, value: float) -> bytes:
     try:
         packed = struct.pack("<f", value)
-    except OverflowError:  # beyond what four bytes hold
+    except (OverflowError, struct.error):  # beyond what four bytes hold, or even eight
         packed = struct.pack("<f", float("inf") if value > 0 else float("-inf"))
     return _varint(field << 3 | 5) + packed
 

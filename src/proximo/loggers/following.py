@@ -16,22 +16,26 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from proximo.errors import UserError, in_words
-from proximo.loggers.events import EventFile
+from proximo.errors import UserError, in_words, tell
+from proximo.loggers.events import HIGHEST_STEP, OURS, EventFile
 from proximo.runs import files
 from proximo.runs.directory import RunDirectory
+from proximo.runs.metrics import read_metrics
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at metrics.jsonl."""
 
 WAIT_AT_END = 60.0
 """Seconds that a service gets to send what is left when the run is over."""
+
+QUIET_AT_END = 1.0
+"""Seconds of that before it is said."""
 
 SERVICES = {"wandb": "Weights & Biases", "trackio": "Trackio"}
 
@@ -85,16 +89,51 @@ def _is_installed(name: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder wandb/ that wandb has left here is no package
 
 
-def loggers_of(run: RunDirectory) -> Loggers:
-    """What a run that goes on was begun with."""
-    services = {name: _memory(run, name).is_file() for name in SERVICES}
-    return Loggers(tensorboard=run.tensorboard.is_dir(), **services)
+@dataclass(frozen=True)
+class ResumeLoggers:
+    """Where the metrics of a run that goes on are to go."""
+
+    tensorboard: bool | None = None
+    """None goes on with what the run has: the files are its own."""
+    wandb: bool = False
+    trackio: bool = False
+
+    def of(self, run: RunDirectory) -> Loggers:
+        """The loggers of this run; services that it was sent to, and is not any more, are told.
+
+        A run may be a stranger's, and services know whom they belong to: nothing is sent there unasked.
+
+        Raises:
+            UserError: if one is neither True nor False, or its package is missing.
+        """
+        asked = {"tensorboard": run.tensorboard.is_dir()} | {k: v for k, v in asdict(self).items() if v is not None}
+        loggers = taken_from(asked, where="proximo.resume()")
+        refuse_missing(loggers)
+        for name, called in SERVICES.items():
+            if _memory(run, name).is_file() and not getattr(loggers, name):
+                tell(f"note: {called} gets no more of this run. To go on sending: --{name} (Python: {name}=True).")
+        return loggers
 
 
-def step_of(row: dict[str, Any]) -> int:
-    """The step of a row: environment steps, or iterations where there are none."""
+def flags_to_go_on(loggers: Loggers) -> list[str]:
+    """What is to be added to `proximo resume` for the same loggers."""
+    return [f"--{name}" for name in SERVICES if getattr(loggers, name)]
+
+
+def step_of(row: Mapping[str, Any]) -> int | None:
+    """The step of a row: environment steps, or iterations where there are none; None if that is no step."""
     step = row.get("env_steps", row.get("iteration"))
-    return step if isinstance(step, int) else 0
+    return step if isinstance(step, int) and 0 <= step <= HIGHEST_STEP else None
+
+
+def _seconds_of(row: Mapping[str, Any]) -> float:
+    """The clock of a row; 0 where it shows no time, which a file that was edited may have there."""
+    seconds = row.get("seconds")
+    return seconds if isinstance(seconds, int | float) and 0 <= seconds <= _LONGEST else 0.0
+
+
+_LONGEST = 1e10
+"""Seconds, three centuries: what is longer is no clock."""
 
 
 class MetricsReader:
@@ -178,17 +217,19 @@ class Board:
     """TensorBoard's event file of this session."""
 
     def __init__(self, run: RunDirectory, say: Say, *, resumed: bool) -> None:
-        """Begin one; of a resumed run, after the rows that are there."""
+        """Begin one; of a resumed run that has one already, after the rows that are there."""
         reader = MetricsReader(run.metrics_path)
-        before = reader.new_rows() if resumed else []
-        self._reader, self._say = MetricsReader(run.metrics_path, reader.position if resumed else 0), say
-        self._file = EventFile(run.tensorboard, from_step=step_of(before[-1]) + 1 if before else 1 if resumed else 0)
+        goes_on = resumed and any(run.tensorboard.glob(OURS))  # where there are none: all rows, from the first one on
+        before = reader.new_rows() if goes_on else []
+        self._reader, self._say = MetricsReader(run.metrics_path, reader.position if goes_on else 0), say
+        last = max((step_of(row) or 0 for row in before), default=0)
+        self._file = EventFile(run.tensorboard, from_step=last + 1 if goes_on else 0)
         say(f"TensorBoard: tensorboard --logdir {shlex.quote(str(run.tensorboard))}")
 
     def look(self) -> bool:
         """Write what is new."""
         try:
-            write_events(self._file, self._reader)
+            write_events(self._file, self._reader.new_rows(), self._reader.path)
             return True
         except Exception as error:  # a full disk, say
             self._say(_off("TensorBoard", error))
@@ -199,27 +240,52 @@ class Board:
         self.look()
 
 
-def write_events(file: EventFile, reader: MetricsReader) -> None:
-    """Write the rows that are new as events; the newest one is as old as the file, the others by their own clocks."""
-    rows = reader.new_rows()
-    if rows:
-        newest, written = rows[-1].get("seconds") or 0.0, reader.path.stat().st_mtime
-        file.add([(written - newest + (row.get("seconds") or 0.0), step_of(row), row) for row in rows])
+def write_events(file: EventFile, rows: Sequence[Mapping[str, Any]], path: Path) -> int:
+    """Write new rows of `path` as events; the newest one is as old as the file, the others by their own clocks.
+
+    Returns:
+        How many were written: rows without a step that TensorBoard could take are left out.
+
+    Raises:
+        OSError: if the disk refuses.
+    """
+    if not rows:
+        return 0
+    began = path.stat().st_mtime - _seconds_of(rows[-1])
+    written = [(began + _seconds_of(row), step, row) for row in rows if (step := step_of(row)) is not None]
+    file.add(written)
+    return len(written)
 
 
 def export_events(run: RunDirectory, folder: Path) -> Path:
-    """Write all rows of a run into one event file in `folder`; return the file.
+    """Write all rows of a run into one event file in `folder`, in place of those that were exported there before.
+
+    Returns:
+        The file.
 
     Raises:
-        UserError: if the disk refuses.
+        UserError: if metrics.jsonl is damaged, or the disk refuses; what was exported before is then still there.
     """
+    rows = read_metrics(run.metrics_path)
+    file = None
     try:
+        before = list(folder.glob(OURS))
         file = EventFile(folder)
-        write_events(file, MetricsReader(run.metrics_path))
+        n_written = write_events(file, rows, run.metrics_path)
+        for path in before:
+            path.unlink()
     except OSError as error:
+        if file is not None:
+            with suppress(OSError):
+                file.path.unlink()
         raise UserError(
             f"The events for TensorBoard could not be written to {folder}: {files.reason(error)}. Name another folder."
         ) from error
+    if n_written < len(rows):
+        tell(
+            f"note: {len(rows) - n_written} of {len(rows)} rows of {run.metrics_path} are not in TensorBoard: their "
+            f"step is no whole number from 0 to {HIGHEST_STEP}."
+        )
     return file.path
 
 
@@ -259,9 +325,13 @@ class Service:
         """Let it send what is left, for a while."""
         with suppress(OSError):
             self._process.stdin.close()
-        by = time.monotonic() + WAIT_AT_END
+        began = time.monotonic()
+        by, quiet_until = began + WAIT_AT_END, began + QUIET_AT_END
         try:
             while self.look() and time.monotonic() < by:
+                if time.monotonic() >= quiet_until:
+                    quiet_until = by
+                    self._say(f"waiting for {SERVICES[self._name]} (Ctrl-C stops it)")
                 time.sleep(0.05)
         except KeyboardInterrupt:
             by = 0.0
