@@ -416,6 +416,14 @@ def test_openrlhf_max_samples_is_a_cap(most, iterations, tmp_path):
     assert any("only a cap" in remark for remark in found.remarks) == (iterations is not None)
 
 
+def test_openrlhf_adapters(tmp_path):
+    theirs = {"init_kl_coef": 0.02, "lora_rank": 4, "lora_alpha": 64, "lora_dropout": 0.1}
+    found = convert(write(tmp_path / "a.json", theirs))
+    ours = round_trip(found)
+    assert (ours["sharing"], ours["lora_rank"], ours["lora_alpha"]) == ("lora", 4, 64.0)
+    assert any(remark.startswith("lora_dropout = 0.1") for remark in found.remarks)
+
+
 @pytest.mark.parametrize(("given", "ours"), [("false", 0), ("true", 256), (False, 0)])
 def test_openrlhf_normalize_reward_may_be_text(given, ours, tmp_path):
     theirs = {"init_kl_coef": 0.02, "normalize_reward": given, "reward_pretrain": "a, b"}
@@ -439,6 +447,15 @@ def test_what_changes_learning_is_told_and_never_idle(kind, tmp_path):
     assert (found.idle, found.unknown) == ([], [])
     said = " ".join(found.remarks)
     assert all(name in said or name in found.settings or name == "use_peft" for name in LEARNING[kind])
+
+
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_trl_reads_lora_only_with_use_peft(has_adapters, tmp_path):
+    theirs = {"num_generations": 4, "lora_r": 8, "lora_dropout": 0.1} | ({"use_peft": True} if has_adapters else {})
+    found = convert(write(tmp_path / "a.json", theirs))
+    assert found.settings.get("lora_rank") == (8 if has_adapters else None)
+    assert any("without use_peft" in remark for remark in found.remarks) != has_adapters
+    assert (found.idle, found.unknown) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -555,6 +572,8 @@ class TestBadFiles:
             ({"\x1b[2J-v1": {"n_steps": 64, "gamma": 7}}, ()),
             ({"\x1b[2J": 1, "\x9b2J": 2}, ()),
             ({"algo": "\x1b[2J"}, ()),
+            ({"\x1b[2J": {"num_generations": 4}}, ()),
+            ({"\x1b[2J": {"num_generations": 4}}, ("--env", "\x1b[2J")),
             ({"n_steps": "\x1b[2J"}, ()),
             ({"n_steps": 64, "policy_kwargs": "dict(\x1b[2J)"}, ()),
             ({"init_kl_coef": 1, "advantage_estimator": "\x1b[2J"}, ()),

@@ -116,7 +116,7 @@ def convert(path: str | Path, env: str | None = None, kind: Kind = "auto") -> Co
     path = Path(path)
     one_of("kind", kind, get_args(Kind))
     theirs = read_mapping(path)
-    source = visible(path.name)
+    source, asked_env = visible(path.name), env
     if all(isinstance(value, dict) for value in theirs.values()):
         entry, theirs = _entry(path, theirs, env)
         source += f", {visible(entry)}"
@@ -140,9 +140,10 @@ def convert(path: str | Path, env: str | None = None, kind: Kind = "auto") -> Co
             from_sb3(draft, env, recurrent=kind == "sb3-recurrent")
         with_settings(ControlConfig(), draft.settings, where=f"{source}, as settings of Proximo")
         return _done(draft, "train", kind, source)
-    if env is not None:
+    if asked_env is not None:
         raise UserError(
-            f"--env {env} was given, but {visible(path)} has settings of a language model ({_NAMES[kind]})."
+            f"--env {visible(asked_env)} was given, but {visible(path)} has settings of a language model "
+            f"({_NAMES[kind]})."
         )
     read: Callable[[Draft], None] = {
         "trl-ppo": from_trl_ppo,

@@ -81,6 +81,7 @@ def from_trl_ppo(draft: Draft) -> None:
     """TRL's PPOConfig (trl.experimental.ppo)."""
     draft.put("algorithm", "ppo")
     places(draft, "sft_model_path", "reward_model_path")
+    _adapters(draft)
     each, steps = counted(draft, "per_device_train_batch_size", 8), counted(draft, "gradient_accumulation_steps", 1)
     batch = counted(draft, "batch_size", each * steps)
     draft.put("prompts_per_iteration", batch, "per_device_train_batch_size x gradient_accumulation_steps")
@@ -146,6 +147,7 @@ def from_trl_grpo(draft: Draft) -> None:
     """TRL's GRPOConfig."""
     draft.put("algorithm", "grpo")
     places(draft, "model_name_or_path", "reward_model_name_or_path")
+    _adapters(draft)
     each, steps = counted(draft, "per_device_train_batch_size", 8), counted(draft, "gradient_accumulation_steps", 1)
     per_generation = counted(draft, "steps_per_generation", steps)
     responses = counted(draft, "generation_batch_size", each * per_generation)
@@ -250,12 +252,18 @@ def places(draft: Draft, model: str, reward: str) -> None:
             draft.put(ours, str(place) if ours == "model" else _split(place))
     if "prompt_data" not in draft.theirs:
         draft.say("prompts is not there: set it, or give --prompts.")
+
+
+def _adapters(draft: Draft) -> None:
+    """LoRA, which TRL has with use_peft alone."""
     if truth("use_peft", draft.take("use_peft", False)):
         draft.put("sharing", "lora")
         draft.put("lora_rank", counted(draft, "lora_r", 16))
         draft.put("lora_alpha", number("lora_alpha", draft.take("lora_alpha", 32)))
-        draft.say("LoRA: adapters on every linear layer, policy, critic and reference on one base.")
+        draft.say("LoRA: adapters on every linear layer, without dropout; policy, critic and reference on one base.")
         return
+    if any(name.startswith("lora_") for name in draft.theirs):
+        draft.say("lora_*: without use_peft TRL reads them not, and all weights learn, as here.")
     for name in ("lora_r", "lora_alpha", *(name for name in _TRAINING_WITHOUT if _TRAINING_WITHOUT[name] is _ADAPTERS)):
         draft.take(name)  # of no effect without use_peft
 

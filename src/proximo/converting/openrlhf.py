@@ -230,7 +230,7 @@ def _adapters(draft: Draft) -> None:
         draft.put("sharing", "lora")
         draft.put("lora_rank", rank)
         draft.put("lora_alpha", alpha)
-        draft.say("LoRA: adapters on every linear layer, policy, critic and reference on one base.")
+        draft.say("LoRA: adapters on every linear layer, without dropout; policy, critic and reference on one base.")
 
 
 _NO_CAP = 10**8
