@@ -20,11 +20,12 @@ class ConvertArguments:
 
     file: tyro.conf.Positional[Path]
     """A YAML or JSON file: hyperparameters of RL Baselines3 Zoo, arguments of SB3's PPO or RecurrentPPO, CleanRL's
-    arguments, TRL's PPOConfig or GRPOConfig, OpenRLHF's flags by their names."""
+    arguments, TRL's PPOConfig or GRPOConfig, OpenRLHF's flags by their names, flat or
+    dotted."""
     env: str | None = None
     """The environment; in a file of RL Zoo, which entry."""
     kind: Kind = "auto"
-    """Whose settings they are; `auto` tells by their names."""
+    """Whose settings they are; `auto` tells by their names, and by the environment's actions for CleanRL."""
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 

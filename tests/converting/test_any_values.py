@@ -47,7 +47,7 @@ VALUES = st.recursive(
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_gives_settings_or_one_message(kind: Kind, data: st.DataObject, tmp_path: Path):
-    signs = sorted(_SIGNS["sb3" if kind.startswith("sb3") else kind] | MORE)
+    signs = sorted(_SIGNS.get(kind, _SIGNS.get(kind.partition("-")[0], set())) | MORE)
     names = st.one_of(st.sampled_from(signs), st.sampled_from(signs), st.text(max_size=10))
     theirs: dict[str, Any] = data.draw(st.dictionaries(names, VALUES, min_size=1, max_size=6))
     path = tmp_path / "theirs.json"

@@ -245,6 +245,25 @@ class TestZoo:
         assert any("worse of both" in remark for remark in found.remarks)
 
 
+class TestOptimizerOfSB3:
+    def remarks(self, tmp_path: Path, **theirs: object) -> str:
+        return " ".join(convert(write(tmp_path / "a.json", {"n_steps": 64} | theirs), "CartPole-v1").remarks)
+
+    def test_is_the_same_by_default(self, tmp_path):
+        said = self.remarks(tmp_path)
+        assert "The same in both: Adam with epsilon 1e-5, advantages normalized per minibatch" in said
+
+    def test_has_another_epsilon_with_arguments(self, tmp_path):
+        said = self.remarks(tmp_path, policy_kwargs="dict(optimizer_kwargs=dict(weight_decay=0.01))")
+        assert "theirs has eps 1e-08, betas [0.9, 0.999], weight_decay 0.01" in said
+        assert "The same in both: advantages" in said
+
+    def test_of_another_class_is_not_the_same(self, tmp_path):
+        said = self.remarks(tmp_path, policy_kwargs="dict(optimizer_class=RMSpropTFLike)", normalize_advantage=False)
+        assert "RMSpropTFLike" in said
+        assert "The same in both: a value loss" in said
+
+
 class TestCleanRL:
     def test_minibatches_and_halves_of_losses(self, tmp_path):
         theirs = {"exp_name": "ppo", "env_id": "CartPole-v1", "num_envs": 4, "num_steps": 128, "num_minibatches": 4}
@@ -260,6 +279,35 @@ class TestCleanRL:
         assert (ours["env_id"], ours["rollout_length"], ours["batch_size"]) == ("HalfCheetah-v5", 2048, 64)
         assert (ours["entropy_coef"], ours["normalize_observations"], ours["normalize_rewards"]) == (0.0, True, True)
 
+    @pytest.mark.parametrize(
+        ("theirs", "kind", "steps", "told"),
+        [
+            ({"env_id": "Pendulum-v1", "exp_name": "mine"}, "auto", 2048, "Pendulum-v1 has continuous actions"),
+            ({"env_id": "CartPole-v1"}, "auto", 128, "CartPole-v1 has no continuous actions"),
+            ({"env_id": "Not-There-v0"}, "cleanrl-continuous", 2048, ""),
+            ({"env_id": "Not-There-v0"}, "cleanrl", 128, "--kind cleanrl is given"),
+        ],
+    )
+    def test_without_its_name_the_script_is_told_by_the_actions(self, theirs, kind, steps, told, tmp_path):
+        found = convert(write(tmp_path / "a.json", theirs | {"num_envs": 2, "clip_coef": 0.2}), kind=kind)
+        assert found.settings["rollout_length"] == steps
+        assert told in " ".join(found.remarks)
+        script = "ppo.py" if steps == 128 else "ppo_continuous_action.py"
+        assert found.because["rollout_length"] == f"{script}'s default"
+        assert not {"n_envs", "clip_epsilon"} & set(found.because)
+
+    @pytest.mark.parametrize("env", ["Not-There-v0", "os:Not-There-v0"])
+    def test_where_nothing_tells_the_kind_is_asked_for(self, env, tmp_path):
+        with pytest.raises(UserError, match="--kind cleanrl-continuous"):
+            convert(write(tmp_path / "a.json", {"env_id": env, "num_envs": 2}))
+
+    def test_games_have_their_own_defaults(self, tmp_path):
+        found = convert(
+            write(tmp_path / "a.json", {"env_id": "BreakoutNoFrameskip-v4", "num_steps": 128, "norm_adv": 1})
+        )
+        ours = found.settings
+        assert (ours["n_envs"], ours["clip_epsilon"], ours["sign_rewards"]) == (8, 0.1, True)
+
 
 class TestTRL:
     def test_ppo(self, tmp_path):
@@ -269,12 +317,26 @@ class TestTRL:
         found = convert(write(tmp_path / "ppo.json", theirs))
         assert (found.command, found.kind, found.unknown) == ("align", "trl-ppo", [])
         ours = round_trip(found)
-        wanted = dict(prompts_per_iteration=64, batch_size=32, n_iterations=157, beta=0.03, value_coef=0.05)
+        wanted = dict(prompts_per_iteration=64, batch_size=64, n_iterations=157, beta=0.03, value_coef=0.05)
         wanted |= dict(max_new_tokens=32, gae_lambda=0.9, model="sft", missing_eos_penalty=1.0, normalize_rewards_on=0)
         wanted |= dict(n_epochs=4, learning_rate=3e-6, temperature=0.7, value_clip_epsilon=0.2, seed=42)
         assert {name: ours[name] for name in wanted} == wanted
         assert found.settings["reward"] == ["rm"]
         assert found.idle == ["output_dir"]
+        assert any("minibatch is 32" in remark and "64 responses to a step" in remark for remark in found.remarks)
+
+    @pytest.mark.parametrize(
+        ("each", "steps", "minibatches", "per_step"),
+        # micro-batches of min(each, minibatch), and a step of the optimizer after `steps` of them
+        [(16, 4, 2, 64), (16, 4, 1, 64), (16, 4, 8, 32), (16, 1, 2, 8), (4, 2, 1, 8)],
+    )
+    def test_ppo_steps_after_its_micro_batches(self, each, steps, minibatches, per_step, tmp_path):
+        theirs = {"per_device_train_batch_size": each, "gradient_accumulation_steps": steps, "cliprange": 0.2}
+        found = convert(write(tmp_path / "ppo.json", theirs | {"num_mini_batches": minibatches, "max_grad_norm": 0.7}))
+        assert found.settings["batch_size"] == per_step
+        assert (found.settings["max_grad_norm"], found.unknown) == (0.7, [])
+        is_told = any("across minibatches" in remark for remark in found.remarks)
+        assert is_told == (per_step != each * steps // minibatches)
 
     def test_grpo(self, tmp_path):
         theirs = {"num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
@@ -308,6 +370,105 @@ def test_openrlhf(tmp_path):
     wanted |= dict(beta_control="adaptive", beta_target=6.0, learning_rate=5e-7, gae_lambda=1.0, prompts="p.jsonl")
     assert {name: ours[name] for name in wanted} == wanted
     assert (found.unknown, found.idle) == ([], ["vllm_num_engines"])
+
+
+def test_openrlhf_with_dotted_names_is_the_same(tmp_path):
+    flat = {"advantage_estimator": "gae", "pretrain": "sft", "init_kl_coef": 0.02, "actor_learning_rate": 5e-7}
+    flat |= {"rollout_batch_size": 64, "train_batch_size": 32, "lr_scheduler": "constant", "generate_max_len": 200}
+    flat |= {"normalize_reward": True, "lora_rank": 8, "kl_estimator": "k3", "use_kl_loss": True, "async_train": True}
+    flat |= {"prompt_max_len": 100, "vllm_num_engines": 2, "reward_num_nodes": 1, "l2": 0.1}
+    dotted = {"--algo.advantage.estimator": "gae", "--actor.model_name_or_path": "sft", "--algo.kl.init_coef": 0.02}
+    dotted |= {"--actor.adam.lr": 5e-7, "--rollout.batch_size": 64, "--train.batch_size": 32}
+    dotted |= {"--actor.lr_scheduler": "constant", "--rollout.max_new_tokens": 200, "--reward.normalize_enable": True}
+    dotted |= {"--ds.lora.rank": 8, "--algo.kl.estimator": "k3", "--algo.kl.use_loss": True, "prompt_max_len": 100}
+    dotted |= {"--train.async_enable": True, "--vllm.num_engines": 2, "--reward.num_nodes": 1}
+    dotted |= {"--actor.adam.weight_decay": 0.1, "--actor.not_there_yet": 1}
+    before = convert(write(tmp_path / "flat.json", flat))
+    after = convert(write(tmp_path / "dotted.json", dotted))
+    assert (after.kind, after.settings, after.remarks) == ("openrlhf", before.settings, before.remarks)
+    assert (after.idle, after.unknown) == (before.idle, ["actor.not_there_yet"])
+    ours = round_trip(after)
+    wanted = dict(sharing="lora", lora_rank=8, lora_alpha=16.0, normalize_rewards_on=256, learning_rate=5e-7)
+    wanted |= dict(kl_in="loss_k3", max_new_tokens=200, learning_rate_schedule="constant")
+    assert {name: ours[name] for name in wanted} == wanted
+
+
+def test_openrlhf_bounds_prompt_and_response_together_from_0_10_2(tmp_path):
+    found = convert(write(tmp_path / "a.json", {"--algo.kl.init_coef": 0.02, "--data.max_len": 4096}))
+    assert not {"max_new_tokens", "max_prompt_tokens"} & set(found.settings)
+    assert any("max_len 4096" in remark and "set max_new_tokens" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize("given", [{}, {"lr_scheduler": "cosine"}])
+def test_openrlhf_tells_of_its_schedule(given, tmp_path):
+    found = convert(write(tmp_path / "a.json", {"init_kl_coef": 0.02} | given))
+    said = [remark for remark in found.remarks if remark.startswith("lr_scheduler")]
+    assert len(said) == 1
+    assert ("default" in said[0]) == (not given)
+    assert found.settings["learning_rate_schedule"] == "linear"
+
+
+@pytest.mark.parametrize(("most", "iterations"), [(None, None), (1e8, None), (10_240, 20)])
+def test_openrlhf_max_samples_is_a_cap(most, iterations, tmp_path):
+    theirs = {"init_kl_coef": 0.02, "rollout_batch_size": 1024, "num_episodes": 2, "max_samples": most}
+    found = convert(write(tmp_path / "a.json", theirs))
+    assert found.settings.get("n_iterations") == iterations
+    assert any("only a cap" in remark for remark in found.remarks) == (iterations is not None)
+
+
+def test_openrlhf_adapters(tmp_path):
+    theirs = {"init_kl_coef": 0.02, "lora_rank": 4, "lora_alpha": 64, "lora_dropout": 0.1}
+    found = convert(write(tmp_path / "a.json", theirs))
+    ours = round_trip(found)
+    assert (ours["sharing"], ours["lora_rank"], ours["lora_alpha"]) == ("lora", 4, 64.0)
+    assert any(remark.startswith("lora_dropout = 0.1") for remark in found.remarks)
+
+
+@pytest.mark.parametrize(("given", "ours"), [("false", 0), ("true", 256), (False, 0)])
+def test_openrlhf_normalize_reward_may_be_text(given, ours, tmp_path):
+    theirs = {"init_kl_coef": 0.02, "normalize_reward": given, "reward_pretrain": "a, b"}
+    found = convert(write(tmp_path / "a.json", theirs))
+    assert (found.settings["normalize_rewards_on"], found.settings["reward"]) == (ours, ["a", "b"])
+
+
+LEARNING = {
+    "openrlhf": {"lora_rank": 8, "async_train": True, "apply_chat_template": True, "input_key": "question"}
+    | {"load_in_4bit": True, "agent_func_path": "a.py", "enable_ema": True, "enable_vllm_is_correction": True},
+    "trl-ppo": {"optim": "adafactor", "adam_beta2": 0.95, "lr_scheduler_kwargs": {"x": 1}, "load_in_4bit": True}
+    | {"lora_dropout": 0.1, "use_peft": True, "dtype": "bfloat16"},
+}
+LEARNING["trl-grpo"] = LEARNING["trl-ppo"] | {"chat_template_kwargs": {"x": 1}}
+LEARNING["trl-grpo"] |= {"multi_objective_aggregation": "normalize_then_sum"}
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_what_changes_learning_is_told_and_never_idle(kind, tmp_path):
+    found = convert(write(tmp_path / "a.json", LEARNING[kind]), kind=kind)
+    assert (found.idle, found.unknown) == ([], [])
+    said = " ".join(found.remarks)
+    assert all(name in said or name in found.settings or name == "use_peft" for name in LEARNING[kind])
+
+
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_trl_reads_lora_only_with_use_peft(has_adapters, tmp_path):
+    theirs = {"num_generations": 4, "lora_r": 8, "lora_dropout": 0.1} | ({"use_peft": True} if has_adapters else {})
+    found = convert(write(tmp_path / "a.json", theirs))
+    assert found.settings.get("lora_rank") == (8 if has_adapters else None)
+    assert any("without use_peft" in remark for remark in found.remarks) != has_adapters
+    assert (found.idle, found.unknown) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [
+        ("openrlhf", {"policy_loss_type": "ppo", "reward_clip_range": "-10 10", "target_modules": "all-linear"}),
+        ("trl-ppo", {"optim": "adamw_torch_fused", "adam_beta2": "0.999", "use_peft": True, "lora_dropout": 0.05}),
+    ],
+)
+def test_defaults_of_theirs_are_not_told(kind, theirs, tmp_path):
+    found = convert(write(tmp_path / "a.json", theirs), kind=kind)
+    assert not [remark for remark in found.remarks for name in theirs if remark.startswith(name)]
+    assert (found.idle, found.unknown) == ([], [])
 
 
 class TestExpressions:
@@ -366,7 +527,7 @@ class TestBadFiles:
             ("a.yml", "a: 2026-13-45\n", "cannot be read"),
             ("a.yml", "x" * 2_000_001, "larger than 2,000,000 bytes"),
             ("a.json", "{", "no JSON"),
-            ("a.json", '{"a":' * 20_000, "no JSON"),
+            ("a.json", '{"a":' * 20_000, "nested too deeply"),
             ("a.json", '{"nothing": 1, "known": 2}', "does not show whose settings"),
             ("dqn.yml", "CartPole-v1: {n_timesteps: 5e4, policy: MlpPolicy}", "RL Zoo's file of DQN"),
             ("a.yml", "CartPole-v1: {n_timesteps: 5e4, buffer_size: 100}", "off-policy"),
@@ -388,6 +549,44 @@ class TestBadFiles:
         assert (code, out) == (2, "")
         assert said in error
         assert [path.name for path in tmp_path.iterdir()] == [name]
+
+    @pytest.mark.parametrize("name", ["a.json", "a.yml"])
+    @pytest.mark.parametrize(("levels", "is_refused"), [(19, False), (300, True)])
+    def test_levels_within_each_other(self, name, levels, is_refused, tmp_path, capsys):
+        nested = "[" * (levels - 1) + "]" * (levels - 1)  # the table itself is the first level
+        text = f'{{"n_steps": 64, "env_kwargs": {{"x": {nested[1:-1]}}}}}'
+        code, _, error = said_by(capsys, "convert", str(write(tmp_path / name, text)), "--env", "CartPole-v1")
+        assert (code, "nested too deeply" in error) == ((2, True) if is_refused else (0, False))
+
+    def test_levels_of_an_expression(self):
+        with pytest.raises(UserError, match="more than 20 levels"):
+            expression("policy_kwargs", f"dict(a={'[' * 50}{']' * 50})")
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"\x1b[2J-v1": {"n_steps": 1}, "b\x9b": {"n_steps": 1}}, ()),
+            ({"\x1b[2J-v1": {"n_steps": 1}, "b\x9b": {"n_steps": 1}}, ("--env", "Z")),
+            ({"CartPole-\x1b[2J": {"n_steps": 1}, "b": {"n_steps": 1}}, ("--env", "CartPole-v1")),
+            ({"\x1b[2J-v1": {"n_steps": "many"}}, ()),
+            ({"\x1b[2J-v1": {"n_steps": 64, "gamma": 7}}, ()),
+            ({"\x1b[2J": 1, "\x9b2J": 2}, ()),
+            ({"algo": "\x1b[2J"}, ()),
+            ({"\x1b[2J": {"num_generations": 4}}, ()),
+            ({"\x1b[2J": {"num_generations": 4}}, ("--env", "\x1b[2J")),
+            ({"n_steps": "\x1b[2J"}, ()),
+            ({"n_steps": 64, "policy_kwargs": "dict(\x1b[2J)"}, ()),
+            ({"init_kl_coef": 1, "advantage_estimator": "\x1b[2J"}, ()),
+            ({"n_steps": 64, "x\x1b[2J": 1, "env_kwargs": {"\x1b\x9b": "\x1b\x9b"}, "env": "\x1b[2J\x9b"}, ()),
+            ("!%1b%5b2J x", ()),
+            ('{"a": "\\e[2J", "a": !x%1b 3}', ()),
+        ],
+    )
+    def test_no_name_or_value_moves_the_cursor(self, values, words, tmp_path, capsys):
+        for name in ("a.yml", "a\x1b[2J.json"):
+            _, out, error = said_by(capsys, "convert", str(write(tmp_path / name, values)), *words)
+            assert out + error
+            assert not [each for each in (out + error).replace("\n", "") if not each.isprintable()]
 
     def test_an_entry_that_there_is_not_names_the_nearest(self, zoo, capsys):
         code, _, error = said_by(capsys, "convert", str(zoo), "--env", "CartPol-v1")

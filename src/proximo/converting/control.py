@@ -29,8 +29,8 @@ def from_sb3(draft: Draft, env_id: str | None, *, recurrent: bool) -> None:
     for theirs, ours, default in _NUMBERS:
         given = draft.take(theirs)
         draft.put(ours, number(theirs, default if given is None else given), whose if given is None else "")
-    given = draft.take("normalize_advantage")
-    draft.put("normalize_advantages", True if given is None else truth("normalize_advantage", given))
+    normalizes = truth("normalize_advantage", draft.take("normalize_advantage", True))
+    draft.put("normalize_advantages", normalizes)
     _value_clip(draft)
     if (kl := draft.take("target_kl")) is not None:
         draft.put("target_kl", number("target_kl", kl))
@@ -38,12 +38,13 @@ def from_sb3(draft: Draft, env_id: str | None, *, recurrent: bool) -> None:
     if (seed := draft.take("seed")) is not None:
         draft.put("seed", whole("seed", seed))
     _normalizers(draft)
-    _networks(draft, policy, recurrent=recurrent)
+    same = ["Adam with epsilon 1e-5"] if _networks(draft, policy, recurrent=recurrent) else []
+    same += ["advantages normalized per minibatch"] if normalizes else []
     _environment(draft, env_id)
     draft.not_needed(*_IDLE)
     draft.say(
-        "The same in both: Adam with epsilon 1e-5, advantages normalized per minibatch, a value loss without the "
-        "factor 1/2, the value of the true last observation where an episode is truncated."
+        f"The same in both: {', '.join([*same, 'a value loss without the factor 1/2'])}, the value of the true last "
+        "observation where an episode is truncated."
     )
 
 
@@ -142,8 +143,8 @@ def _normalizers(draft: Draft) -> None:
 _ACTIVATIONS = {"ReLU": "relu", "Tanh": "tanh"}
 
 
-def _networks(draft: Draft, policy: str, *, recurrent: bool) -> None:
-    """policy, policy_kwargs and the arguments of gSDE."""
+def _networks(draft: Draft, policy: str, *, recurrent: bool) -> bool:
+    """policy, policy_kwargs and the arguments of gSDE; whether the optimizer is SB3's own."""
     kwargs = expression("policy_kwargs", draft.take("policy_kwargs", {}))
     arch = kwargs.pop("net_arch", None)
     if arch is None and policy.startswith("Cnn"):
@@ -161,11 +162,33 @@ def _networks(draft: Draft, policy: str, *, recurrent: bool) -> None:
     _noise(draft, kwargs)
     if recurrent:
         _memory(draft, kwargs)
+    is_theirs = _optimizer(draft, kwargs)
     for name, reason in _POLICY_KWARGS.items():
         if (value := kwargs.pop(name, None)) is not None:
             draft.say(f"policy_kwargs {name} = {shown(value)}: {reason}")
     if kwargs:
         draft.say(f"policy_kwargs has {', '.join(sorted(kwargs))}, which Proximo does not know.")
+    return is_theirs
+
+
+def _optimizer(draft: Draft, kwargs: dict[str, Any]) -> bool:
+    """optimizer_class and optimizer_kwargs; whether they leave SB3's Adam with epsilon 1e-5."""
+    chosen, given = kwargs.pop("optimizer_class", None), kwargs.pop("optimizer_kwargs", None)
+    is_adam = chosen is None or str(chosen).rpartition(".")[2] == "Adam"
+    if not is_adam:
+        draft.say(f"policy_kwargs optimizer_class = {shown(chosen)}: there is Adam alone.")
+    if given is None:
+        return is_adam
+    if is_adam and isinstance(given, dict):
+        theirs = {"eps": 1e-8, "betas": [0.9, 0.999]} | given
+        said = ", ".join(f"{name} {shown(value)}" for name, value in theirs.items())
+        draft.say(
+            f"policy_kwargs optimizer_kwargs: SB3's epsilon of 1e-5 holds only without them, theirs has {said}. Here "
+            "Adam has eps 1e-5 and betas 0.9 and 0.999."
+        )
+    else:
+        draft.say(f"policy_kwargs optimizer_kwargs = {shown(given)}: Adam has eps 1e-5 and betas 0.9 and 0.999 here.")
+    return False
 
 
 _POLICY_KWARGS = {
@@ -174,8 +197,6 @@ _POLICY_KWARGS = {
     "features_extractor_kwargs": "see features_extractor_class.",
     "share_features_extractor": "actor and critic share what sees images, and nothing else.",
     "normalize_images": "bytes are always divided by 255.",
-    "optimizer_class": "there is Adam alone.",
-    "optimizer_kwargs": "Adam has betas 0.9 and 0.999 and epsilon 1e-5, which is SB3's, too.",
     "full_std": "gsde always has a deviation for each feature and action.",
     "use_expln": "gsde has the exponential alone.",
     "squash_output": "a squashed Gaussian is --distribution squashed_gaussian, without gsde.",
@@ -253,59 +274,139 @@ def _environment(draft: Draft, env_id: str | None) -> None:
 
 # --- CleanRL --------------------------------------------------------------------------------------------------
 
-_CLEANRL = "CleanRL's default"
 _CLEANRL_IDLE = ("cuda", "torch_deterministic", "track", "wandb_*", "capture_video", "save_model", "upload_model")
 _CLEANRL_IDLE += ("hf_entity", "exp_name", "batch_size", "minibatch_size", "num_iterations", "num_updates", "gym_id")
 
+_PPO = dict(
+    total_timesteps=500_000,
+    num_envs=4,
+    num_steps=128,
+    num_minibatches=4,
+    update_epochs=4,
+    learning_rate=2.5e-4,
+    clip_coef=0.2,
+    ent_coef=0.01,
+    gamma=0.99,
+    gae_lambda=0.95,
+    max_grad_norm=0.5,
+    vf_coef=0.5,
+    anneal_lr=True,
+    clip_vloss=True,
+    norm_adv=True,
+)
+_CLEANRL: dict[str, dict[str, Any]] = {
+    "ppo.py": _PPO,
+    "ppo_atari.py": _PPO | dict(total_timesteps=10_000_000, num_envs=8, clip_coef=0.1),
+    "ppo_continuous_action.py": _PPO
+    | dict(total_timesteps=1_000_000, num_envs=1, num_steps=2048, num_minibatches=32, update_epochs=10)
+    | dict(learning_rate=3e-4, ent_coef=0.0),
+}
+"""What CleanRL's scripts take where nothing is given."""
 
-def from_cleanrl(draft: Draft, env_id: str | None) -> None:
-    """The arguments of ppo.py and ppo_continuous_action.py."""
-    script = str(draft.theirs.get("exp_name", ""))
-    continuous = "continuous" in script
+
+def _script(draft: Draft, env_id: str | None, asked: str) -> str:
+    """The script whose arguments these are: by its name, else as asked for, else by the environment's actions.
+
+    Raises:
+        UserError: where nothing tells.
+    """
+    named = str(draft.theirs.get("exp_name", ""))
+    is_named = named == "ppo" or named.startswith("ppo_")
+    if asked == "cleanrl-continuous" or (is_named and "continuous" in named):
+        return "ppo_continuous_action.py"
+    if (is_named and "atari" in named) or (env_id or "").startswith("ALE/"):
+        return "ppo_atari.py"
+    if is_named:
+        if named != "ppo":
+            draft.say(f"exp_name {named}: the defaults of ppo.py are taken, and its own network is not here.")
+        return "ppo.py"
+    if asked == "cleanrl":
+        draft.say("exp_name names no script, and --kind cleanrl is given: the defaults of ppo.py are taken.")
+        return "ppo.py"
+    continuous = _acts_continuously(env_id)
+    if continuous is None:
+        raise UserError(
+            "exp_name names none of CleanRL's scripts, and the environment cannot be asked what its actions are. The "
+            "scripts have other defaults: say --kind cleanrl (ppo.py) or --kind cleanrl-continuous "
+            "(ppo_continuous_action.py)."
+        )
+    script = "ppo_continuous_action.py" if continuous else "ppo.py"
+    draft.say(f"exp_name names no script: {env_id} has {'' if continuous else 'no '}continuous actions, so {script}.")
+    return script
+
+
+def _acts_continuously(env_id: str | None) -> bool | None:
+    """Whether a registered environment's actions are numbers in a box; None where it cannot be made."""
+    import gymnasium
+
+    if env_id is None or env_id not in gymnasium.registry:  # no name that would import a module
+        return None
+    try:
+        env = gymnasium.make(env_id)
+    except Exception:  # whatever an environment's own code raises where its library is not there
+        return None
+    space = env.action_space
+    env.close()
+    return isinstance(space, gymnasium.spaces.Box)
+
+
+def from_cleanrl(draft: Draft, env_id: str | None, *, asked: str = "auto") -> None:
+    """The arguments of ppo.py, ppo_atari.py and ppo_continuous_action.py."""
     env_id = env_id or draft.theirs.get("env_id") or draft.theirs.get("gym_id")
+    env_id = None if env_id is None else str(env_id)
+    script = _script(draft, env_id, asked)
+    continuous = script == "ppo_continuous_action.py"
     draft.take("env_id")
     if env_id is not None:
-        draft.put("env_id", str(env_id))
+        draft.put("env_id", env_id)
+    whose = {name: f"{script}'s default" for name in _CLEANRL[script] if draft.theirs.get(name) is None}
+    theirs = {name: draft.take(name, default) for name, default in _CLEANRL[script].items()}
 
-    def sized(name: str, default: int) -> int:
-        return count(name, draft.take(name, default))
-
-    n_envs, n_steps = sized("num_envs", 1 if continuous else 4), sized("num_steps", 2048 if continuous else 128)
-    n_minibatches = sized("num_minibatches", 32 if continuous else 4)
-    draft.put("total_steps", sized("total_timesteps", 1_000_000 if continuous else 500_000))
-    draft.put("n_envs", n_envs)
-    draft.put("rollout_length", n_steps)
-    draft.put("batch_size", max(1, n_envs * n_steps // n_minibatches), f"{n_minibatches} minibatches")
-    draft.put("n_epochs", sized("update_epochs", 10 if continuous else 4))
-    draft.put("learning_rate", number("learning_rate", draft.take("learning_rate", 3e-4 if continuous else 2.5e-4)))
-    draft.put("learning_rate_schedule", "linear" if truth("anneal_lr", draft.take("anneal_lr", True)) else "constant")
-    clip = number("clip_coef", draft.take("clip_coef", 0.2))
-    draft.put("clip_epsilon", clip)
+    sizes = ("num_envs", "num_steps", "num_minibatches", "total_timesteps", "update_epochs")
+    sized = {name: count(name, theirs[name]) for name in sizes}
+    names = (("total_timesteps", "total_steps"), ("num_envs", "n_envs"), ("num_steps", "rollout_length"))
+    for name, ours in (*names, ("update_epochs", "n_epochs")):
+        draft.put(ours, sized[name], whose.get(name, ""))
+    batch = max(1, sized["num_envs"] * sized["num_steps"] // sized["num_minibatches"])
+    beside = f", {whose['num_minibatches']}" if "num_minibatches" in whose else ""
+    draft.put("batch_size", batch, f"{sized['num_minibatches']} minibatches{beside}")
+    draft.put("learning_rate", number("learning_rate", theirs["learning_rate"]), whose.get("learning_rate", ""))
+    anneals = truth("anneal_lr", theirs["anneal_lr"])
+    draft.put("learning_rate_schedule", "linear" if anneals else "constant", whose.get("anneal_lr", ""))
+    clip = number("clip_coef", theirs["clip_coef"])
+    draft.put("clip_epsilon", clip, whose.get("clip_coef", ""))
     draft.put("clip_schedule", "constant")
-    numbers = (("gamma", "gamma", 0.99), ("gae_lambda", "gae_lambda", 0.95), ("max_grad_norm", "max_grad_norm", 0.5))
-    for theirs, ours, default in (*numbers, ("ent_coef", "entropy_coef", 0.0 if continuous else 0.01)):
-        draft.put(ours, number(theirs, draft.take(theirs, default)))
-    coefficient = number("vf_coef", draft.take("vf_coef", 0.5))
-    draft.put("value_coef", coefficient / 2, f"theirs is {coefficient:g}, of half the squared error")
-    draft.put("value_clip_epsilon", clip if truth("clip_vloss", draft.take("clip_vloss", True)) else "none")
-    draft.put("normalize_advantages", truth("norm_adv", draft.take("norm_adv", True)))
+    numbers = (("gamma", "gamma"), ("gae_lambda", "gae_lambda"), ("max_grad_norm", "max_grad_norm"))
+    for name, ours in (*numbers, ("ent_coef", "entropy_coef")):
+        draft.put(ours, number(name, theirs[name]), whose.get(name, ""))
+    coefficient = number("vf_coef", theirs["vf_coef"])
+    whose_value = whose.get("vf_coef", "theirs")
+    draft.put("value_coef", coefficient / 2, f"{whose_value} is {coefficient:g}, of half the squared error")
+    clips = truth("clip_vloss", theirs["clip_vloss"])
+    draft.put("value_clip_epsilon", clip if clips else "none", whose.get("clip_vloss", ""))
+    draft.put("normalize_advantages", truth("norm_adv", theirs["norm_adv"]), whose.get("norm_adv", ""))
     if (kl := draft.take("target_kl")) is not None:
         draft.put("target_kl", number("target_kl", kl) / 1.5, "CleanRL stops at its own, Proximo at 1.5 times this")
         draft.say("target_kl: CleanRL looks once an epoch, at its last minibatch; Proximo after every minibatch.")
     if (seed := draft.take("seed")) is not None:
         draft.put("seed", whole("seed", seed))
-    draft.put("hidden_sizes", [64, 64])
-    draft.put("activation", "tanh")
+    _cleanrl_script(draft, script)
     draft.put("normalize_observations", continuous, "its script wraps the environment so" if continuous else "")
     draft.put("normalize_rewards", continuous)
     draft.put("rescale_actions", False, "CleanRL's policies act in the environment's own units")
-    if "atari" in script:
-        draft.put("sign_rewards", True)
     draft.not_needed(*_CLEANRL_IDLE)
     draft.say(
         "Truncation: CleanRL takes a time limit for an end of the task; Proximo goes on with the value of the last "
         "observation. Where episodes are truncated, expect other (as a rule better) values."
     )
+
+
+def _cleanrl_script(draft: Draft, script: str) -> None:
+    """Networks and wrappers that stand in a script itself."""
+    if script == "ppo_atari.py":
+        draft.put("sign_rewards", True)
+    draft.put("hidden_sizes", [64, 64])
+    draft.put("activation", "tanh")
 
 
 # --- names of environments ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,14 @@ import tomli_w
 
 from proximo.converting.control import from_cleanrl, from_sb3, present_name
 from proximo.converting.draft import Draft
-from proximo.converting.language import from_openrlhf, from_trl_grpo, from_trl_ppo
-from proximo.converting.reading import read_mapping
+from proximo.converting.language import from_trl_grpo, from_trl_ppo
+from proximo.converting.openrlhf import flat_names, from_openrlhf
+from proximo.converting.reading import read_mapping, visible
 from proximo.errors import UserError, nearest, one_of
 from proximo.language import config_of
 from proximo.training.config import ControlConfig, with_settings
 
-Kind = Literal["auto", "sb3", "sb3-recurrent", "cleanrl", "trl-ppo", "trl-grpo", "openrlhf"]
+Kind = Literal["auto", "sb3", "sb3-recurrent", "cleanrl", "cleanrl-continuous", "trl-ppo", "trl-grpo", "openrlhf"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ class Converted:
             if name not in tables:
                 beside = f"  # {_plain(self.because[name])}" if name in self.because else ""
                 lines.append(f"{name} = {_toml_value(value)}{beside}")
-        return "\n".join(lines) + "\n" + (f"\n{tomli_w.dumps(tables)}" if tables else "")
+        return "\n".join(lines) + "\n" + (f"\n{_escaped(tomli_w.dumps(tables))}" if tables else "")
 
 
 _NAMES = {
     "sb3": "Stable-Baselines3 or RL Baselines3 Zoo",
     "sb3-recurrent": "RecurrentPPO of sb3-contrib",
     "cleanrl": "CleanRL",
+    "cleanrl-continuous": "CleanRL's script for continuous actions",
     "trl-ppo": "TRL's PPOConfig",
     "trl-grpo": "TRL's GRPOConfig",
     "openrlhf": "OpenRLHF",
@@ -103,7 +106,7 @@ def convert(path: str | Path, env: str | None = None, kind: Kind = "auto") -> Co
 
     Args:
         path: a YAML or JSON file: hyperparameters of RL Baselines3 Zoo, arguments of SB3's `PPO`, CleanRL's arguments,
-            TRL's PPOConfig or GRPOConfig, or OpenRLHF's flags by their names.
+            TRL's PPOConfig or GRPOConfig, or OpenRLHF's flags by their names, flat or dotted.
         env: the environment; in a file of RL Zoo, which entry.
         kind: whose settings they are, where that cannot be told by their names.
 
@@ -113,34 +116,39 @@ def convert(path: str | Path, env: str | None = None, kind: Kind = "auto") -> Co
     path = Path(path)
     one_of("kind", kind, get_args(Kind))
     theirs = read_mapping(path)
-    source = path.name
+    source, asked_env = visible(path.name), env
     if all(isinstance(value, dict) for value in theirs.values()):
         entry, theirs = _entry(path, theirs, env)
-        source += f", {entry}"
+        source += f", {visible(entry)}"
         env = env or (entry if entry not in ("atari", "default", "defaults") else None)
     theirs = {str(name).removeprefix("--").replace("-", "_"): value for name, value in theirs.items()}
+    theirs, has_dotted = flat_names(theirs)
+    asked = kind
     kind = _kind_of(path, theirs, kind)
     draft = Draft(theirs)
     draft.take("algo")
-    if source not in (path.name, f"{path.name}, {env}"):
-        draft.say(f"There is no entry {env} in {path.name}: this is {source.rpartition(', ')[2]}'s.")
-    if kind in ("sb3", "sb3-recurrent", "cleanrl"):
+    if source not in (visible(path.name), f"{visible(path.name)}, {visible(env)}"):
+        draft.say(f"There is no entry {env} in {visible(path.name)}: this is {source.rpartition(', ')[2]}'s.")
+    if kind.startswith(("sb3", "cleanrl")):
         env = env or draft.theirs.pop("env_id", None) or draft.theirs.pop("env", None)
         env = _renamed(draft, str(env)) if env is not None else None
         if env is None:
             draft.say("No environment is named: give it, as in proximo train ENV --config THIS_FILE.")
-        if kind == "cleanrl":
-            from_cleanrl(draft, env)
+        if kind.startswith("cleanrl"):
+            from_cleanrl(draft, env, asked=asked)
         else:
             from_sb3(draft, env, recurrent=kind == "sb3-recurrent")
         with_settings(ControlConfig(), draft.settings, where=f"{source}, as settings of Proximo")
         return _done(draft, "train", kind, source)
-    if env is not None:
-        raise UserError(f"--env {env} was given, but {path} has settings of a language model ({_NAMES[kind]}).")
+    if asked_env is not None:
+        raise UserError(
+            f"--env {visible(asked_env)} was given, but {visible(path)} has settings of a language model "
+            f"({_NAMES[kind]})."
+        )
     read: Callable[[Draft], None] = {
         "trl-ppo": from_trl_ppo,
         "trl-grpo": from_trl_grpo,
-        "openrlhf": from_openrlhf,
+        "openrlhf": lambda draft: from_openrlhf(draft, has_dotted=has_dotted),
     }[kind]
     read(draft)
     config_of("align", draft.settings, where=f"{source}, as settings of Proximo")
@@ -164,7 +172,7 @@ def _entry(path: Path, entries: dict[str, Any], env: str | None) -> tuple[str, d
         if len(entries) == 1:
             return next(iter(entries.items()))
         named = next((name for name in entries if "-v" in name), next(iter(entries)))
-        raise UserError(f"{path} has {len(entries)} entries. Say which: --env {named}")
+        raise UserError(f"{visible(path)} has {len(entries)} entries. Say which: --env {shlex.quote(visible(named))}")
     if env in entries:
         return env, entries[env]
     base = env.rpartition("-v")[0]
@@ -177,31 +185,39 @@ def _entry(path: Path, entries: dict[str, Any], env: str | None) -> tuple[str, d
         if name in entries:
             return name, entries[name]
     close = nearest(env, entries)
-    hint = f" Did you mean {' or '.join(close)}?" if close else f" It has: {', '.join(list(entries)[:20])}."
-    raise UserError(f"{path} has no entry {env!r}.{hint}")
+    hint = f" Did you mean {visible(' or '.join(close))}?" if close else f" It has: {_listed(entries, 20)}."
+    raise UserError(f"{visible(path)} has no entry {env!r}.{hint}")
+
+
+def _listed(names: dict[str, Any], most: int) -> str:
+    return ", ".join(map(visible, list(names)[:most]))
 
 
 def _kind_of(path: Path, theirs: dict[str, Any], kind: Kind) -> Any:
     """Whose settings they are, by their names, the name of the file, and `algo` where it is there."""
     algorithm = str(theirs.get("algo", "")).lower()
     if algorithm and algorithm not in _ALGORITHMS:
-        raise UserError(f"{path} is for {algorithm}; Proximo has PPO: {', '.join(_ALGORITHMS)} can be converted.")
+        raise UserError(
+            f"{visible(path)} is for {visible(algorithm)}; Proximo has PPO: {', '.join(_ALGORITHMS)} can be converted."
+        )
     for name, signs in _OTHERS.items():
         if found := sorted(signs & set(theirs)):
-            raise UserError(f"{path} has settings of {name}: {', '.join(found)}. Only those of PPO can be converted.")
+            raise UserError(
+                f"{visible(path)} has settings of {name}: {', '.join(found)}. Only those of PPO can be converted."
+            )
     if kind != "auto":
         return kind
     if path.stem.lower() in _OTHER_FILES:
         raise UserError(
-            f"{path.name} is RL Zoo's file of {path.stem.upper()}. Only settings of PPO can be converted: ppo.yml and "
-            "ppo_lstm.yml. If it is PPO's, add --kind sb3."
+            f"{visible(path.name)} is RL Zoo's file of {path.stem.upper()}. Only settings of PPO can be converted: "
+            "ppo.yml and ppo_lstm.yml. If it is PPO's, add --kind sb3."
         )
     matches = {name: len(signs & set(theirs)) for name, signs in _SIGNS.items()}
     best = max(matches.values())
     found = [name for name, count in matches.items() if count == best]
     if best == 0 or len(found) > 1:
         raise UserError(
-            f"{path} does not show whose settings it has (it begins with {', '.join(list(theirs)[:6])}). "
+            f"{visible(path)} does not show whose settings it has (it begins with {_listed(theirs, 6)}). "
             f"Say so: --kind {' | '.join(get_args(Kind)[1:])}"
         )
     is_recurrent = path.stem == "ppo_lstm" or _ALGORITHMS.get(algorithm) == "sb3-recurrent"
@@ -220,7 +236,8 @@ def _renamed(draft: Draft, env: str) -> str:
 
 def _plain(text: str) -> str:
     """Text that stays within its comment, whatever a stranger's file has in its names."""
-    return re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]+", " ", text).strip()
+    shown = re.sub(r"[^\x20-\x7e\u00a0-\ud7ff]+", " ", text)
+    return "".join(each if each.isprintable() else " " for each in shown).strip()
 
 
 def _comment(text: str) -> list[str]:
@@ -235,5 +252,10 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value!r}" if value != int(value) or abs(value) >= 1e15 else f"{value:.1f}"
     if isinstance(value, str):
-        return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
+        return _escaped(tomli_w.dumps({"x": value}).removeprefix("x = ").strip())
     return json.dumps(value)
+
+
+def _escaped(text: str) -> str:
+    """TOML in which control characters that it allows as they are stand as escapes."""
+    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)

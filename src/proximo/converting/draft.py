@@ -37,11 +37,12 @@ class Draft:
         """Add a remark."""
         self.remarks.append(remark)
 
-    def without_counterpart(self, reasons: dict[str, str]) -> None:
-        """Tell of settings that matter and that Proximo does not have; `{}` in a reason is the value."""
+    def without_counterpart(self, reasons: dict[str, str], defaults: dict[str, Any] | None = None) -> None:
+        """Tell of settings that matter and that Proximo does not have, where they are not off or as by default."""
         for name, reason in reasons.items():
-            value = self.take(name)
-            if value not in (None, False, 0, 0.0, [], {}, ""):
+            value, default = self.take(name), (defaults or {}).get(name)
+            is_default = _is_off(value) if default is None else value is None or _is_same(value, default)
+            if not is_default:
                 self.say(f"{name} = {shown(value)}: {reason}")
 
     def not_needed(self, *names: str) -> None:
@@ -55,3 +56,24 @@ class Draft:
     def unknown(self) -> list[str]:
         """Theirs that nobody has read."""
         return sorted(self.theirs)
+
+
+def _is_off(value: Any) -> bool:
+    return not value or (isinstance(value, str) and value.lower() in ("false", "none", "null"))
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether a value is the default, also where it is written as text."""
+    if isinstance(default, (tuple, list)):
+        parts = value.split() if isinstance(value, str) else value
+        return (
+            isinstance(parts, list)
+            and len(parts) == len(default)
+            and all(_is_same(each, other) for each, other in zip(parts, default, strict=True))
+        )
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        try:
+            return float(value) == default
+        except (TypeError, ValueError, OverflowError):
+            return False
+    return shown(value).strip("'").lower() == str(default).lower()

@@ -1,4 +1,4 @@
-"""TRL and OpenRLHF: settings of alignment runs."""
+"""TRL: settings of alignment runs, and what OpenRLHF's share with them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,64 @@ from proximo.errors import UserError, shown
 
 _TRAINING_IDLE = (
     *("output_dir", "overwrite_output_dir", "logging_*", "log_*", "save_*", "eval_*", "do_*", "report_to", "run_name"),
-    *("push_to_hub*", "hub_*", "dataloader_*", "deepspeed", "fsdp*", "ddp_*", "torch_*", "remove_unused_columns"),
-    *(
-        "disable_tqdm",
-        "use_liger_kernel",
-        "vllm_*",
-        "use_vllm",
-        "ds3_*",
-        "local_rank",
-        "include_*",
-        "per_device_eval_*",
-    ),
-    *("dataset_num_proc", "exp_name", "project", "trackio_*", "wandb_*", "tf32", "no_cuda", "use_cpu", "jit_mode_eval"),
-    *("num_sample_generations", "local_rollout_forward_batch_size", "use_transformers_paged", "cache_implementation"),
-    *("num_generations_eval", "num_completions_to_print", "attn_implementation", "shuffle_dataset", "full_determinism"),
+    *("push_to_hub*", "hub_*", "dataloader_*", "deepspeed", "fsdp*", "ddp_*", "remove_unused_columns", "disable_tqdm"),
+    *("torch_compile*", "torch_empty_cache_steps", "use_liger_kernel", "use_vllm", "ds3_*", "local_rank", "include_*"),
+    *("vllm_mode", "vllm_server_*", "vllm_gpu_*", "vllm_tensor_*", "vllm_max_*", "vllm_enable_*", "vllm_model_impl"),
+    *("per_device_eval_*", "dataset_num_proc", "exp_name", "project", "trackio_*", "wandb_*", "tf32", "no_cuda"),
+    *("use_cpu", "jit_mode_eval", "num_sample_generations", "local_rollout_forward_batch_size", "full_determinism"),
+    *("use_transformers_paged", "cache_implementation", "num_generations_eval", "num_completions_to_print"),
+    *("attn_implementation", "gradient_checkpointing_kwargs", "trust_remote_code", "model_revision", "lora_task_type"),
+)
+"""Where results go, and how and where things are computed."""
+
+_NO_WARM_UP = "the learning rate has no warm-up here."
+_ADAPTERS = "adapters are on every linear layer here, without dropout, of plain LoRA."
+_HELD_IN = (
+    "weights are float32 here (--precision computes in bfloat16, --frozen-precision holds those that never learn)."
 )
 
 _TRAINING_WITHOUT = {
-    "warmup_ratio": "the learning rate has no warm-up here.",
-    "warmup_steps": "the learning rate has no warm-up here.",
+    "warmup_ratio": _NO_WARM_UP,
+    "warmup_steps": _NO_WARM_UP,
     "weight_decay": "Adam has no weight decay here.",
     "fp16": "there are float32 and bfloat16 (--precision).",
     "neftune_noise_alpha": "there is no noise on embeddings here.",
+    "optim": "there is Adam alone.",
     "optim_args": "there is Adam alone.",
+    "adam_beta1": "Adam's is 0.9 here.",
+    "adam_beta2": "Adam's is 0.999 here.",
+    "lr_scheduler_kwargs": "there are constant and linear here.",
     "dataset_name": "prompts are a file or folder here: set prompts.",
     "dataset_config": "prompts are a file or folder here: set prompts.",
+    "shuffle_dataset": "prompts are shuffled here.",
     "model_init_kwargs": "the model is loaded by its folder or id alone; trust_remote_code stays off.",
+    "lora_dropout": _ADAPTERS,
+    "lora_target_modules": _ADAPTERS,
+    "lora_target_parameters": _ADAPTERS,
+    "lora_modules_to_save": _ADAPTERS,
+    "use_rslora": _ADAPTERS,
+    "use_dora": _ADAPTERS,
+    "load_in_4bit": "weights are not quantized here.",
+    "load_in_8bit": "weights are not quantized here.",
+    "torch_dtype": _HELD_IN,
+    "dtype": _HELD_IN,
+    "vllm_importance_sampling_correction": "what samples is what learns here, so that there is nothing to correct.",
+    "vllm_importance_sampling_cap": "see vllm_importance_sampling_correction.",
+    "vllm_importance_sampling_mode": "see vllm_importance_sampling_correction.",
+}
+
+_TRAINING_DEFAULTS = {
+    "optim": "adamw",
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "lora_dropout": 0.05,
+    "lora_target_modules": "all-linear",
+    "shuffle_dataset": True,
+    "torch_dtype": "float32",
+    "dtype": "float32",
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_cap": 3.0,
+    "vllm_importance_sampling_mode": "sequence_mask",
 }
 
 _SAMPLING_WITHOUT = {
@@ -48,19 +80,20 @@ _SAMPLING_WITHOUT = {
 def from_trl_ppo(draft: Draft) -> None:
     """TRL's PPOConfig (trl.experimental.ppo)."""
     draft.put("algorithm", "ppo")
-    _places(draft, "sft_model_path", "reward_model_path")
-    per_step = _count(draft, "per_device_train_batch_size", 8) * _count(draft, "gradient_accumulation_steps", 1)
-    batch = _count(draft, "batch_size", per_step)
+    places(draft, "sft_model_path", "reward_model_path")
+    _adapters(draft)
+    each, steps = counted(draft, "per_device_train_batch_size", 8), counted(draft, "gradient_accumulation_steps", 1)
+    batch = counted(draft, "batch_size", each * steps)
     draft.put("prompts_per_iteration", batch, "per_device_train_batch_size x gradient_accumulation_steps")
     draft.put("responses_per_prompt", 1)
-    draft.put("batch_size", max(1, batch // _count(draft, "num_mini_batches", 1)))
-    draft.put("n_epochs", _count(draft, "num_ppo_epochs", 4))
+    draft.put("batch_size", _step_of_trl_ppo(draft, each, steps, batch), "responses per step of the optimizer")
+    draft.put("n_epochs", counted(draft, "num_ppo_epochs", 4))
     if (episodes := draft.take("total_episodes")) is not None:
         draft.put("n_iterations", math.ceil(whole("total_episodes", episodes) / batch), "total_episodes over the batch")
     else:
         draft.take("num_train_epochs")
         draft.say("total_episodes is not there: set n_iterations to it over prompts_per_iteration.")
-    draft.put("max_new_tokens", _count(draft, "response_length", 53))
+    draft.put("max_new_tokens", counted(draft, "response_length", 53))
     draft.put("temperature", number("temperature", draft.take("temperature", 0.7)))
     draft.put("missing_eos_penalty", number("missing_eos_penalty", draft.take("missing_eos_penalty", 0.0)))
     draft.put("beta", number("kl_coef", draft.take("kl_coef", 0.05)))
@@ -71,6 +104,8 @@ def from_trl_ppo(draft: Draft) -> None:
     coefficient = number("vf_coef", draft.take("vf_coef", 0.1))
     draft.put("value_coef", coefficient / 2, f"theirs is {coefficient:g}, of half the squared error")
     _optimizer(draft, 3e-6)
+    if (norm := number("max_grad_norm", draft.take("max_grad_norm", 1.0))) > 0:
+        draft.put("max_grad_norm", norm, "which TRL's PPO does not read")
     draft.put("normalize_rewards_on", 0, "TRL takes the reward model's scores as they are")
     if draft.take("kl_estimator", "k1") != "k1":
         draft.say("kl_estimator k3 in the reward: k1 is taken; k3 is for the loss here (kl_in loss_k3).")
@@ -80,7 +115,8 @@ def from_trl_ppo(draft: Draft) -> None:
             f"stop_token is {shown(ends[0])}, stop_token_id {shown(ends[1])}: here a response ends at the EOS token "
             "(or --no-stop-at-eos), and at the texts of --stop."
         )
-    draft.without_counterpart({"whiten_rewards": "rewards are not whitened here."} | _TRAINING_WITHOUT)
+    draft.without_counterpart({"whiten_rewards": "rewards are not whitened here."})
+    _training(draft)
     shaping = {name: "reward shaping belongs into the reward function." for name in draft.theirs if "shaping" in name}
     draft.without_counterpart(shaping)
     draft.not_needed(*_TRAINING_IDLE, "world_size", "num_total_batches", "reward_shaping_*")
@@ -88,21 +124,34 @@ def from_trl_ppo(draft: Draft) -> None:
     draft.not_needed("model_adapter_name", "ref_adapter_name", "processing_class", "kl_estimator")
     draft.say(
         "Advantages: TRL whitens them once over the batch, Proximo in each minibatch (--no-normalize-advantages leaves "
-        "them). TRL's PPO reads max_grad_norm nowhere; here the gradient is clipped to it (1.0)."
+        "them). TRL's PPO reads max_grad_norm nowhere; here the gradient is clipped to it."
     )
     draft.say(
         "Processes: the sizes are those of one; multiply prompts_per_iteration and batch_size where there were more."
     )
 
 
+def _step_of_trl_ppo(draft: Draft, each: int, steps: int, batch: int) -> int:
+    """Responses per step of the optimizer: one is taken after `steps` micro-batches, across borders of minibatches."""
+    minibatch = max(1, batch // counted(draft, "num_mini_batches", 1))
+    per_step = min(batch, steps * min(each, minibatch))
+    if per_step != minibatch:
+        draft.say(
+            f"batch_size: TRL's minibatch is {minibatch}, but its optimizer steps after gradient_accumulation_steps "
+            f"{steps} micro-batches of {min(each, minibatch)}, across minibatches: {per_step} responses to a step."
+        )
+    return per_step
+
+
 def from_trl_grpo(draft: Draft) -> None:
     """TRL's GRPOConfig."""
     draft.put("algorithm", "grpo")
-    _places(draft, "model_name_or_path", "reward_model_name_or_path")
-    each, steps = _count(draft, "per_device_train_batch_size", 8), _count(draft, "gradient_accumulation_steps", 1)
-    per_generation = _count(draft, "steps_per_generation", steps)
-    responses = _count(draft, "generation_batch_size", each * per_generation)
-    group, epochs = _count(draft, "num_generations", 8), _count(draft, "num_iterations", 1)
+    places(draft, "model_name_or_path", "reward_model_name_or_path")
+    _adapters(draft)
+    each, steps = counted(draft, "per_device_train_batch_size", 8), counted(draft, "gradient_accumulation_steps", 1)
+    per_generation = counted(draft, "steps_per_generation", steps)
+    responses = counted(draft, "generation_batch_size", each * per_generation)
+    group, epochs = counted(draft, "num_generations", 8), counted(draft, "num_iterations", 1)
     if responses % group:
         raise UserError(
             f"A generation has {responses} responses, which num_generations {group} does not divide; TRL refuses that, "
@@ -119,7 +168,7 @@ def from_trl_grpo(draft: Draft) -> None:
     else:
         draft.say(f"n_iterations is not set: it is the rows of the dataset x num_train_epochs / {responses // group}.")
     draft.take("num_train_epochs")
-    draft.put("max_new_tokens", _count(draft, "max_completion_length", 256))
+    draft.put("max_new_tokens", counted(draft, "max_completion_length", 256))
     if (longest := draft.take("max_prompt_length")) is not None:
         draft.put("max_prompt_tokens", whole("max_prompt_length", longest))
         draft.put("over_long", "truncate")
@@ -142,9 +191,10 @@ def from_trl_grpo(draft: Draft) -> None:
     for name in ("top_p", "repetition_penalty"):
         if number(name, draft.take(name, 1.0)) != 1:
             draft.say(f"{name}: nothing but temperature is applied to the logits here.")
-    draft.without_counterpart(_SAMPLING_WITHOUT | _TRAINING_WITHOUT | _GRPO_WITHOUT)
+    draft.without_counterpart(_SAMPLING_WITHOUT | _GRPO_WITHOUT, _GRPO_DEFAULTS)
+    _training(draft)
     draft.not_needed(*_TRAINING_IDLE, "reward_funcs", "disable_dropout", "ref_model_*", "sapo_*", "max_tool_*")
-    draft.not_needed("cast_lm_head_to_fp32", "multi_objective_aggregation", "chat_template_kwargs", "scale_rewards")
+    draft.not_needed("cast_lm_head_to_fp32")
     draft.say(
         "Processes: the sizes are those of one; multiply prompts_per_iteration and batch_size where there were more."
     )
@@ -153,7 +203,10 @@ def from_trl_grpo(draft: Draft) -> None:
 _GRPO_WITHOUT = {
     "sync_ref_model": "the reference never moves here.",
     "tools": "there are no tools here.",
+    "multi_objective_aggregation": "rewards are added up by their weights, then the group is normalized.",
+    "chat_template_kwargs": "the template is filled with the messages alone.",
 }
+_GRPO_DEFAULTS = {"multi_objective_aggregation": "sum_then_normalize"}
 
 
 def _loss_of_grpo(draft: Draft) -> None:
@@ -176,136 +229,50 @@ def _loss_of_grpo(draft: Draft) -> None:
         draft.say("top_entropy_quantile: all tokens count here.")
 
 
-# --- OpenRLHF ---------------------------------------------------------------------------------------------------
-
-_ESTIMATORS = {"gae": "ppo", "group_norm": "grpo", "dr_grpo": "dr_grpo", "rloo": "rloo"}
-_OPENRLHF_IDLE = (
-    *("vllm_*", "ref_num_*", "actor_num_*", "critic_num_*", "reward_num_*", "colocate_*", "zero_stage", "adam_offload"),
-    *("save_*", "ckpt_path", "load_checkpoint", "use_wandb", "wandb_*", "use_tensorboard", "logging_steps", "eval_*"),
-    *("flash_attn", "attn_implementation", "packing_samples", "ring_*", "enable_*", "async_*", "deepspeed_*", "ray_*"),
-    *(
-        "micro_rollout_batch_size",
-        "disable_*",
-        "input_key",
-        "label_key",
-        "apply_chat_template",
-        "max_ckpt_*",
-        "overlap_*",
-    ),
-)
-
-
-def from_openrlhf(draft: Draft) -> None:
-    """Flags of OpenRLHF's train_ppo_ray, by their names."""
-    estimator = str(draft.take("advantage_estimator", "gae"))
-    if estimator not in _ESTIMATORS:
-        raise UserError(f"advantage_estimator is {estimator}, which is not here. There are: {', '.join(_ESTIMATORS)}.")
-    algorithm = _ESTIMATORS[estimator]
-    draft.put("algorithm", algorithm)
-    _places(draft, "pretrain", "reward_pretrain")
-    if prompts := draft.take("prompt_data"):
-        draft.put("prompts", str(prompts))
-    group, rollout = _count(draft, "n_samples_per_prompt", 1), _count(draft, "rollout_batch_size", 1024)
-    draft.put("prompts_per_iteration", rollout)
-    draft.put("responses_per_prompt", group)
-    draft.put("batch_size", min(_count(draft, "train_batch_size", 128), rollout * group), "responses")
-    draft.put("n_epochs", _count(draft, "max_epochs", 1))
-    episodes, samples = _count(draft, "num_episodes", 1), draft.take("max_samples")
-    if samples is not None:
-        total = whole("max_samples", samples) * episodes
-        draft.put("n_iterations", max(1, total // rollout), "max_samples x num_episodes over the rollout")
-    else:
-        draft.say(f"n_iterations is not set: it is the number of prompts x {episodes} / {rollout}.")
-    draft.put("max_new_tokens", _count(draft, "generate_max_len", 1024))
-    draft.put("max_prompt_tokens", _count(draft, "prompt_max_len", 1024))
-    draft.put("temperature", number("temperature", draft.take("temperature", 1.0)))
-    _kl_of_openrlhf(draft)
-    _losses_of_openrlhf(draft, algorithm)
-    draft.put("max_grad_norm", number("max_norm", draft.take("max_norm", 1.0)))
-    if (seed := draft.take("seed")) is not None:
-        draft.put("seed", whole("seed", seed))
-    draft.put("normalize_rewards_on", 256 if draft.take("normalize_reward") else 0)
-    if truth("gradient_checkpointing", draft.take("gradient_checkpointing", False)):
-        draft.put("gradient_checkpointing", True)
-    if number("top_p", draft.take("top_p", 1.0)) != 1:
-        draft.say("top_p: nothing but temperature is applied to the logits here.")
-    draft.without_counterpart(
-        {
-            "reward_clip_range": "scores are not clipped here.",
-            "l2": "Adam has no weight decay here.",
-            "lr_warmup_ratio": "the learning rate has no warm-up here.",
-            "remote_rm_url": "an endpoint is asked with --reward judge, or by a function of yours.",
-            "dynamic_filtering": "groups that are all alike are counted (groups_alike), not replaced.",
-        }
-    )
-    draft.take("micro_train_batch_size")
-    draft.take("lr_scheduler")
-    draft.not_needed(*_OPENRLHF_IDLE, "bf16", "param_dtype", "agent_func_path", "lora_rank", "load_in_4bit")
-
-
-def _losses_of_openrlhf(draft: Draft, algorithm: str) -> None:
-    """The band of the ratio, and the critic."""
-    both = draft.take("eps_clip_low_high")
-    clip = draft.take("eps_clip", 0.2)
-    both = both.split() if isinstance(both, str) else both
-    if both is not None and (not isinstance(both, list) or len(both) != 2):
-        raise UserError(f"eps_clip_low_high is {shown(both)}; it must be two numbers.")
-    low, high = both or (clip, None)
-    draft.put("clip_epsilon", number("eps_clip", low))
-    if high is not None:
-        draft.put("clip_epsilon_high", number("eps_clip_low_high", high))
-    if (dual := draft.take("dual_clip")) is not None:
-        draft.put("dual_clip", number("dual_clip", dual))
-    draft.put("learning_rate", number("actor_learning_rate", draft.take("actor_learning_rate", 1e-6)))
-    critic = {name: draft.take(name) for name in ("value_clip", "lambd", "gamma", "critic_learning_rate")}
-    frozen = whole("freezing_actor_steps", draft.take("freezing_actor_steps", 0))
-    if algorithm != "ppo":
-        return
-    for name, ours, default in (("value_clip", "value_clip_epsilon", 0.5), ("lambd", "gae_lambda", 1.0)):
-        draft.put(ours, number(name, default if critic[name] is None else critic[name]))
-    draft.put("gamma", number("gamma", 1.0 if critic["gamma"] is None else critic["gamma"]))
-    if frozen > 0:
-        draft.put("value_pretraining_iterations", frozen)
-    if (rate := critic["critic_learning_rate"]) is not None:
-        draft.say(
-            f"critic_learning_rate {rate}: actor and critic learn at one rate here; value_coef weighs the critic."
-        )
-
-
-def _kl_of_openrlhf(draft: Draft) -> None:
-    draft.put("beta", number("init_kl_coef", draft.take("init_kl_coef", 0.01)))
-    estimator, in_loss = str(draft.take("kl_estimator", "k1")), truth("use_kl_loss", draft.take("use_kl_loss", False))
-    draft.put("kl_in", f"loss_{estimator}" if in_loss and estimator in ("k2", "k3") else "reward")
-    if not in_loss and estimator != "k1":
-        draft.say(f"kl_estimator {estimator} in the reward: k1 is taken.")
-    if (target := draft.take("kl_target")) is not None:
-        draft.put("beta_control", "adaptive")
-        draft.put("beta_target", number("kl_target", target))
-        draft.put("beta_horizon", number("kl_horizon", draft.take("kl_horizon", 10_000)))
-
-
 # --- what they share ----------------------------------------------------------------------------------------------
 
 
-def _count(draft: Draft, name: str, default: int) -> int:
+def counted(draft: Draft, name: str, default: int) -> int:
+    """A setting of theirs that is a whole number from 1 on."""
     return count(name, draft.take(name, default))
 
 
-def _places(draft: Draft, model: str, reward: str) -> None:
+def _split(places: object) -> list[str]:
+    """Reward models, several of which OpenRLHF takes with commas between them."""
+    parts = places if isinstance(places, list) else str(places).split(",")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def places(draft: Draft, model: str, reward: str) -> None:
     """Which model, and which reward model."""
     for name, ours in ((model, "model"), (reward, "reward")):
         if (place := draft.take(name)) is None:
             draft.say(f"{ours} is not there: set it, or give --{ours}.")
         else:
-            draft.put(ours, str(place) if ours == "model" else [str(place)])
+            draft.put(ours, str(place) if ours == "model" else _split(place))
     if "prompt_data" not in draft.theirs:
         draft.say("prompts is not there: set it, or give --prompts.")
-    if draft.take("use_peft"):
+
+
+def _adapters(draft: Draft) -> None:
+    """LoRA, which TRL has with use_peft alone."""
+    if truth("use_peft", draft.take("use_peft", False)):
         draft.put("sharing", "lora")
-        draft.put("lora_rank", _count(draft, "lora_r", 16))
+        draft.put("lora_rank", counted(draft, "lora_r", 16))
         draft.put("lora_alpha", number("lora_alpha", draft.take("lora_alpha", 32)))
-        draft.say("LoRA: adapters on every linear layer, policy, critic and reference on one base.")
-    draft.not_needed("lora_*", "load_in_*bit", "trust_remote_code", "model_revision", "torch_dtype", "dtype")
+        draft.say("LoRA: adapters on every linear layer, without dropout; policy, critic and reference on one base.")
+        return
+    if any(name.startswith("lora_") for name in draft.theirs):
+        draft.say("lora_*: without use_peft TRL reads them not, and all weights learn, as here.")
+    for name in ("lora_r", "lora_alpha", *(name for name in _TRAINING_WITHOUT if _TRAINING_WITHOUT[name] is _ADAPTERS)):
+        draft.take(name)  # of no effect without use_peft
+
+
+def _training(draft: Draft) -> None:
+    """What Hugging Face's TrainingArguments and TRL's ModelConfig have beyond Proximo."""
+    if str(draft.theirs.get("optim", "")).startswith("adamw_torch"):
+        draft.take("optim")
+    draft.without_counterpart(_TRAINING_WITHOUT, _TRAINING_DEFAULTS)
 
 
 def _optimizer(draft: Draft, rate: float) -> None:
@@ -322,5 +289,4 @@ def _optimizer(draft: Draft, rate: float) -> None:
         draft.say("bf16: --device cuda computes in bfloat16 over float32 weights; on a CPU, give --precision bfloat16.")
         truth("bf16", half)
     epsilon = number("adam_epsilon", draft.take("adam_epsilon", 1e-8))
-    draft.say(f"Adam: epsilon is 1e-5 here, theirs {epsilon:g}; betas are 0.9 and 0.999.")
-    draft.not_needed("adam_beta1", "adam_beta2", "optim", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
+    draft.say(f"Adam: epsilon is 1e-5 here, theirs {epsilon:g}. Betas are 0.9 and 0.999 here.")

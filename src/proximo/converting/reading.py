@@ -13,6 +13,8 @@ from proximo.errors import UserError, shown
 MOST_BYTES = 2_000_000
 MOST_VALUES = 50_000
 """Values in a file, those that its aliases repeat counted each time."""
+MOST_LEVELS = 20
+"""Tables and lists within each other; settings are a few levels deep."""
 
 YAML_EXTRA = "convert"
 
@@ -27,26 +29,32 @@ def read_mapping(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{visible(path)} cannot be read: {error.strerror}.") from error
     if len(data) > MOST_BYTES:
-        raise UserError(f"{path} is larger than {MOST_BYTES:,} bytes, which no file of settings is. Give that one.")
+        raise UserError(
+            f"{visible(path)} is larger than {MOST_BYTES:,} bytes, which no file of settings is. Give that one."
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error.reason}). It must be YAML or JSON.") from error
+        raise UserError(f"{visible(path)} is no text in UTF-8 ({error.reason}). It must be YAML or JSON.") from error
     found = _json(path, text) if path.suffix.lower() == ".json" or text.lstrip()[:1] == "{" else _yaml(path, text)
+    if _is_too_deep(found):
+        raise _too_deep(path)
     if not isinstance(found, dict) or not found:
-        raise UserError(f"{path} holds {shown(found)}, not settings by their names, such as `gamma: 0.99`.")
+        raise UserError(f"{visible(path)} holds {shown(found)}, not settings by their names, such as `gamma: 0.99`.")
     return {str(name): value for name, value in found.items()}
 
 
 def _json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise _too_deep(path) from error
+    except ValueError as error:
         if path.suffix.lower() != ".json":  # a flow mapping of YAML also begins with a brace
             return _yaml(path, text)
-        raise UserError(f"{path} is no JSON: {error}.") from error
+        raise UserError(f"{visible(path)} is no JSON: {error}.") from error
 
 
 def _yaml(path: Path, text: str) -> Any:
@@ -56,22 +64,24 @@ def _yaml(path: Path, text: str) -> Any:
     except ImportError as error:
         from proximo.doctor import install_command
 
-        raise UserError(f"{path} is YAML, which needs PyYAML: {install_command(YAML_EXTRA)}") from error
+        raise UserError(f"{visible(path)} is YAML, which needs PyYAML: {install_command(YAML_EXTRA)}") from error
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         if _size(node, {}) > MOST_VALUES:
-            raise UserError(f"{path} comes to more than {MOST_VALUES:,} values, which no file of settings does.")
+            raise UserError(
+                f"{visible(path)} comes to more than {MOST_VALUES:,} values, which no file of settings does."
+            )
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
-        raise UserError(f"{path} is no YAML of plain values: {said}.") from error
+        raise UserError(f"{visible(path)} is no YAML of plain values: {visible(said)}.") from error
     except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply, or holds itself. Settings are a few levels deep.") from error
+        raise _too_deep(path) from error
     except (ValueError, OverflowError, TypeError) as error:  # a date that there is not, a key that is a list
-        raise UserError(f"{path} holds a value that cannot be read: {error}.") from error
+        raise UserError(f"{visible(path)} holds a value that cannot be read: {visible(str(error))}.") from error
     finally:
         loader.dispose()
 
@@ -84,6 +94,39 @@ def _size(node: Any, known: dict[int, int]) -> int:
         known[id(node)] = MOST_VALUES  # what holds itself finds this
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
+
+
+def _is_too_deep(value: Any) -> bool:
+    """Whether there are more than `MOST_LEVELS` tables and lists within each other."""
+    level = [value]
+    for _ in range(MOST_LEVELS + 1):
+        level = [part for each in level for part in _parts(each)]
+        if not level:
+            return False
+    return True
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, (list, tuple, set)) else []
+
+
+def _too_deep(path: Path) -> UserError:
+    return UserError(
+        f"{visible(path)} is nested too deeply, or holds itself: there may be {MOST_LEVELS} levels, and "
+        "settings have a few."
+    )
+
+
+def visible(text: object) -> str:
+    """A name or text from a stranger's file as it may stand in a message: nothing that moves a terminal's cursor."""
+    said = str(text)
+    said = said if len(said) <= _LONGEST_NAME else f"{said[:_LONGEST_NAME]}..."
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in said)
+
+
+_LONGEST_NAME = 400
 
 
 # --- values ---------------------------------------------------------------------------------------------------
@@ -152,6 +195,8 @@ def expression(name: str, value: Any) -> dict[str, Any]:
         raise UserError(f'{name} is {shown(value)}; it must be a table, or a text such as "dict(ortho_init=False)".')
     try:
         found = _value(ast.parse(" ".join(value.split()), mode="eval").body)
+        if _is_too_deep(found):
+            raise ValueError(f"it has more than {MOST_LEVELS} levels")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UserError(
             f"{name} is {shown(value)}, which is more than names and plain values ({error}). Nothing of it was run. "
