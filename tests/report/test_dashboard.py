@@ -50,24 +50,38 @@ def ask(server, path, method="GET", **headers):
 
 def test_new_lines_are_whole_and_begin_where_they_are_asked_for(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert new_lines(path, 0) == (0, b"")
+    assert new_lines(path, 0) == (0, b"", 0)
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": ')
-    assert new_lines(path, 0) == (0, b'{"a": 1}\n{"a": 2}\n')
-    assert new_lines(path, 9) == (9, b'{"a": 2}\n')
-    assert new_lines(path, 18) == (18, b"")
-    assert new_lines(path, 1000) == (0, b'{"a": 1}\n{"a": 2}\n')  # it was longer once
+    assert new_lines(path, 0) == (0, b'{"a": 1}\n{"a": 2}\n', 18)
+    assert new_lines(path, 9) == (9, b'{"a": 2}\n', 18)
+    assert new_lines(path, 18) == (18, b"", 18)
+    assert new_lines(path, 1000) == (0, b'{"a": 1}\n{"a": 2}\n', 18)  # it was longer once
     assert new_lines(path, -5)[0] == 0
+
+
+def read_in_parts(path):
+    found, offset = b"", 0
+    while (part := new_lines(path, offset))[2] > offset:
+        assert len(part[1]) <= dashboard.MOST_BYTES
+        found, offset = found + part[1], part[2]
+    return found
 
 
 def test_long_files_come_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(dashboard, "MOST_BYTES", 20)
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(b'{"a": %d}\n' % k for k in range(10, 20)))
-    found, offset = b"", 0
-    while lines := new_lines(path, offset)[1]:
-        assert len(lines) <= 20
-        found, offset = found + lines, offset + len(lines)
-    assert found == path.read_bytes()
+    assert read_in_parts(path) == path.read_bytes()
+
+
+@pytest.mark.parametrize("length", [20, 21, 39, 40, 41, 500])
+def test_a_line_longer_than_an_answer_is_passed_over(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(dashboard, "MOST_BYTES", 20)
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + b"x" * length + b'\n{"a": 2}\n')
+    assert read_in_parts(path) == b'{"a": 1}\n{"a": 2}\n'
+    path.write_bytes(b"x" * length)  # not yet whole: its end is waited for
+    assert new_lines(path, 0) == (0, b"", 0)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -105,15 +119,22 @@ class TestServer:
         status, _, lines = ask(served(run), f"/metrics?{query}")
         assert (status, lines) == (200, run.metrics_path.read_bytes())
 
-    @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "127.0.0.1", "127.0.0.1:1", ""])
+    @pytest.mark.parametrize(
+        "host",
+        ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "localhost@evil.example:1", "localhost:1:2", ""],
+    )
     def test_refuses_other_names_of_itself(self, tmp_path, served, host):
         status, _, body = ask(served(make_run(tmp_path / "run", rows(3))), "/metrics", Host=host)
         assert status == 403
         assert b"iteration" not in body
 
-    def test_answers_to_localhost_and_listens_to_this_machine_alone(self, tmp_path, served):
+    @pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1:9000", "[::1]:9000", "LocalHost:80"])
+    def test_answers_to_a_port_that_is_forwarded(self, tmp_path, served, host):
         server = served(make_run(tmp_path / "run", rows(3)))
-        assert ask(server, "/metrics", Host=f"localhost:{server.server_address[1]}")[0] == 200
+        assert ask(server, "/metrics", Host=host)[0] == 200
+
+    def test_listens_to_this_machine_alone(self, tmp_path, served):
+        server = served(make_run(tmp_path / "run", rows(3)))
         assert server.server_address[0] == "127.0.0.1"
 
     @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD"])

@@ -10,15 +10,17 @@ import pytest
 
 from proximo.baselines import baseline_of
 from proximo.errors import UserError
-from proximo.report import page
+from proximo.report import intervals, page
 from proximo.report.intervals import bootstrap_band, bootstrap_interval, interquartile_mean
 from proximo.report.page import embedded, facts_of, page_bytes, policy_of
 from proximo.report.page_data import (
+    MOST_GROUP_NUMBERS,
     MOST_SAMPLE_CHARACTERS,
     curves_of,
     group_curves,
     grouped,
     groups_of,
+    metrics_of,
     panels_of,
     plain,
     rising,
@@ -29,6 +31,7 @@ from proximo.report.ratings import keep_ratings, read_ratings
 from proximo.report.records import read_records
 from proximo.report.report import report_json, write_report
 from proximo.report.summary import summarize, summarize_language
+from proximo.report.words import number
 from proximo.runs.checkpoint import save_checkpoint
 from tests.report.language_samples import align_rows, learning_rows, make_language_run
 from tests.report.samples import make_run, rows
@@ -119,6 +122,30 @@ class TestNumbers:
         assert len(text) < 2_000_000
         assert len(data_of(text)["runs"]) == 30
 
+    @pytest.mark.parametrize(("n_runs", "seeds"), [(40, 2), (60, 2), (30, 5)])
+    def test_many_groups_of_seeds_have_a_small_page(self, tmp_path, n_runs, seeds):
+        runs = [
+            make_run(
+                tmp_path / str(k), rows(200, return_mean=np.arange(200) * 1.234567), seed=k, gamma=k // seeds / 100
+            )
+            for k in range(n_runs)
+        ]
+        text = written(*runs)
+        data = data_of(text)
+        assert len(text) < 2_000_000
+        assert len(data["groups"]) == n_runs // seeds
+        numbers = sum(len(end) for group in data["groups"] for pair in group["bands"].values() for end in pair)
+        assert numbers <= MOST_GROUP_NUMBERS
+        assert len(data["groups"][0]["columns"]["return_mean"]) >= 16
+
+    def test_metrics_with_a_panel_of_their_own_go_first_where_all_are_too_many(self, tmp_path):
+        records = read_records([make_run(tmp_path / "run", rows(5, mine=1.0))])
+        kept = metrics_of(records, 12)
+        assert len(kept) == 12
+        assert "return_mean" in kept
+        assert "mine" not in kept
+        assert "mine" in metrics_of(records, 100)
+
     def test_the_largest_page_is_small(self, tmp_path):
         assert len(written(make_run(tmp_path / "run", rows(20_000)))) < 2_000_000
 
@@ -135,9 +162,33 @@ class TestGroups:
         curves = group_curves(read_records(runs))
         assert curves is not None
         assert curves["columns"]["return_mean"] == [3.0] * 8  # without 1 and 100
-        low, high = bootstrap_interval(np.array(levels), n_resamples=1000)
+        low, high = bootstrap_interval(np.array(levels), n_resamples=300)
         assert curves["bands"]["return_mean"] == [pytest.approx([end] * 8, rel=1e-5) for end in (low, high)]
         assert curves["x"]["steps"] == [2048 * k for k in range(1, 9)]
+
+    def test_of_few_seeds_have_their_mean_and_their_range(self, tmp_path):
+        levels = [1.0, 2.0, 3.0, 100.0]
+        runs = [make_run(tmp_path / str(k), rows(8, return_mean=level), seed=k) for k, level in enumerate(levels)]
+        curves = group_curves(read_records(runs))
+        assert curves is not None
+        assert curves["few"]
+        assert curves["columns"]["return_mean"] == [26.5] * 8
+        assert curves["bands"]["return_mean"] == [[1] * 8, [100] * 8]
+
+    def test_have_no_value_where_one_of_their_runs_has_none(self, tmp_path):
+        late = [None, None, 3.0, None, 5.0, 6.0, None, None]
+        level = [1.0] * 8
+        runs = [make_run(tmp_path / str(k), rows(8, return_mean=m), seed=k) for k, m in enumerate((level, late))]
+        many = [
+            make_run(tmp_path / f"m{k}", rows(8, return_mean=m), seed=k) for k, m in enumerate([level] * 4 + [late])
+        ]
+        for curves, values in (
+            (group_curves(read_records(runs)), [None, None, 2.0, 2.5, 3.0, 3.5, None, None]),
+            (group_curves(read_records(many)), [None, None, 1, 1, 1, 1, None, None]),
+        ):
+            assert curves is not None
+            assert curves["columns"]["return_mean"] == values
+            assert [value is None for value in curves["bands"]["return_mean"][1]] == [each is None for each in values]
 
     def test_are_read_off_at_the_same_steps_as_far_as_the_shortest_came(self, tmp_path):
         line = np.arange(1, 11) * 2048.0
@@ -156,7 +207,8 @@ class TestGroups:
         assert group_curves(read_records([one])) is None
         assert group_curves(read_records([one, far])) is None
 
-    def test_a_band_is_the_interval_at_every_point(self):
+    def test_a_band_is_the_interval_at_every_point(self, monkeypatch):
+        monkeypatch.setattr(intervals, "MOST_DRAWN", 500 * 6 * 3)  # three points, then one
         curves = np.random.default_rng(3).normal(size=(6, 4))
         low, high = bootstrap_band(curves, n_resamples=500, seed=5)
         for point in range(4):
@@ -170,6 +222,8 @@ class TestGroups:
         data = data_of(written(*runs, other))
         assert [group["label"] for group in data["groups"]] == ["gamma none (2 seeds)", "gamma 0.5 (1 seed)"]
         assert ["bands" in group for group in data["groups"]] == [True, False]
+        assert data["groups"][1]["run"] == 2  # by its number: its curves are there once
+        assert "columns" not in data["groups"][1]
         assert data_of(written(runs[0], other))["groups"] == []
 
 
@@ -276,6 +330,8 @@ class TestSamples:
             {"tokens": ["a"], "log_ratios": [None]},
             {"tokens": ["a"], "log_ratios": [float("nan")]},
             {"tokens": "a", "log_ratios": "b"},
+            {"tokens": ["a"], "log_ratios": [10**400]},
+            {"tokens": ["x" * 5000], "log_ratios": [0.1]},
         ],
     )
     def test_with_tokens_that_do_not_fit_are_shown_without(self, tmp_path, bad):
@@ -286,6 +342,39 @@ class TestSamples:
         (found,) = self.of(tmp_path, sample(score=float("inf"), kl="x", response=None, prompt={"a": 1}))
         assert (found["score"], found["kl"]) == (None, None)
         assert json.dumps(found, allow_nan=False)
+
+    def test_whole_numbers_too_large_for_a_float_are_none(self, tmp_path):
+        (found,) = self.of(tmp_path, sample(score=10**400, kl=-(10**400)))
+        assert (found["score"], found["kl"]) == (None, None)
+        run = make_language_run(tmp_path / "other", align_rows(5, reward_mean=10**400), [sample(score=10**400)])
+        report = write_report([run], with_pictures=False)
+        assert report.samples is not None
+        assert "| 10 | - | 1.5 |" in report.samples.read_text()
+
+    def test_long_answers_are_cut_and_say_so(self, tmp_path):
+        (many,) = self.of(tmp_path, sample(tokens=["a"] * 700, log_ratios=[0.5] * 700))
+        assert (len(many["tokens"]), len(many["log_ratios"]), many["cut"]) == (600, 600, True)
+        (long,) = self.of(tmp_path / "long", sample(tokens=["x" * 1000] * 5, log_ratios=[0.5] * 5))
+        assert (len(long["tokens"]), len(long["log_ratios"]), long["cut"]) == (2, 2, True)
+        (whole,) = self.of(tmp_path / "whole", sample(tokens=["a"] * 600, log_ratios=[0.5] * 600))
+        assert "cut" not in whole
+
+    @pytest.mark.parametrize(("letter", "n_looks"), [("<", 100), ("\U0001f600", 100), ("a", 3), ("<", 1)])
+    def test_however_large_find_room_on_the_page(self, tmp_path, letter, n_looks):
+        told = {"response": letter * 3000, "tokens": [letter * 4] * 700, "log_ratios": [-0.123456789012345] * 700}
+        samples = [sample(k, prompt=f"{p}{letter * 3000}", **told) for k in range(n_looks) for p in range(20)]
+        run = make_language_run(tmp_path / "run", align_rows(5), samples)
+        found = samples_of(read_records([run])[0])
+        assert found
+        assert len(embedded(found)) <= MOST_SAMPLE_CHARACTERS
+
+    def test_of_one_look_too_many_to_show_are_left_out(self, tmp_path):
+        assert self.of(tmp_path, *(sample(1, response="x" * 2400) for _ in range(300))) == []
+
+    def test_of_several_runs_share_the_room(self, tmp_path):
+        samples = [sample(k, prompt=str(p), response="x" * 2000) for k in range(1, 41) for p in range(10)]
+        runs = [make_language_run(tmp_path / str(k), align_rows(5), samples, gamma=k) for k in range(4)]
+        assert len(embedded(data_of(written(*runs))["samples"])) <= 1.01 * MOST_SAMPLE_CHARACTERS
 
     def test_of_many_looks_are_thinned_to_what_fits_with_both_ends(self, tmp_path):
         long = "x" * 2000
@@ -386,8 +475,15 @@ class TestPage:
     def test_of_several_runs_compares_them(self, tmp_path):
         runs = [make_run(tmp_path / str(k), rows(return_mean=100.0 * k), seed=k) for k in (1, 2, 3)]
         said = " ".join(" ".join(Tags(written(*runs)).text).split())
-        assert "3 seeds 3 200 100 to 300 100 300" in said
+        assert "3 seeds 3 200 the mean - 100 300" in said
+        assert "95 % interval of" not in said
         assert "Settings that differ" not in said
+
+    def test_of_five_seeds_has_an_interval(self, tmp_path):
+        runs = [make_run(tmp_path / str(k), rows(return_mean=100.0 * k), seed=k) for k in (1, 2, 3, 4, 10)]
+        said = " ".join(" ".join(Tags(written(*runs)).text).split())
+        low, high = map(number, bootstrap_interval(np.array([100.0, 200, 300, 400, 1000]), n_resamples=5000))
+        assert f"5 seeds 5 300 the interquartile mean {low} to {high} 100 1,000" in said
 
     def test_of_a_surrogate_in_a_name_is_written(self, tmp_path):
         run = make_run(tmp_path / "run", rows(12))

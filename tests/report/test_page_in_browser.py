@@ -254,13 +254,43 @@ def test_several_seeds_are_summed_up_and_can_be_seen_one_by_one(see, tmp_path):
     runs = [make_run(tmp_path / str(k), rows(return_mean=10.0 * k), seed=k) for k in (1, 2, 3)]
     page = see(*runs)
     assert number_in(page.legend("return_mean")[1]) == 20
+    hint = page.panel("return_mean").locator(".hint")
+    assert "mean of the seeds, shaded from the lowest to the highest" in hint.inner_text()
     page.choose("each run")
     told = page.hover("return_mean", 0.5)
-    assert [line.split()[0] for line in told[1:]] == ["1,", "2,", "3,"] or len(told) == 4
+    assert [line.split()[0] for line in told[1:]] == ["1", "2", "3"]
     assert [number_in(line) for line in told[1:]] == [10, 20, 30]
     page.tab.locator("#entities button").nth(1).click()
     assert [number_in(line) for line in page.legend("return_mean")[1:]] == [10, 30]
     assert page.complaints == []
+
+
+def test_a_single_run_beside_groups_is_drawn_and_said_by_its_group(see, tmp_path):
+    runs = [make_run(tmp_path / str(k), rows(return_mean=10.0 * k), seed=k) for k in (1, 2, 3, 4, 5)]
+    page = see(*runs, make_run(tmp_path / "other", rows(return_mean=70.0), gamma=0.5))
+    told = page.legend("return_mean")[1:]
+    assert [number_in(line) for line in told] == [30, 70]
+    assert "1 seed" in told[1]
+    assert "interquartile mean, shaded: its 95 % interval" in page.panel("return_mean").locator(".hint").inner_text()
+    assert page.complaints == []
+
+
+def test_metrics_may_have_any_name(see, tmp_path):
+    names = ("constructor", "toString", "__proto__", "hasOwnProperty")
+    strange = [row | {name: float(row["iteration"]) for name in names} for row in rows(30)]
+    page = see(make_run(tmp_path / "a", strange), make_run(tmp_path / "b", rows(30), gamma=0.5))
+    for name in names:
+        assert number_in(page.legend(name)[1]) == 30
+    assert page.complaints == []
+
+
+def test_an_answer_that_was_cut_ends_with_a_mark(see, tmp_path):
+    answers = ({"tokens": ["a"] * 700, "log_ratios": [0.5] * 700}, {"tokens": ["a"], "log_ratios": [0.5]})
+    samples = [
+        {"iteration": k, "prompt": "why", "response": "a", "score": 1.0} | told for k, told in enumerate(answers)
+    ]
+    page = see(make_language_run(tmp_path / "run", align_rows(12), samples))
+    assert page.tab.locator(".look p").all_inner_texts() == ["a" * 600 + "...", "a"]
 
 
 def test_language_runs_have_their_frontier_and_their_samples_side_by_side(see, tmp_path):

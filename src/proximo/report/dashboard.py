@@ -7,6 +7,7 @@ the training waits for it, and it ends with the run.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ SUMMARY_EVERY = 5.0
 """Seconds between two summaries at least: each reads all metrics."""
 SUMMARY_SHARE = 0.005
 """Of the time, spent on summaries at most."""
+_OURSELVES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+"""The names of this machine, with any port: a port that is forwarded to ours has another number."""
 _FILES = {"/metrics": "metrics.jsonl", "/samples": "samples.jsonl"}
 
 
@@ -92,8 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer for the page, its summary, and new lines of the two files; for nothing else."""
         server = self.server
         assert isinstance(server, Dashboard)
-        port = server.server_address[1]
-        if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
+        if not _OURSELVES.fullmatch(self.headers.get("Host", "")):
             self._answer(403, b"This page is for the machine it is on.\n", "text/plain")
             return
         asked = urlsplit(self.path)
@@ -104,8 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200, server.summary(), "text/html")
             elif asked.path in _FILES:
                 path, first = server.run.path / _FILES[asked.path], _offset(asked.query)
-                first, lines = new_lines(path, first)
-                ends = {"X-From": str(first), "X-Next": str(first + len(lines))}
+                first, lines, following = new_lines(path, first)
+                ends = {"X-From": str(first), "X-Next": str(following)}
                 self._answer(200, lines, "application/x-ndjson", ends)
             else:
                 self._answer(404, b"There is nothing of this name.\n", "text/plain")
@@ -131,21 +133,30 @@ class _Handler(BaseHTTPRequestHandler):
         """Standard error belongs to the run."""
 
 
-def new_lines(path: Path, first: int) -> tuple[int, bytes]:
-    """The whole lines of a file from an offset on, `MOST_BYTES` at most, and the offset they begin at.
+def new_lines(path: Path, first: int) -> tuple[int, bytes, int]:
+    """The whole lines of a file from an offset on, `MOST_BYTES` at most; a line that is not yet whole is left out.
 
-    That is 0 where the file has become shorter than the offset: it is no longer the same. A line that is longer than an
-    answer may be is left out, and so is one that is not yet whole.
+    Returns:
+        The offset that the lines begin at, which is 0 where the file has become shorter than `first`: it is no longer
+        the same. The lines. The offset to ask for next: beyond a line that is longer than an answer may be, which is
+        passed over.
     """
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
             first = first if 0 <= first <= size else 0
             file.seek(first)
-            lines = file.read(MOST_BYTES)
+            read = file.read(MOST_BYTES)
+            lines = read[: read.rfind(b"\n") + 1]
+            following = first + len(lines)
+            while not lines and len(read) == MOST_BYTES:
+                read = file.read(MOST_BYTES)
+                if b"\n" in read:
+                    following = file.tell() - len(read) + read.index(b"\n") + 1
+                    break
     except OSError:
-        return 0, b""
-    return first, lines[: lines.rfind(b"\n") + 1]
+        return 0, b"", 0
+    return first, lines, following
 
 
 def _offset(query: str) -> int:

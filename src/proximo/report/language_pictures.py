@@ -15,7 +15,7 @@ import numpy as np
 from proximo.report import pictures
 from proximo.report.charts import CHARTS, Chart, Line, Panel
 from proximo.report.folder import png_bytes, prepare_folder, write_ours
-from proximo.report.records import RunRecord
+from proximo.report.records import RunRecord, finite
 from proximo.report.words import number
 
 if TYPE_CHECKING:
@@ -391,7 +391,7 @@ def _samples_of(record: RunRecord) -> list[str]:
         lines += ["| iteration | score | KL (nats) | response |", "|---|---|---|---|"]
         for sample in samples:
             if sample["iteration"] in shown:
-                score, kl = (number(_number_in(sample, name)) for name in ("score", "kl"))
+                score, kl = (number(finite(sample.get(name))) for name in ("score", "kl"))
                 lines.append(f"| {sample['iteration']} | {score} | {kl} | {_code(str(sample.get('response')))} |")
         lines.append("")
     return lines
@@ -420,11 +420,6 @@ def _prompt_text(prompt: object) -> str:
         said = [message for message in prompt if isinstance(message, dict)]
         return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in said)
     return str(prompt)
-
-
-def _number_in(sample: dict[str, Any], name: str) -> float | None:
-    value = sample.get(name)
-    return float(value) if isinstance(value, int | float) else None
 
 
 def _code(text: str) -> str:

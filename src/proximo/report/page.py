@@ -23,11 +23,12 @@ import numpy as np
 
 from proximo.report.diagnosis import Finding
 from proximo.report.folder import MARK
-from proximo.report.intervals import bootstrap_interval, interquartile_mean
+from proximo.report.intervals import FEWEST_SEEDS, bootstrap_interval, interquartile_mean
 from proximo.report.page_data import (
     AXES,
+    MOST_SAMPLE_CHARACTERS,
     curves_of,
-    group_curves,
+    curves_of_groups,
     groups_of,
     panels_of,
     references_of,
@@ -208,13 +209,14 @@ def _data(records: Sequence[RunRecord], summaries: Summaries, groups: Sequence[S
         curves | {"label": summary.name, "references": references_of(record)}
         for record, summary, curves in zip(records, summaries, curves_of(records), strict=True)
     ]
-    summed = [group_curves([records[number] for number in members]) for members in groups]
+    summed = curves_of_groups(records, groups)
     of_groups = [
-        (curves or runs[members[0]])
+        (curves or {"run": members[0]})
         | {"label": _group_label(records, groups, group), "references": references_of(records[members[0]])}
         for group, (members, curves) in enumerate(zip(groups, summed, strict=True))
         if curves or len(members) == 1
     ]
+    most_characters = MOST_SAMPLE_CHARACTERS // min(len(records), 4)
     return {
         "live": False,
         "control": records[0].stage is None,
@@ -228,7 +230,9 @@ def _data(records: Sequence[RunRecord], summaries: Summaries, groups: Sequence[S
             if (players := read_ratings(record.run))
         ],
         "samples": [
-            {"label": record.name, "samples": samples} for record in records[:4] if (samples := samples_of(record))
+            {"label": record.name, "samples": samples}
+            for record in records[:4]
+            if (samples := samples_of(record, most_characters))
         ],
     }
 
@@ -382,23 +386,24 @@ def _verdict(findings: Sequence[Finding]) -> str:
 
 
 def _group_rows(records: Sequence[RunRecord], summaries: Summaries) -> list[list[str]]:
-    """The result of each group of seeds: interquartile mean and interval of what the runs ended with."""
+    """The result of each group of seeds: what the runs ended with, summed up as the curves are."""
     groups = groups_of(records)
     if not any(len(members) > 1 for members in groups):
         return []
     is_control = isinstance(summaries[0], RunSummary)
-    rows = [
-        ["group", "seeds", "final return" if is_control else "reward or loss", "95 % interval", "lowest", "highest"]
-    ]
+    result = "final return" if is_control else "reward or loss"
+    rows = [["group", "seeds", result, "which is", "95 % interval", "lowest", "highest"]]
     for group, members in enumerate(groups):
         ends = np.array([end for number_ in members if (end := _end(summaries[number_])) is not None])
         if not len(ends):
             continue
-        low, high = bootstrap_interval(ends, n_resamples=5000) if len(ends) > 1 else (None, None)
-        between = f"{number(low)} to {number(high)}" if len(ends) > 1 else "-"
-        shown = [float(interquartile_mean(ends)), float(ends.min()), float(ends.max())]
+        middle, what, between = float(ends.mean()), "the mean" if len(ends) > 1 else "the only one", "-"
+        if len(ends) >= FEWEST_SEEDS:
+            middle, what = float(interquartile_mean(ends)), "the interquartile mean"
+            between = " to ".join(map(number, bootstrap_interval(ends, n_resamples=5000)))
         label = _group_label(records, groups, group)
-        rows.append([label, str(len(members)), number(shown[0]), between, number(shown[1]), number(shown[2])])
+        lowest, highest = number(float(ends.min())), number(float(ends.max()))
+        rows.append([label, str(len(ends)), number(middle), what, between, lowest, highest])
     return rows
 
 

@@ -11,30 +11,33 @@ from typing import Any
 import numpy as np
 
 from proximo.report.charts import CHARTS, Chart, Line, Panel
-from proximo.report.intervals import bootstrap_band, interquartile_mean
+from proximo.report.intervals import FEWEST_SEEDS, bootstrap_band, interquartile_mean
 from proximo.report.language_pictures import (
     ALIGN_CHARTS,
     FRONTIER,
     LEARNING_CHARTS,
     LONGEST_SAMPLE,
-    _number_in,
     _prompt_text,
     _read_samples,
 )
-from proximo.report.records import RunRecord
+from proximo.report.records import RunRecord, finite
 
 MOST_NUMBERS = 100_000
-"""Numbers of all curves of a page; at about nine characters each they are half of what the file may have."""
+"""Numbers of all runs' curves on a page; at about nine characters each they are half of what the file may have."""
+MOST_GROUP_NUMBERS = 60_000
+"""Numbers of the curves of all groups of a page, beside those of its runs."""
 MOST_ROWS = 4000
 """Points of a curve; a screen is about as wide."""
 FEWEST_ROWS = 24
 """However many runs are compared."""
 GROUP_POINTS = 120
 """Points at which the runs of a group are summed up."""
+FEWEST_GROUP_POINTS = 16
+"""However many groups are compared."""
 MOST_METRICS = 120
 """Metrics of a run; more come from no loop of ours."""
 MOST_SAMPLE_CHARACTERS = 400_000
-"""Of all samples on a page, as JSON."""
+"""Of all samples on a page, as the page holds them."""
 MOST_PROMPTS = 12
 LOOKS = (24, 16, 10, 6, 3, 2)
 """Looks at a prompt: the first of these that fits."""
@@ -121,9 +124,19 @@ def _panel(panel: Panel, section: str) -> dict[str, Any]:
 
 def curves_of(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """The curves of each run: `x` and `columns`, and where they were thinned `means`, of as many rows as it says."""
-    n_metrics = max((len(_metrics(record)) for record in records), default=1) or 1
-    most_rows = min(MOST_ROWS, max(FEWEST_ROWS, MOST_NUMBERS // (len(records) * n_metrics)))
-    return [_curves(record, most_rows) for record in records]
+    metrics = metrics_of(records, MOST_NUMBERS // (max(len(records), 1) * FEWEST_ROWS))
+    most_rows = min(MOST_ROWS, max(FEWEST_ROWS, MOST_NUMBERS // (max(len(records), 1) * max(len(metrics), 1))))
+    return [_curves(record, metrics, most_rows) for record in records]
+
+
+def metrics_of(records: Sequence[RunRecord], most: int) -> list[str]:
+    """The names that have a number in any of the runs; where they are too many, those of a panel of their own first."""
+    names = dict.fromkeys(name for record in records for name in _metrics(record))
+    if len(names) <= most:
+        return list(names)
+    stage = records[0].stage
+    first = [*X_METRICS.values(), *(line["metric"] for panel in panels_of(stage) for line in panel["lines"])]
+    return [name for name in dict.fromkeys([*first, *names]) if name in names][: max(most, 6)]
 
 
 def _metrics(record: RunRecord) -> list[str]:
@@ -131,12 +144,13 @@ def _metrics(record: RunRecord) -> list[str]:
     return [name for name in names if np.isfinite(record.column(name)).any()][:MOST_METRICS]
 
 
-def _curves(record: RunRecord, most_rows: int) -> dict[str, Any]:
+def _curves(record: RunRecord, wanted: Sequence[str], most_rows: int) -> dict[str, Any]:
     n = len(record.rows)
     x = {name: rising(record.column(metric)) for name, metric in X_METRICS.items()}
     if not np.isfinite(record.column("iteration")).any():
         x["iterations"] = np.arange(1.0, n + 1)
-    metrics = [name for name in _metrics(record) if name not in X_METRICS.values()]
+    own = set(_metrics(record)) - set(X_METRICS.values())
+    metrics = [name for name in wanted if name in own]
     size = 1 if n <= most_rows else -(-3 * n // most_rows)  # three numbers for each group: two extremes and a mean
     curves: dict[str, Any] = {"size": size, "last": {}}
     columns = {name: record.column(name) for name in metrics}
@@ -202,9 +216,8 @@ def references_of(record: RunRecord) -> dict[str, float]:
     """The settings that are drawn as dashed lines, where they are in force."""
     found = {}
     for name in ("target_kl", "beta_target", "max_new_tokens", "max_grad_norm"):
-        value = record.settings.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if is_number and (name != "beta_target" or record.settings.get("beta_control") == "adaptive"):
+        value = finite(record.settings.get(name))
+        if value is not None and (name != "beta_target" or record.settings.get("beta_control") == "adaptive"):
             found[name] = value
     return found
 
@@ -221,14 +234,32 @@ def groups_of(records: Sequence[RunRecord]) -> list[list[int]]:
     return list(groups.values())
 
 
-def group_curves(records: Sequence[RunRecord]) -> dict[str, Any] | None:
+def curves_of_groups(records: Sequence[RunRecord], groups: Sequence[Sequence[int]]) -> list[dict[str, Any] | None]:
+    """`group_curves` of each group, of as many points and metrics as there is room for on one page."""
+    n_groups = max(sum(len(members) > 1 for members in groups), 1)
+    metrics = metrics_of(records, MOST_GROUP_NUMBERS // (3 * n_groups * FEWEST_GROUP_POINTS))
+    room = MOST_GROUP_NUMBERS // (3 * n_groups * max(len(metrics), 1))
+    n_points = min(GROUP_POINTS, max(FEWEST_GROUP_POINTS, room))
+    return [group_curves([records[number] for number in members], metrics, n_points) for members in groups]
+
+
+def group_curves(
+    records: Sequence[RunRecord], wanted: Sequence[str] | None = None, n_points: int = GROUP_POINTS
+) -> dict[str, Any] | None:
     """The interquartile mean over runs that differ in their seeds alone, with 95 % bootstrap intervals.
 
-    Runs are read off at the same steps (iterations, where there are none), as far as the shortest one came; `seconds`
-    are their mean at that step. A metric counts where every run has it.
+    Of fewer than `FEWEST_SEEDS` runs it is their mean, with the lowest and the highest of them. Runs are read off at
+    the same steps (iterations, where there are none), as far as the shortest one came; `seconds` are their mean at that
+    step. A metric counts where every run has it, from the point on where all have a value to where the first ends.
+
+    Args:
+        records: the runs.
+        wanted: metrics to sum up; None for all.
+        n_points: at how many steps.
 
     Returns:
-        `x`, `columns`, and `bands` with the low and high ends; None where two of the runs have nothing in common.
+        `x`, `columns`, `bands` with the low and high ends, and `few`, which is true for fewer runs; None where two of
+        the runs have nothing in common.
     """
     learned = [record for record in records if record.rows]
     if len(learned) < 2:
@@ -243,84 +274,116 @@ def group_curves(records: Sequence[RunRecord]) -> dict[str, Any] | None:
     )
     if high < low:
         return None
-    n_points = min(GROUP_POINTS, *(len(each) for each in positions))
+    n_points = min(n_points, *(len(each) for each in positions))
     grid = np.linspace(low, high, n_points) if n_points > 1 else np.array([high])
     shared = set(_metrics(learned[0])).intersection(*(_metrics(record) for record in learned[1:]))
-    curves: dict[str, Any] = {"x": {}, "columns": {}, "bands": {}, "size": 1, "last": {}}
-    for name, metric in X_METRICS.items():
-        if metric in shared:
-            curves["x"][name] = plain(rising(_read_off(learned, positions, metric, grid).mean(axis=0)))
-    if not curves["x"]:
+    names = [name for name in wanted or _metrics(learned[0]) if name in shared - set(X_METRICS.values())]
+    x = {
+        name: plain(rising(_read_off(learned, positions, metric, grid).mean(axis=0)))
+        for name, metric in X_METRICS.items()
+        if metric in shared
+    }
+    if not x:
         return None
-    for metric in (name for name in _metrics(learned[0]) if name in shared - set(X_METRICS.values())):
-        table = _read_off(learned, positions, metric, grid)
-        ends = bootstrap_band(table)
-        curves["columns"][metric] = plain(interquartile_mean(table.T))
-        curves["bands"][metric] = [plain(end) for end in ends]
-    return curves
+    tables = [_read_off(learned, positions, name, grid) for name in names]
+    middle, ends = _summed_up(np.concatenate(tables, axis=1) if tables else np.empty((len(learned), 0)))
+    curves: dict[str, Any] = {"x": x, "columns": {}, "bands": {}, "size": 1, "last": {}}
+    for place, name in enumerate(names):
+        part = slice(place * n_points, (place + 1) * n_points)
+        curves["columns"][name] = plain(middle[part])
+        curves["bands"][name] = [plain(end[part]) for end in ends]
+    return curves | {"few": len(learned) < FEWEST_SEEDS}
+
+
+def _summed_up(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The middle `[points]` and both ends of the band of runs `[runs, points]`; NaN where any run has it."""
+    known = np.isfinite(table).all(axis=0)
+    middle, ends = np.full(table.shape[1], np.nan), np.full((2, table.shape[1]), np.nan)
+    found = table[:, known]
+    if len(table) < FEWEST_SEEDS:
+        middle[known], ends[:, known] = found.mean(axis=0), (found.min(axis=0), found.max(axis=0))
+    else:
+        middle[known], ends[:, known] = interquartile_mean(found.T), bootstrap_band(found)
+    return middle, ends
 
 
 def _read_off(
     records: Sequence[RunRecord], positions: Sequence[np.ndarray], metric: str, grid: np.ndarray
 ) -> np.ndarray:
-    """A metric of each run at the points of a grid, `[runs, points]`, on straight lines between its values."""
+    """A metric of each run at the points of a grid, `[runs, points]`, on straight lines between its values.
+
+    NaN lies before the first value of a run and beyond its last.
+    """
     table = np.empty((len(records), len(grid)))
     for row, (record, position) in enumerate(zip(records, positions, strict=True)):
         values = record.column(metric)
         known = np.isfinite(values) & np.isfinite(position)
-        table[row] = np.interp(grid, position[known], values[known]) if known.any() else np.nan
+        outside = {"left": np.nan, "right": np.nan}
+        table[row] = np.interp(grid, position[known], values[known], **outside) if known.any() else np.nan
     return table
 
 
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def samples_of(record: RunRecord) -> list[dict[str, Any]]:
-    """The answers to the same prompts over the iterations, as plain values; evenly spread where there are many.
+def samples_of(record: RunRecord, most_characters: int = MOST_SAMPLE_CHARACTERS) -> list[dict[str, Any]]:
+    """The answers to the same prompts over the iterations, as plain values.
 
-    Each has `iteration`, `prompt`, `response`, `score`, `kl`, and, where the run has kept them, `tokens` and
-    `log_ratios`, one for each token.
+    Where they are more than there is room for there are fewer looks, evenly spread, then no colours, then fewer
+    prompts. Each has `iteration`, `prompt`, `response`, `score`, `kl`, and, where the run has kept them, `tokens` and
+    `log_ratios`, one for each token, with `cut` where these are not all.
     """
-    found = [_sample(sample) for sample in _read_samples(record.run.path / "samples.jsonl")]
-    prompts = list(dict.fromkeys(sample["prompt"] for sample in found))[:MOST_PROMPTS]
-    found = [sample for sample in found if sample["prompt"] in prompts]
-    iterations = sorted({sample["iteration"] for sample in found})
-    kept = found
-    for most in LOOKS:
-        shown = (
-            {iterations[round(place)] for place in np.linspace(0, len(iterations) - 1, most)} if iterations else set()
-        )
-        kept = [sample for sample in found if sample["iteration"] in shown]
-        if len(json.dumps(kept)) <= MOST_SAMPLE_CHARACTERS:
-            break
-    return kept
+    coloured = [_sample(sample) for sample in _read_samples(record.run.path / "samples.jsonl")]
+    plain_ones = [{name: sample[name] for name in sample if name not in _COLOURS} for sample in coloured]
+    sizes = {True: [_size(sample) for sample in coloured], False: [_size(sample) for sample in plain_ones]}
+    prompts = list(dict.fromkeys(sample["prompt"] for sample in coloured))
+    tries = [(MOST_PROMPTS, looks, True) for looks in LOOKS] + [(MOST_PROMPTS, looks, False) for looks in LOOKS]
+    for n_prompts, n_looks, with_colours in [*tries, (4, LOOKS[-1], False), (1, LOOKS[-1], False)]:
+        asked = set(prompts[:n_prompts])
+        found = [place for place, sample in enumerate(coloured) if sample["prompt"] in asked]
+        iterations = sorted({coloured[place]["iteration"] for place in found})
+        looks = np.linspace(0, len(iterations) - 1, n_looks) if iterations else []
+        shown = {iterations[round(look)] for look in looks}
+        kept = [place for place in found if coloured[place]["iteration"] in shown]
+        if sum(sizes[with_colours][place] for place in kept) <= most_characters:
+            return [(coloured if with_colours else plain_ones)[place] for place in kept]
+    return []
+
+
+_COLOURS = frozenset({"tokens", "log_ratios", "cut"})
+
+
+def _size(sample: dict[str, Any]) -> int:
+    """Characters of a sample in the page, where letters that mean something to HTML take six."""
+    text = json.dumps(sample)
+    return len(text) + 5 * sum(map(text.count, "&<>")) + 2
 
 
 def _sample(sample: dict[str, Any]) -> dict[str, Any]:
-    response = str(sample.get("response"))
     told = {
         "iteration": sample["iteration"],
         "prompt": _cut(_prompt_text(sample.get("prompt"))),
-        "response": _cut(response),
-        "score": _finite(_number_in(sample, "score")),
-        "kl": _finite(_number_in(sample, "kl")),
+        "response": _cut(str(sample.get("response"))),
+        "score": finite(sample.get("score")),
+        "kl": finite(sample.get("kl")),
     }
     tokens, ratios = sample.get("tokens"), sample.get("log_ratios")
-    if isinstance(tokens, list) and isinstance(ratios, list) and len(tokens) == len(ratios):
-        known = [isinstance(token, str) and _is_finite(ratio) for token, ratio in zip(tokens, ratios, strict=True)]
-        if all(known):
-            told |= {"tokens": tokens[:LONGEST_SAMPLE], "log_ratios": ratios[:LONGEST_SAMPLE]}
-    return told
+    if not (isinstance(tokens, list) and isinstance(ratios, list) and len(tokens) == len(ratios)):
+        return told
+    numbers = [finite(ratio) for ratio in ratios]
+    if None in numbers or not all(isinstance(token, str) for token in tokens):
+        return told
+    ends = np.cumsum([len(token) for token in tokens[:LONGEST_SAMPLE]])
+    n = int((ends <= _MOST_CHARACTERS).sum())
+    if n == 0:
+        return told
+    told |= {"tokens": tokens[:n], "log_ratios": numbers[:n]}
+    return told | {"cut": True} if n < len(tokens) else told
+
+
+_MOST_CHARACTERS = 4 * LONGEST_SAMPLE
+"""Of a prompt, of a response, and of all tokens of one."""
 
 
 def _cut(text: str) -> str:
-    longest = 4 * LONGEST_SAMPLE
-    return text if len(text) <= longest else f"{text[:longest]}..."
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."

@@ -104,7 +104,22 @@ def settings_that_differ(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
     """One metric over all rows as float64; NaN where it is missing, null or no number."""
     values = [row.get(name) for row in rows]
-    return np.array([value if isinstance(value, (int, float)) else math.nan for value in values], np.float64)
+    known = [value if isinstance(value, (int, float)) else math.nan for value in values]
+    try:
+        return np.array(known, np.float64)
+    except OverflowError:  # a whole number of hundreds of digits
+        return np.array([math.nan if finite(value) is None else value for value in known], np.float64)
+
+
+def finite(value: object) -> float | None:
+    """A value that was read as a float; None where it is no number, not finite, or too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 def _tail(path: Path, depth: int) -> str:

@@ -17,6 +17,13 @@
     hidden: { runs: new Set(), groups: new Set() },
   };
   let charts = [];
+  for (const run of data.runs) {
+    for (const part of ["columns", "means", "last"]) if (run[part]) run[part] = named(run[part]);
+  }
+  data.groups = data.groups.map((group) => {
+    if (group.run !== undefined) return { ...data.runs[group.run], label: group.label };
+    return { ...group, columns: named(group.columns), bands: named(group.bands), last: named(group.last) };
+  });
 
   // --- small things --------------------------------------------------------------------------------------------------
 
@@ -25,6 +32,11 @@
     if (className) element.className = className;
     if (text !== undefined) element.textContent = text;
     return element;
+  }
+
+  /** Values by names of metrics, which may be any: "constructor" is no different from others. */
+  function named(values) {
+    return Object.assign(Object.create(null), values);
   }
 
   function isNumber(value) {
@@ -106,7 +118,10 @@
     const lines = entities().flatMap(({ entity }) => panel.lines.map((line) => entity.columns[line.metric]).filter(Boolean));
     const known = lines.some((values) => values.some(isNumber));
     if (!known || !panel.varies) return known;
-    return lines.some((values) => values.some((value) => isNumber(value) && value !== values.find(isNumber)));
+    return lines.some((values) => {
+      const first = values.find(isNumber);
+      return values.some((value) => isNumber(value) && value !== first);
+    });
   }
 
   /** Whatever else was measured gets a chart of its own. */
@@ -118,7 +133,7 @@
       .map((name) => ({
         title: readable(name), section: "Everything else that was measured", hint: "", unit: name, lines: [{ metric: name, label: "" }],
         noisy: true, log: false, floor: null, ceiling: null, reference: null, level: null, fromZero: false,
-        percent: false, stacked: false, parts: {}, varies: true, band: null,
+        percent: false, stacked: false, parts: named({}), varies: true, band: null,
       }));
   }
 
@@ -166,7 +181,13 @@
   function bandInWords(panel) {
     const shown = entities();
     if (panel.stacked) return "";
-    if (state.view === "groups") return "shaded: 95 % interval of the interquartile mean";
+    if (state.view === "groups") {
+      const summed = data.groups.filter((group) => group.bands);
+      const few = summed.filter((group) => group.few).length;
+      if (few === summed.length) return "mean of the seeds, shaded from the lowest to the highest";
+      const many = "interquartile mean, shaded: its 95 % interval";
+      return few ? `of 5 seeds and more: ${many}; of fewer: mean, shaded from the lowest to the highest` : many;
+    }
     if (!panel.band || shown.length !== 1) return "";
     if (shown[0].entity.columns[panel.band]) return "shaded: one standard deviation";
     const first = shown[0].entity.columns[panel.lines[0].metric] || [];
@@ -923,6 +944,7 @@
         piece.title = `${ratio > 0 ? "+" : ""}${told(Number(ratio.toPrecision(3)))} nats`;
         text.append(piece);
       });
+      if (sample.cut) text.append("...");
     } else {
       text.textContent = sample.response || "(empty)";
     }
@@ -1036,7 +1058,7 @@
     startTheme();
     if (data.live) {
       data.samples = [{ label: data.runs[0].label, samples: [] }];
-      Object.assign(data.runs[0], { x: {}, columns: {}, last: {} });
+      Object.assign(data.runs[0], { x: {}, columns: named({}), last: named({}) });
       delete data.runs[0].means;
     }
     startControls();
