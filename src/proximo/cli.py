@@ -593,12 +593,18 @@ def _watch(words: list[str]) -> Outcome:
 
 def _report(words: list[str]) -> Outcome:
     from proximo.baselines import baselines_of
+    from proximo.report.folder import is_report
     from proximo.report.report import report_json, write_report
     from proximo.runs.directory import open_run
 
     given = _parse(ReportArguments, words, "report")
     if not given.runs:
         raise UserError("proximo report needs one or more run directories.")
+    # `proximo report runs/CartPole-v1/*` also names the report that the same command wrote before.
+    reports = [path for path in given.runs if is_report(Path(path))]
+    if reports and len(reports) < len(given.runs):
+        tell(f"proximo: left out, since they are reports: {', '.join(map(str, reports))}")
+        given = replace(given, runs=tuple(path for path in given.runs if path not in reports))
     runs = [open_run(path) for path in given.runs]
     report = write_report(runs, given.out, baselines=baselines_of(runs))
     if given.tensorboard is not None:

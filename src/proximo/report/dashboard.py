@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import BoundedSemaphore, Lock, Thread
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -28,6 +28,8 @@ from proximo.runs.metrics import read_metrics
 HOST = "127.0.0.1"
 MOST_BYTES = 1_000_000
 """Of a file, in one answer; the browser asks again for the rest."""
+MOST_CONNECTIONS = 32
+"""At once; each takes a file descriptor, which the run needs for its checkpoints."""
 SUMMARY_EVERY = 5.0
 """Seconds between two summaries at least: each reads all metrics."""
 SUMMARY_SHARE = 0.005
@@ -49,6 +51,7 @@ class Dashboard(ThreadingHTTPServer):
         self.run = run
         self.baseline = baseline
         self._lock = Lock()
+        self._free = BoundedSemaphore(MOST_CONNECTIONS)
         self._summary = ""
         self._summary_due = 0.0
 
@@ -80,6 +83,20 @@ class Dashboard(ThreadingHTTPServer):
                 self._summary_due = began + max(SUMMARY_EVERY, took / SUMMARY_SHARE)
             return self._summary.encode(errors="replace")
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a thread that answers; close the connection where there are too many."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for another."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that has gone away is nothing to speak of."""
 
@@ -98,7 +115,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not _OURSELVES.fullmatch(self.headers.get("Host", "")):
             self._answer(403, b"This page is for the machine it is on.\n", "text/plain")
             return
-        asked = urlsplit(self.path)
+        try:
+            asked = urlsplit(self.path)
+        except ValueError:
+            self._answer(400, b"This is no address.\n", "text/plain")
+            return
         try:
             if asked.path == "/":
                 self._answer(200, server.page(), "text/html")
@@ -128,6 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Refuse in plain words what is no GET, or no request at all."""
+        self.close_connection = True
+        self._answer(code, f"{message or explain or 'This is not understood.'}\n".encode(), "text/plain")
 
     def log_message(self, format: str, *args: Any) -> None:
         """Standard error belongs to the run."""

@@ -19,6 +19,15 @@ _SOFTWARE = "Proximo"
 _PICTURE_MARK = b"tEXtSoftware\x00" + _SOFTWARE.encode()
 
 
+def is_report(folder: Path) -> bool:
+    """Whether a folder is a report on several runs, and no run."""
+    try:
+        text = (folder / "report.md").read_bytes()[: len(MARK)]
+        return text == MARK.encode() and not (folder / "config.toml").exists()
+    except OSError:
+        return False
+
+
 def png_bytes(figure: Figure) -> bytes:
     """Draw a figure as a PNG that says who made it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -102,13 +102,15 @@ def settings_that_differ(records: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def column(rows: Sequence[Row], name: str) -> np.ndarray:
-    """One metric over all rows as float64; NaN where it is missing, null or no number."""
+    """One metric over all rows as float64; NaN where it is missing, null, no number, or not finite."""
     values = [row.get(name) for row in rows]
     known = [value if isinstance(value, (int, float)) else math.nan for value in values]
     try:
-        return np.array(known, np.float64)
+        found = np.array(known, np.float64)
     except OverflowError:  # a whole number of hundreds of digits
-        return np.array([math.nan if finite(value) is None else value for value in known], np.float64)
+        found = np.array([math.nan if finite(value) is None else value for value in known], np.float64)
+    found[np.isinf(found)] = math.nan
+    return found
 
 
 def finite(value: object) -> float | None:
@@ -123,4 +125,5 @@ def finite(value: object) -> float | None:
 
 
 def _tail(path: Path, depth: int) -> str:
-    return "/".join(path.parts[-depth:]) if path.parts else str(path)
+    name = "/".join(path.parts[-depth:]) if path.parts else str(path)
+    return name.encode(errors="replace").decode()  # a name that is no UTF-8 can be drawn by nobody

@@ -13,7 +13,7 @@ from proximo.report.diagnosis import diagnose
 from proximo.report.finding import Finding
 from proximo.report.language_diagnosis import diagnose_align
 from proximo.report.progress import WINDOW_EPISODES, progress_of
-from proximo.report.records import Row, RunRecord, column
+from proximo.report.records import Row, RunRecord, column, finite
 from proximo.report.words import duration, number, percent, plural
 
 
@@ -64,7 +64,7 @@ def summarize(record: RunRecord) -> RunSummary:
         final_return=progress.final if progress else None,
         best_return=progress.best if progress else None,
         best_return_step=_whole(rows[progress.best_row].get("env_steps")) if progress else None,
-        best_return_seconds=_known(rows[progress.best_row].get("seconds")) if progress else None,
+        best_return_seconds=finite(rows[progress.best_row].get("seconds")) if progress else None,
         seconds=seconds,
         steps_per_second=steps / seconds if steps is not None and seconds else None,
         collecting_share=collecting / (collecting + updating) if collecting + updating > 0 else None,
@@ -246,7 +246,7 @@ def _updates(rows: Sequence[Row]) -> str:
     if not np.isfinite(kl).any():
         return ""
     peak = int(np.nanargmax(kl))
-    iteration = rows[peak].get("iteration", peak + 1)
+    iteration = _whole(rows[peak].get("iteration")) or peak + 1
     told = (
         f"Half of the updates move the policy by a KL of less than {number(float(np.nanmedian(kl)))} nats; "
         f"the largest by {number(float(kl[peak]))}, in iteration {iteration:,}"
@@ -292,10 +292,6 @@ def _last(rows: Sequence[Row], name: str) -> float | None:
     return float(known[-1]) if len(known) else None
 
 
-def _known(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
 def _whole(value: object) -> int | None:
-    known = _known(value)
+    known = finite(value)
     return None if known is None else int(known)
