@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -518,7 +519,7 @@ class TestBadFiles:
             ("a.yml", "!!python/object/apply:os.system ['touch HERE']", "no YAML of plain values"),
             ("a.yml", "x: !!python/name:os.system\n", "no YAML of plain values"),
             ("a.yml", "just a sentence", "not settings by their names"),
-            ("a.yml", "", "not settings by their names"),
+            ("a.yml", "", "is empty"),
             ("a.yml", "- 1\n- 2\n", "not settings by their names"),
             ("a.yml", LAUGHS, "more than 50,000 values"),
             ("a.yml", MERGES, "more than 50,000 values"),
@@ -631,3 +632,42 @@ def test_json_has_it_all(zoo, capsys):
     told = json.loads(out)
     assert (code, told["settings"], told["command"]) == (0, CARTPOLE, "train")
     assert tomllib.loads(told["toml"]) == CARTPOLE
+
+
+# --- what a file may not hold -------------------------------------------------------------------------------------
+
+
+ENTRY = "CartPole-v1:\n  n_envs: 8\n  n_timesteps: !!float 1e5\n  policy: MlpPolicy\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty. It must hold settings by their names"),
+        ("# nothing\n", "is empty"),
+        (ENTRY + "  env_kwargs: {x: !!binary AAAA}\n", "of type bytes, for which settings have no word"),
+        (ENTRY + "  env_kwargs: {x: !!set {a: null}}\n", "of type set, for which settings have no word"),
+        (ENTRY + "  n_envs: 9\n", "has n_envs twice in one table"),
+        (ENTRY + "Foo-v1: 5\n", "the entry Foo-v1 is 5, not a table of settings"),
+    ],
+)
+def test_what_settings_cannot_be_is_named(tmp_path, text, said):
+    path = tmp_path / "ppo.yml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        convert(path)
+
+
+def test_a_name_that_stands_twice_in_json_is_named(tmp_path):
+    path = tmp_path / "ppo.json"
+    path.write_text('{"n_steps": 128, "gamma": 0.9, "gamma": 0.99}')
+    with pytest.raises(UserError, match="gamma stands in it twice"):
+        convert(path)
+
+
+def test_dates_are_text_and_other_letters_are_escaped(tmp_path):
+    path = tmp_path / "ppo.yml"
+    path.write_text(ENTRY + "  env_kwargs: {day: 2020-01-02, name: Ω-é-😀}\n", encoding="utf-8")
+    toml = convert(path).toml
+    assert toml.isascii()
+    assert tomllib.loads(toml)["env_kwargs"] == {"day": "2020-01-02", "name": "Ω-é-😀"}

@@ -17,7 +17,7 @@ from proximo.converting.draft import Draft
 from proximo.converting.language import from_trl_grpo, from_trl_ppo
 from proximo.converting.openrlhf import flat_names, from_openrlhf
 from proximo.converting.reading import read_mapping, visible
-from proximo.errors import UserError, nearest, one_of
+from proximo.errors import UserError, nearest, one_of, shown
 from proximo.language import config_of
 from proximo.training.config import ControlConfig, with_settings
 
@@ -61,7 +61,7 @@ class Converted:
             if name not in tables:
                 beside = f"  # {_plain(self.because[name])}" if name in self.because else ""
                 lines.append(f"{name} = {_toml_value(value)}{beside}")
-        return "\n".join(lines) + "\n" + (f"\n{_escaped(tomli_w.dumps(tables))}" if tables else "")
+        return _escaped("\n".join(lines) + "\n" + (f"\n{tomli_w.dumps(tables)}" if tables else ""))
 
 
 _NAMES = {
@@ -117,6 +117,12 @@ def convert(path: str | Path, env: str | None = None, kind: Kind = "auto") -> Co
     one_of("kind", kind, get_args(Kind))
     theirs = read_mapping(path)
     source, asked_env = visible(path.name), env
+    if any(re.search(r"-v\d+$", name) for name in theirs):
+        for name, value in theirs.items():
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{visible(path)}: the entry {visible(name)} is {visible(shown(value))}, not a table of settings."
+                )
     if all(isinstance(value, dict) for value in theirs.values()):
         entry, theirs = _entry(path, theirs, env)
         source += f", {visible(entry)}"
@@ -257,5 +263,10 @@ def _toml_value(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """TOML in which control characters that it allows as they are stand as escapes."""
-    return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)
+    """TOML in ASCII, whatever a terminal or a file makes of other letters: these stand as escapes."""
+    return re.sub(r"[^\x00-\x7e\ud800-\udfff]", _escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"

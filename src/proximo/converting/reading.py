@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import datetime
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +43,46 @@ def read_mapping(path: Path) -> dict[str, Any]:
     found = _json(path, text) if path.suffix.lower() == ".json" or text.lstrip()[:1] == "{" else _yaml(path, text)
     if _is_too_deep(found):
         raise _too_deep(path)
-    if not isinstance(found, dict) or not found:
+    if found is None or found == {}:
+        raise UserError(f"{visible(path)} is empty. It must hold settings by their names, such as `gamma: 0.99`.")
+    if not isinstance(found, dict):
         raise UserError(f"{visible(path)} holds {shown(found)}, not settings by their names, such as `gamma: 0.99`.")
-    return {str(name): value for name, value in found.items()}
+    return {str(name): _plain(path, value) for name, value in found.items()}
+
+
+def _plain(path: Path, value: Any) -> Any:
+    """A value as JSON has them; a date becomes text."""
+    if isinstance(value, dict):
+        return {name: _plain(path, each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(path, each) for each in value]
+    if isinstance(value, datetime.date):  # a datetime is one
+        return value.isoformat()
+    if isinstance(value, (bytes, set)):
+        raise UserError(
+            f"{visible(path)} holds {visible(shown(value))}, of type {type(value).__name__}, for which settings have "
+            "no word. Write it as a number, a text or a list."
+        )
+    return value
 
 
 def _json(path: Path, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError as error:
         raise _too_deep(path) from error
     except ValueError as error:
         if path.suffix.lower() != ".json":  # a flow mapping of YAML also begins with a brace
             return _yaml(path, text)
         raise UserError(f"{visible(path)} is no JSON: {error}.") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON; raises ValueError where a name stands in it twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"{visible(Counter(name for name, _ in pairs).most_common(1)[0][0])} stands in it twice")
+    return table
 
 
 def _yaml(path: Path, text: str) -> Any:
@@ -74,6 +102,8 @@ def _yaml(path: Path, text: str) -> Any:
             raise UserError(
                 f"{visible(path)} comes to more than {MOST_VALUES:,} values, which no file of settings does."
             )
+        if (repeated := _repeated(node, set())) is not None:
+            raise UserError(f"{visible(path)} has {visible(repeated)} twice in one table. Take out the wrong one.")
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         said = " ".join(str(error).split())
@@ -94,6 +124,18 @@ def _size(node: Any, known: dict[int, int]) -> int:
         known[id(node)] = MOST_VALUES  # what holds itself finds this
         known[id(node)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(node)]
+
+
+def _repeated(node: Any, seen: set[int]) -> str | None:
+    """A name that stands in a table twice; None if there is none."""
+    if id(node) in seen or not isinstance(node.value, list):
+        return None
+    seen.add(id(node))
+    is_table = any(isinstance(each, tuple) for each in node.value)
+    names = Counter(key.value for key, _ in node.value if isinstance(key.value, str)) if is_table else Counter()
+    twice = next((name for name, count in names.most_common(1) if count > 1), None)
+    parts = [part for _, part in node.value] if is_table else node.value
+    return twice or next((found for part in parts if (found := _repeated(part, seen)) is not None), None)
 
 
 def _is_too_deep(value: Any) -> bool:
