@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -64,7 +64,7 @@ class Session:
 
 
 @pytest.fixture
-def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the package in place of wandb writes down what it is given."""
     place = tmp_path / "packages"
     place.mkdir()
@@ -322,12 +322,11 @@ def test_ctrl_c_ends_the_wait_for_a_service_and_names_the_flag_to_go_on(logged: 
         env=os.environ | {"FAKE_DOES": "hang"},
     ) as process:
         assert process.stderr is not None
-        said = ""
+        said, awaited = "", ["steps/s  ", "waiting for Weights & Biases (Ctrl-C stops it)"]
         for line in process.stderr:
             said += line
-            if "steps/s" in line and "return" in line and said.count("steps/s") == 1:
-                process.send_signal(signal.SIGINT)  # ends the training, and saves
-            if "waiting for Weights & Biases (Ctrl-C stops it)" in line:
+            if awaited and awaited[0] in line:  # the first ends the training, and saves; the second ends the wait
+                awaited.pop(0)
                 process.send_signal(signal.SIGINT)
     assert process.returncode == 130
     assert "Weights & Biases has not got everything: it was interrupted" in said
