@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from proximo.errors import UserError
 from proximo.report import dashboard
 from proximo.report.dashboard import Dashboard, new_lines, serving
 from proximo.runs.metrics import append_metrics
@@ -261,3 +262,119 @@ def test_samples_arrive_on_the_page_as_well(tmp_path, served):
         assert page.tab.locator(".asked").inner_text() == "user: why"
         assert page.complaints == []
         page.context.close()
+
+
+@pytest.fixture
+def watch(served):
+    """Open the live page of a run."""
+    with opened() as browser:
+        yield lambda run: Seen(browser, served(run).address)
+
+
+def test_new_rows_are_drawn_into_the_charts_that_are_seen(tmp_path, watch):
+    metrics = rows(60)
+    run = make_run(tmp_path / "run", metrics[:30])
+    page = watch(run)
+    page.tab.wait_for_selector("html[data-rows='30']")
+    last = page.tab.locator(".panel").last.get_attribute("data-metric")
+    page.panel(last).scroll_into_view_if_needed()
+    page.panel(last).locator("canvas").wait_for()
+    page.tab.evaluate("scrollTo(0, 0)")
+    for metric in ("return_mean", last):
+        page.panel(metric).locator("canvas").evaluate("canvas => { canvas.dataset.first = 'yes'; }")
+    seen, unseen = page.picture("return_mean"), page.picture(last)
+    for row in metrics[30:]:
+        append_metrics(run.metrics_path, row)
+    page.tab.wait_for_selector("html[data-rows='60']")
+    assert page.picture("return_mean") != seen
+    assert page.picture(last) == unseen
+    page.panel(last).scroll_into_view_if_needed()
+    page.panel(last).locator(".plot[data-points='60']").wait_for()
+    assert page.picture(last) != unseen
+    for metric in ("return_mean", last):
+        assert page.panel(metric).locator("canvas").get_attribute("data-first") == "yes"
+        assert number_in(page.legend(metric)[1]) == pytest.approx(metrics[59][metric], rel=1e-4)
+    assert page.complaints == []
+
+
+def test_long_runs_are_thinned_on_the_live_page_as_on_others(tmp_path, watch):
+    loss = [1.0] * 6000
+    loss[2345] = 77.0
+    page = watch(make_run(tmp_path / "run", rows(6000, value_loss=loss)))
+    page.tab.wait_for_selector("html[data-rows='6000']")
+    page.panel("value_loss").scroll_into_view_if_needed()
+    page.panel("value_loss").locator("canvas").wait_for()
+    plot = page.panel("value_loss").locator(".plot")
+    assert 1000 < int(plot.get_attribute("data-points")) <= 4000
+    assert "from 1 to 1, lowest 1, highest 77" in plot.get_attribute("aria-label")
+    assert page.complaints == []
+
+
+def test_a_summary_that_fails_is_told_as_text(tmp_path, watch, monkeypatch):
+    def refuse(self):
+        raise UserError("<b>x</b> cannot be read")
+
+    monkeypatch.setattr(Dashboard, "summary", refuse)
+    page = watch(make_run(tmp_path / "run", rows(5)))
+    page.tab.wait_for_selector("#live-state.over")
+    assert page.tab.locator("#live-state").text_content().strip() == "<b>x</b> cannot be read"
+    assert "final return" in page.tab.locator("#summary").inner_text()
+    assert page.tab.locator("html[data-rows='5']").count() == 1
+
+
+def test_metrics_of_any_name_are_followed(tmp_path, watch):
+    names = ("constructor", "toString", "__proto__")
+    page = watch(make_run(tmp_path / "run", [row | dict.fromkeys(names, row["iteration"]) for row in rows(12)]))
+    page.tab.wait_for_selector("html[data-rows='12']")
+    for name in names:
+        page.panel(name).scroll_into_view_if_needed()
+        page.panel(name).locator("canvas").wait_for()
+        assert number_in(page.legend(name)[1]) == 12
+    assert page.complaints == []
+
+
+def look(iteration, **more):
+    return (
+        json.dumps({"iteration": iteration, "prompt": "why", "response": f"so {iteration}", "score": 1.0} | more) + "\n"
+    )
+
+
+def test_a_sample_that_arrives_leaves_the_slider_to_the_reader(tmp_path, watch):
+    run = make_language_run(tmp_path / "run", align_rows(12))
+    samples = run.path / "samples.jsonl"
+    samples.write_text("".join(look(k) for k in range(1, 7)))
+    page = watch(run)
+    slider = page.tab.locator("#look-0")
+    slider.focus()
+    page.tab.keyboard.press("Home")  # the second look
+    answers = page.tab.locator(".look p")
+    assert answers.all_inner_texts() == ["so 1", "so 2", "so 6"]
+    slider.evaluate("slider => { slider.dataset.first = 'yes'; }")
+    with samples.open("a") as file:
+        file.write(look(7) + look(7, prompt="how", tokens=["a"] * 700, log_ratios=[0.5] * 700))
+    page.tab.locator(".asked", has_text="how").wait_for()
+    assert answers.all_inner_texts() == ["so 1", "so 2", "so 7", "a" * 600 + "..."]
+    assert slider.get_attribute("data-first") == "yes"
+    assert slider.get_attribute("max") == "5"
+    assert page.tab.evaluate("document.activeElement.id") == "look-0"
+    assert page.complaints == []
+
+
+def test_nothing_changes_under_a_pressed_button(tmp_path, watch):
+    metrics = align_rows(24)
+    run = make_language_run(tmp_path / "run", metrics[:12])
+    samples = run.path / "samples.jsonl"
+    samples.write_text(look(1))
+    page = watch(run)
+    page.tab.locator(".look p").wait_for()
+    page.tab.mouse.move(5, 300)
+    page.tab.mouse.down()
+    for row in metrics[12:]:
+        append_metrics(run.metrics_path, row)
+    with samples.open("a") as file:
+        file.write(look(2))
+    page.tab.wait_for_selector("html[data-rows='24']")
+    assert page.tab.locator(".look p").all_inner_texts() == ["so 1"]
+    page.tab.mouse.up()
+    page.tab.locator(".look p", has_text="so 2").wait_for()
+    assert page.complaints == []

@@ -26,6 +26,7 @@ from proximo.report.folder import MARK
 from proximo.report.intervals import FEWEST_SEEDS, bootstrap_interval, interquartile_mean
 from proximo.report.page_data import (
     AXES,
+    MOST_LIVE,
     MOST_SAMPLE_CHARACTERS,
     curves_of,
     curves_of_groups,
@@ -98,7 +99,7 @@ def live_page_bytes(record: RunRecord, summary: RunSummary | LanguageSummary, ba
     """The page about a run that goes on: its script asks the server that sent it for what is new."""
     return _rendered(
         title=_title([record], [summary]),
-        data=_data([record], [summary], [[0]]) | {"live": True},
+        data=_data([record], [summary], [[0]]) | {"live": True, "most": MOST_LIVE},
         summary=summary_html([record], [summary]),
         runs=[_run(record, summary, baseline, None)],
         n_left_out=0,

@@ -39,6 +39,16 @@ MOST_METRICS = 120
 MOST_SAMPLE_CHARACTERS = 400_000
 """Of all samples on a page, as the page holds them."""
 MOST_PROMPTS = 12
+_MOST_CHARACTERS = 4 * LONGEST_SAMPLE
+"""Of a prompt, of a response, and of all tokens of one."""
+MOST_LIVE = {
+    "rows": MOST_ROWS,
+    "numbers": MOST_NUMBERS,
+    "prompts": MOST_PROMPTS,
+    "tokens": LONGEST_SAMPLE,
+    "characters": _MOST_CHARACTERS,
+}
+"""What the script of a live page keeps to."""
 LOOKS = (24, 16, 10, 6, 3, 2)
 """Looks at a prompt: the first of these that fits."""
 
@@ -379,10 +389,6 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
         return told
     told |= {"tokens": tokens[:n], "log_ratios": numbers[:n]}
     return told | {"cut": True} if n < len(tokens) else told
-
-
-_MOST_CHARACTERS = 4 * LONGEST_SAMPLE
-"""Of a prompt, of a response, and of all tokens of one."""
 
 
 def _cut(text: str) -> str:

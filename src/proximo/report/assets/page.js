@@ -171,11 +171,11 @@
     if (std) return [-1, 1].map((side) => values.map((value, i) => (isNumber(value) && isNumber(std[i]) ? value + side * std[i] : null)));
     if (values.length < 20) return null;
     const reach = Math.max(3, Math.floor(values.length / 40));
-    return [0.1, 0.9].map((share) => values.map((value, i) => {
+    const nearby = values.map((value, i) => {
       if (!isNumber(value)) return null;
-      const near = values.slice(Math.max(0, i - reach), i + reach + 1).filter(isNumber).sort((a, b) => a - b);
-      return near[Math.round(share * (near.length - 1))];
-    }));
+      return Float64Array.from(values.slice(Math.max(0, i - reach), i + reach + 1).filter(isNumber)).sort();
+    });
+    return [0.1, 0.9].map((share) => nearby.map((near) => (near ? near[Math.round(share * (near.length - 1))] : null)));
   }
 
   function bandInWords(panel) {
@@ -238,7 +238,15 @@
     return state.log && !panel.stacked && curves.some((curve) => curve.raw.some((value) => isNumber(value) && value > 0));
   }
 
+  let inks = null;
+
+  /** The colours of the style, read once until another theme is chosen. */
   function colours() {
+    inks = inks || readColours();
+    return inks;
+  }
+
+  function readColours() {
     const probe = byId("panels");
     const found = { lines: [] };
     const read = (className, property) => {
@@ -289,7 +297,7 @@
       }
       if (curve.base) {
         const low = add(curve.base, { stroke: null, width: 0, band: true });
-        const high = add(curve.drawn, { stroke: colour, width: 1, fill: undefined, main: curve });
+        const high = add(curve.drawn, { stroke: colour, width: 1 });
         bands.push({ series: [high, low], fill: faded(colour, 0.55) });
         curve.series = high;
       } else {
@@ -432,15 +440,30 @@
     return x[index] - x[left] <= x[right] - x[index] ? left : right;
   }
 
+  /** Draw a chart; one that has the same lines as before only gets its new numbers. */
   function build(chart, ink) {
     const { panel, plot } = chart;
-    const cursor = chart.u && chart.u.cursor.left >= 0 ? { left: chart.u.cursor.left, top: chart.u.cursor.top } : null;
-    if (chart.u) chart.u.destroy();
+    chart.stale = false;
     chart.curves = curvesOf(panel);
     const log = isLog(panel, chart.curves);
     chart.levels = levelsOf(panel, chart.curves);
     const { joined, series, bands } = plotted(panel, chart.curves, log, ink);
     const range = state.range || fullRange();
+    const shape = JSON.stringify([log, ink, series, bands]);
+    if (log) chart.outside = "";
+    chart.range = range;
+    plot.dataset.points = String(joined[0].length);
+    if (chart.u && chart.shape === shape) chart.u.setData(joined, false); else replace(chart, ink, log, joined, series, bands);
+    chart.shape = shape;
+    chart.u.setScale("x", { min: range[0], max: range[1] });
+    describe(chart);
+    writeLegend(chart);
+  }
+
+  function replace(chart, ink, log, joined, series, bands) {
+    const { panel, plot } = chart;
+    const cursor = chart.u && chart.u.cursor.left >= 0 ? { left: chart.u.cursor.left, top: chart.u.cursor.top } : null;
+    if (chart.u) chart.u.destroy();
     const options = {
       width: Math.max(plot.clientWidth, 160), height: PLOT_HEIGHT, legend: { show: false }, series, bands,
       padding: [12, 10, 0, 0],
@@ -461,13 +484,8 @@
         draw: [(u) => { drawLevels(u, chart, ink); writeLegend(chart); }],
       },
     };
-    if (log) chart.outside = "";
     chart.u = new uPlot(options, joined, plot);
-    chart.u.setScale("x", { min: range[0], max: range[1] });
-    chart.range = range;
     if (cursor) chart.u.setCursor(cursor);
-    describe(chart);
-    writeLegend(chart);
   }
 
   /** A chart in words, for those who do not see it. */
@@ -600,14 +618,35 @@
     const keys = shown.map((panel) => panel.title + panel.lines[0].metric).join("|");
     if (keys !== rebuild.keys) layOut(shown);
     rebuild.keys = keys;
-    for (const chart of charts) build(chart, ink);
+    for (const chart of charts) {
+      if (data.live && !isNear(chart.figure)) chart.stale = true; else build(chart, ink);
+    }
     byId("controls").hidden = charts.length === 0;
     byId("nothing").hidden = charts.length > 0;
     byId("smoothing-said").textContent = SMOOTHINGS[state.smoothing] ? `mean over ${100 * SMOOTHINGS[state.smoothing]} %` : "none";
     byId("reset").disabled = state.range === null;
   }
 
+  const MARGIN = 200; // pixels beyond the window that count as seen
+
+  function isNear(element) {
+    const box = element.getBoundingClientRect();
+    return box.bottom > -MARGIN && box.top < innerHeight + MARGIN;
+  }
+
+  /** What was out of sight while the run went on is drawn when it comes into sight. */
+  const watcher = new IntersectionObserver((entries) => {
+    for (const { isIntersecting, target } of entries) {
+      if (!isIntersecting) continue;
+      const chart = charts.find((each) => each.figure === target);
+      if (chart && chart.stale) build(chart, colours());
+      if (target === byId("frontier-section") && frontierIsStale) buildFrontier();
+    }
+  }, { rootMargin: `${MARGIN}px` });
+
   function layOut(panels) {
+    const focused = charts.find((chart) => chart.plot === document.activeElement);
+    watcher.disconnect();
     for (const chart of charts) if (chart.u) chart.u.destroy();
     const root = byId("panels");
     root.replaceChildren();
@@ -623,7 +662,7 @@
       caption.append(make("h3", "", panel.title), hint);
       figure.append(caption, plot, legend);
       hint.textContent = [panel.hint.replace("; shaded: one standard deviation of theirs", ""), bandInWords(panel)].filter(Boolean).join("; ");
-      const chart = { panel, figure, plot, legend, hint, u: null, curves: [], levels: [], outside: "", range: [0, 1] };
+      const chart = { panel, figure, plot, legend, hint, u: null, curves: [], levels: [], outside: "", range: [0, 1], shape: "", stale: false };
       plot.addEventListener("keydown", (event) => onKey(event, chart));
       return chart;
     });
@@ -634,6 +673,9 @@
       grid.append(...charts.filter((chart) => chart.panel.section === section).map((chart) => chart.figure));
       root.append(make("h3", "part", section), grid);
     }
+    const again = focused && charts.find((chart) => chart.figure.dataset.metric === focused.figure.dataset.metric);
+    if (again) again.plot.focus({ preventScroll: true });
+    if (data.live) for (const element of [...charts.map((chart) => chart.figure), byId("frontier-section")]) watcher.observe(element);
   }
 
   function listEntities() {
@@ -714,8 +756,10 @@
   // --- reward against KL -----------------------------------------------------------------------------------------------------
 
   let frontiers = [];
+  let frontierIsStale = false;
 
   function buildFrontier() {
+    frontierIsStale = false;
     for (const u of frontiers) u.destroy();
     frontiers = [];
     const root = byId("frontier");
@@ -855,25 +899,50 @@
 
   // --- samples -----------------------------------------------------------------------------------------------------------------
 
-  const chosen = { run: 0, looks: new Map() };
+  const chosen = { run: 0, looks: new Map(), cards: new Map() };
 
+  /** The cards of the chosen run; those that are there already only get what is new, and keep what the reader chose. */
   function buildSamples() {
     const known = data.samples.filter((each) => each.samples.length);
     byId("samples-section").hidden = known.length === 0;
     if (!known.length) return;
+    const samples = known[Math.min(chosen.run, known.length - 1)].samples;
+    buildSampleControls(known, samples.some((sample) => sample.tokens));
+    const prompts = new Map();
+    for (const sample of samples) {
+      if (!prompts.has(sample.prompt)) prompts.set(sample.prompt, []);
+      prompts.get(sample.prompt).push(sample);
+    }
+    for (const [prompt, looks] of prompts) {
+      if (!chosen.cards.has(prompt)) {
+        const card = promptCard(prompt, chosen.cards.size);
+        chosen.cards.set(prompt, card);
+        byId("samples").append(card.element);
+      }
+      chosen.cards.get(prompt).take(looks);
+    }
+  }
+
+  function buildSampleControls(known, coloured) {
     const controls = byId("sample-controls");
-    controls.replaceChildren();
-    if (known.length > 1) {
+    if (!controls.querySelector("select") && known.length > 1) {
       const label = make("label", "", "Run ");
       const select = make("select");
       known.forEach((each, i) => { const option = make("option", "", each.label); option.value = String(i); select.append(option); });
       select.value = String(chosen.run);
-      select.addEventListener("change", () => { chosen.run = Number(select.value); chosen.looks.clear(); buildSamples(); });
+      select.addEventListener("change", () => {
+        chosen.run = Number(select.value);
+        chosen.looks.clear();
+        chosen.cards.clear();
+        byId("samples").replaceChildren();
+        buildSamples();
+      });
       label.append(select);
-      controls.append(label);
+      controls.prepend(label);
     }
-    const samples = known[Math.min(chosen.run, known.length - 1)].samples;
-    if (samples.some((sample) => sample.tokens)) {
+    const there = controls.querySelector(".scale");
+    if (there) there.hidden = !coloured;
+    if (coloured && !there) {
       const scale = make("span", "scale");
       const bar = make("span", "scale-bar");
       bar.setAttribute("aria-hidden", "true");
@@ -882,51 +951,44 @@
       byId("samples-how").textContent = "Each prompt is answered with the same seed at every look. A token's colour is log-prob of the policy minus log-prob of the reference, full at 2 nats; the number shows when the token is pointed at.";
     }
     controls.hidden = !controls.children.length;
-    const prompts = new Map();
-    for (const sample of samples) {
-      if (!prompts.has(sample.prompt)) prompts.set(sample.prompt, []);
-      prompts.get(sample.prompt).push(sample);
-    }
-    byId("samples").replaceChildren(...[...prompts].map(([prompt, looks], i) => promptCard(prompt, looks, i)));
   }
 
   /** One prompt: the first answer, one that is chosen, and the last, side by side. */
-  function promptCard(prompt, looks, number) {
-    const card = make("article", "prompt");
+  function promptCard(prompt, number) {
+    const element = make("article", "prompt");
     const columns = make("div", "looks");
-    card.append(make("p", "asked", prompt));
-    const show = (place) => {
-      const places = looks.length < 3 ? looks.map((_, i) => i) : [0, place, looks.length - 1];
-      columns.replaceChildren(...places.map((each) => lookAt(looks[each])));
+    const line = make("div", "control");
+    const slider = make("input");
+    slider.type = "range";
+    slider.min = "1";
+    slider.id = `look-${number}`;
+    const label = make("label", "", "Look in the middle");
+    label.htmlFor = slider.id;
+    const said = make("output");
+    line.append(label, slider, said);
+    element.append(make("p", "asked", prompt), line, columns);
+    let looks = [], drawn = [];
+    const show = () => {
+      const now = Number(slider.value);
+      const shown = looks.length > 3 ? [looks[0], looks[now], looks[looks.length - 1]] : looks;
+      said.textContent = looks.length > 3 ? `iteration ${looks[now].iteration}` : "";
+      slider.setAttribute("aria-valuetext", said.textContent);
+      shown.forEach((sample, i) => {
+        if (!columns.children[i]) columns.append(lookAt(sample));
+        else if (drawn[i] !== sample) columns.children[i].replaceWith(lookAt(sample));
+      });
+      drawn = [...shown];
     };
-    if (looks.length > 3) {
-      const line = make("div", "control");
-      const slider = make("input");
-      slider.type = "range";
-      slider.min = "1";
-      slider.max = String(looks.length - 2);
-      slider.id = `look-${number}`;
-      const label = make("label", "", "Look in the middle");
-      label.htmlFor = slider.id;
-      const said = make("output");
-      const place = Math.min(chosen.looks.get(prompt) || Math.floor(looks.length / 2), looks.length - 2);
-      const turn = () => {
-        const now = Number(slider.value);
-        chosen.looks.set(prompt, now);
-        said.textContent = `iteration ${looks[now].iteration}`;
-        slider.setAttribute("aria-valuetext", said.textContent);
-        show(now);
-      };
-      slider.value = String(place);
-      slider.addEventListener("input", turn);
-      line.append(label, slider, said);
-      card.append(line);
-      turn();
-    } else {
-      show(1);
-    }
-    card.append(columns);
-    return card;
+    slider.addEventListener("input", () => { chosen.looks.set(prompt, Number(slider.value)); show(); });
+    const take = (all) => {
+      looks = all;
+      line.hidden = looks.length <= 3;
+      const middle = document.activeElement === slider ? Number(slider.value) : Math.floor(looks.length / 2);
+      slider.max = String(Math.max(looks.length - 2, 1));
+      slider.value = String(Math.min(chosen.looks.get(prompt) || middle, looks.length - 2));
+      show();
+    };
+    return { element, take };
   }
 
   function lookAt(sample) {
@@ -962,6 +1024,7 @@
     const isDark = () => (wish ? wish === "dark" : system.matches);
     const apply = () => {
       root.dataset.theme = isDark() ? "dark" : "light";
+      inks = null;
       byId("theme").setAttribute("aria-pressed", String(isDark()));
     };
     apply();
@@ -982,34 +1045,82 @@
 
   // --- while the run goes on ---------------------------------------------------------------------------------------------------
 
-  const EVERY = 2000; // milliseconds between two questions
-  const read = { metrics: 0, samples: 0, summary: "", misses: 0, rows: 0, drawn: 0, held: false };
+  const EVERY = 2000; // milliseconds between two questions; a thousandth second for each iteration once that is more
+  const SELDOM = 15000;
+  const read = { metrics: 0, samples: 0, news: 0, summary: "", shown: "", misses: 0, rows: 0, drawn: 0, held: false };
+  const all = { x: {}, columns: named({}) }; // every row, of which the charts may show fewer
 
   function take(row) {
-    const run = data.runs[0];
     const names = { steps: "env_steps", seconds: "seconds", iterations: "iteration" };
     for (const [name, metric] of Object.entries(names)) {
       if (!isNumber(row[metric])) continue;
-      run.x[name] = run.x[name] || new Array(read.rows).fill(null);
-      run.x[name].push(row[metric]);
+      all.x[name] = all.x[name] || new Array(read.rows).fill(null);
+      all.x[name].push(row[metric]);
     }
     for (const name of Object.values(names)) delete row[name];
     for (const [name, value] of Object.entries(row)) {
       if (!isNumber(value) && value !== null) continue;
-      run.columns[name] = run.columns[name] || new Array(read.rows).fill(null);
-      run.columns[name].push(value);
+      all.columns[name] = all.columns[name] || new Array(read.rows).fill(null);
+      all.columns[name].push(value);
     }
     read.rows++;
-    for (const values of [...Object.values(run.columns), ...Object.values(run.x)]) {
-      if (values.length < read.rows) values.push(values === run.x.steps || values === run.x.seconds ? values[values.length - 1] : null);
+    for (const values of [...Object.values(all.columns), ...Object.values(all.x)]) {
+      if (values.length < read.rows) values.push(values === all.x.steps || values === all.x.seconds ? values[values.length - 1] : null);
     }
-    run.unique = null;
   }
 
-  /** New lines of a file of the run; the offset of the next question. */
+  /** The lowest and the highest value of each group of `size`, in their order, and the means, as page_data.py has them. */
+  function grouped(values, size) {
+    const extremes = [], means = [];
+    for (let start = 0; start < values.length; start += size) {
+      let low = -1, high = -1, sum = 0, count = 0;
+      for (let i = start; i < Math.min(start + size, values.length); i++) {
+        const value = values[i];
+        if (!isNumber(value)) continue;
+        if (low < 0 || value < values[low]) low = i;
+        if (high < 0 || value > values[high]) high = i;
+        sum += value;
+        count++;
+      }
+      extremes.push(count ? values[Math.min(low, high)] : null, count ? values[Math.max(low, high)] : null);
+      means.push(count ? sum / count : null);
+    }
+    return { extremes, means };
+  }
+
+  /** Give the charts what has been read: all rows, or as many as a page that is written at the end shows. */
+  function thin() {
+    const run = data.runs[0];
+    const metrics = Object.keys(all.columns);
+    const most = Math.min(data.most.rows, Math.floor(data.most.numbers / Math.max(metrics.length, 1)));
+    const size = read.rows <= most ? 1 : Math.ceil((3 * read.rows) / most);
+    run.unique = null;
+    if (size === 1) return Object.assign(run, { x: all.x, columns: all.columns });
+    const ends = (values) => {
+      const found = [];
+      for (let start = 0; start < values.length; start += size) found.push(values[start], values[Math.min(start + size, values.length) - 1]);
+      return found;
+    };
+    run.x = Object.fromEntries(Object.entries(all.x).map(([name, values]) => [name, ends(values)]));
+    Object.assign(run, { columns: named({}), means: named({}), last: named({}) });
+    for (const name of metrics) {
+      const { extremes, means } = grouped(all.columns[name], size);
+      run.columns[name] = extremes;
+      run.means[name] = means;
+      run.last[name] = lastOf(all.columns[name]);
+    }
+    return run;
+  }
+
+  async function asked(address) {
+    const answer = await fetch(address, { cache: "no-store" });
+    if (answer.ok) return answer;
+    throw Object.assign(new Error(String(answer.status)), { told: (await answer.text()).slice(0, 500) });
+  }
+
+  /** New lines of a file of the run; the number of them. */
   async function fresh(name, use) {
-    const answer = await fetch(`${name}?from=${read[name]}`, { cache: "no-store" });
-    if (!answer.ok) throw new Error(String(answer.status));
+    const answer = await asked(`${name}?from=${read[name]}`);
     if (answer.headers.get("X-From") !== String(read[name])) { location.reload(); return 0; } // the run began anew
     const text = await answer.text();
     read[name] = Number(answer.headers.get("X-Next"));
@@ -1023,12 +1134,39 @@
 
   function takeSample(sample) {
     if (!sample || !Number.isInteger(sample.iteration)) return;
-    const said = Array.isArray(sample.prompt)
+    const cut = (text) => (text.length > data.most.characters ? `${text.slice(0, data.most.characters)}...` : text);
+    const prompt = cut(Array.isArray(sample.prompt)
       ? sample.prompt.filter((one) => one && typeof one === "object").map((one) => `${one.role}: ${one.content}`).join("\n")
-      : String(sample.prompt);
-    const good = Array.isArray(sample.tokens) && Array.isArray(sample.log_ratios) && sample.tokens.length === sample.log_ratios.length && sample.log_ratios.every(isNumber);
-    const clean = { iteration: sample.iteration, prompt: said, response: String(sample.response), score: sample.score, kl: sample.kl };
-    data.samples[0].samples.push(good ? { ...clean, tokens: sample.tokens.map(String), log_ratios: sample.log_ratios } : clean);
+      : String(sample.prompt));
+    const samples = data.samples[0].samples;
+    const prompts = new Set(samples.map((each) => each.prompt));
+    if (!prompts.has(prompt) && prompts.size >= data.most.prompts) return;
+    const { tokens, log_ratios: ratios } = sample;
+    const good = Array.isArray(tokens) && Array.isArray(ratios) && tokens.length === ratios.length && ratios.every(isNumber);
+    const clean = { iteration: sample.iteration, prompt, response: cut(String(sample.response)), score: sample.score, kl: sample.kl };
+    let n = 0, room = data.most.characters;
+    while (good && n < Math.min(tokens.length, data.most.tokens) && (room -= String(tokens[n]).length) >= 0) n++;
+    samples.push(n ? { ...clean, tokens: tokens.slice(0, n).map(String), log_ratios: ratios.slice(0, n), cut: n < tokens.length } : clean);
+  }
+
+  /** Bring what was read to the page, but not under the hand of a reader, and not where nobody looks. */
+  function showNews() {
+    if (read.held || document.hidden) return;
+    if (read.rows !== read.drawn) {
+      read.drawn = read.rows;
+      thin();
+      rebuild();
+      frontierIsStale = !data.control;
+      const section = byId("frontier-section");
+      if (frontierIsStale && (section.hidden || isNear(section))) buildFrontier();
+    }
+    if (read.news) buildSamples();
+    read.news = 0;
+    const root = byId("summary"), selection = getSelection();
+    const inUse = root.contains(document.activeElement) || (!selection.isCollapsed && root.contains(selection.anchorNode));
+    if (read.summary === read.shown || inUse) return;
+    root.innerHTML = read.summary; // escaped by the server, as the page is
+    read.shown = read.summary;
   }
 
   async function poll() {
@@ -1036,22 +1174,23 @@
     let more = false;
     try {
       const rows = await fresh("metrics", take);
-      const samples = await fresh("samples", takeSample);
-      const summary = await (await fetch("summary", { cache: "no-store" })).text();
-      if (summary !== read.summary) { byId("summary").innerHTML = summary; read.summary = summary; } // escaped by the server, as the page is
-      if (read.rows !== read.drawn && !read.held) { read.drawn = read.rows; redraw(); } // not while somebody drags
-      if (samples) buildSamples();
+      read.news += await fresh("samples", takeSample);
       more = rows > 500;
+      if (!more) {
+        showNews();
+        document.documentElement.dataset.rows = String(read.rows);
+        read.summary = await (await asked("summary")).text();
+        showNews();
+      }
       read.misses = 0;
       badge.textContent = "live";
       badge.classList.remove("over");
-      document.documentElement.dataset.rows = String(read.rows);
-    } catch {
+    } catch (error) {
       read.misses++;
-      badge.textContent = read.misses > 1 ? "the run has ended: its page is report/index.html" : "live";
-      badge.classList.toggle("over", read.misses > 1);
+      badge.textContent = error.told || (read.misses > 1 ? "the run has ended: its page is report/index.html" : "live");
+      badge.classList.toggle("over", Boolean(error.told) || read.misses > 1);
     }
-    setTimeout(poll, more ? 50 : Math.min(EVERY * (1 + read.misses), 15000));
+    setTimeout(poll, more ? 50 : Math.min(Math.max(EVERY, read.rows) * (1 + read.misses), SELDOM));
   }
 
   function start() {
@@ -1067,8 +1206,9 @@
     buildSamples();
     if (data.live) {
       addEventListener("pointerdown", () => { read.held = true; });
-      addEventListener("pointerup", () => { read.held = false; });
-      addEventListener("pointercancel", () => { read.held = false; });
+      const release = () => { read.held = false; setTimeout(showNews); };
+      for (const name of ["pointerup", "pointercancel", "blur"]) addEventListener(name, release);
+      document.addEventListener("visibilitychange", showNews);
       poll();
     }
   }
