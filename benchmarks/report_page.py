@@ -5,7 +5,8 @@
     python benchmarks/report_page.py --only cost        # needs it too
 
 Cost: what writing the page takes, what an answer of the live page's server does, and what a browser does that shows the
-live page of a run that goes on, for a run of CartPole and for one with many times its iterations. Results are lines of benchmarks/results/report_page.jsonl.
+live page of a run that goes on, for a run of CartPole and for one with many times its iterations. Results are lines of
+benchmarks/results/report_page.jsonl.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def train(folder: Path, *, seed: int) -> None:
 def write_table() -> None:
     found = read_rows(RESULTS)[-2:]
     lines = [
-        "| iterations of the run | size of the page | writing it | one asking | one summary | a browser that shows it |",
+        "| iterations of the run | size of the page | writing it | one asking | one summary | browser that shows it |",
         "|---|---|---|---|---|---|",
     ]
     for row in found:

@@ -378,3 +378,21 @@ def test_nothing_changes_under_a_pressed_button(tmp_path, watch):
     page.tab.mouse.up()
     page.tab.locator(".look p", has_text="so 2").wait_for()
     assert page.complaints == []
+
+
+def test_a_summary_waits_while_its_words_are_selected(tmp_path, watch, monkeypatch):
+    metrics = rows(9)
+    run = make_run(tmp_path / "run", metrics[:3])
+    monkeypatch.setattr(
+        Dashboard, "summary", lambda self: f"<p>{len(self.record().rows)} rows</p><p>and more</p>".encode()
+    )
+    page = watch(run)
+    page.tab.locator("#summary", has_text="3 rows").wait_for()
+    page.tab.evaluate("getSelection().selectAllChildren(document.querySelector('#summary p'))")
+    for end in (6, 9):  # what is asked after the second was shown before it
+        for row in metrics[end - 3 : end]:
+            append_metrics(run.metrics_path, row)
+        page.tab.wait_for_selector(f"html[data-rows='{end}']")
+    assert page.tab.evaluate("getSelection().toString()") == "3 rows"
+    page.tab.evaluate("getSelection().removeAllRanges()")
+    page.tab.locator("#summary", has_text="9 rows").wait_for()
