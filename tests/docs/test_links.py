@@ -80,5 +80,7 @@ def test_flags_in_the_text_are_flags_of_a_command(page: Path):
 
 
 _SCRIPTS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "benchmarks").glob("**/*.py")))
-OF_OTHERS = {"--memory", "--version", "--strict", "--logdir", "--project"} | set(re.findall(r'"(--[a-z][a-z-]+)"', _SCRIPTS))
+OF_OTHERS = {"--memory", "--version", "--strict", "--logdir", "--project"} | set(
+    re.findall(r'"(--[a-z][a-z-]+)"', _SCRIPTS)
+)
 """Flags of docker, mkdocs, TensorBoard and Trackio, and of our benchmarks."""
