@@ -98,14 +98,16 @@ def _dataclass_of(name: str, fields: list[Any]) -> Any:
     return make_dataclass(name, fields, frozen=True)
 
 
-def resume_command(run: Path, display: StageDisplay, *, allow_import: bool, as_json: bool, loggers: Loggers) -> Outcome:
+def resume_command(
+    run: Path, display: StageDisplay, *, allow_import: bool, as_json: bool, loggers: Loggers = NO_LOGGERS
+) -> Outcome:
     """`proximo resume RUN` for a language run."""
     with display.notes():
         whole = resume_stage(run, display, allow_import=allow_import, loggers=loggers)
     return finish_stage(whole, display, as_json=as_json, loggers=loggers)
 
 
-def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool, loggers: Loggers) -> Outcome:
+def finish_stage(run: StageRun, display: StageDisplay, *, as_json: bool, loggers: Loggers = NO_LOGGERS) -> Outcome:
     """Show the result, and say what may be typed next."""
     path = str(run.path)
     if run.interrupted_by is not None:
