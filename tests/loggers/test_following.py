@@ -320,6 +320,8 @@ def test_ctrl_c_ends_the_wait_for_a_service_and_names_the_flag_to_go_on(logged: 
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"FAKE_DOES": "hang"},
+        # Whatever began the tests may have done so in the background, where Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as process:
         assert process.stderr is not None
         said, awaited = "", ["steps/s  ", "waiting for Weights & Biases (Ctrl-C stops it)"]
