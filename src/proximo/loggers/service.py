@@ -72,7 +72,7 @@ def follow(name: str, run: RunDirectory, write: Callable[[str], object]) -> None
 
 
 def _wandb(run: RunDirectory, identity: str, settings: dict[str, Any]) -> Connection:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     session: Any = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "proximo"),
