@@ -15,7 +15,7 @@ TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 _LINK = re.compile(r"!?\[[^\]]*\]\((?P<to>[^)\s]+)\)")
 _CODE = re.compile(r"^( *)```.*?^\1```|`[^`\n]+`", re.M | re.S)
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+(?![a-z0-9._-])")  # with a dot or a line below it is OpenRLHF's
 
 
 def links_of(path: Path) -> Iterator[str]:
