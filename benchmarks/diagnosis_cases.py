@@ -87,6 +87,16 @@ class SwellingReward(NoReward):
         return 1.0025**self.age
 
 
+class SwellingNoise(NoReward):
+    """One for every step, beneath a noise that grows with the age of the environment, up to a thousand."""
+
+    age = 0
+
+    def _reward(self) -> float:
+        self.age += 1
+        return 1.0 + min(10 ** (self.age / 1000), 1e3) * float(self.np_random.standard_normal())
+
+
 class Endless(NoReward):
     """Never ends an episode."""
 
@@ -158,6 +168,7 @@ TASKS = {
     "no reward, no end": Task(lambda: NoReward(has_ends=False), SANE | dict(total_steps=40_960), 1.0),
     "reward by chance": Task(ChanceReward, SANE | dict(total_steps=20_480), 1e9),
     "swelling reward": Task(SwellingReward, SANE | dict(total_steps=40_960), 1e99),
+    "swelling noise": Task(SwellingNoise, SANE | dict(total_steps=40_960), 1e99),
     "endless": Task(Endless, SANE | dict(total_steps=61_440), 1.0),
     "slow": Task(Slow, SANE | dict(total_steps=10_240, n_envs=4, rollout_length=256, n_epochs=4), 1.0),
 }
@@ -278,6 +289,8 @@ def _tasks() -> list[Case]:
         Case("reward by chance", "reward by chance", must=("returns_flat", "critic_explains_nothing"), may=may),
         Case("swelling reward", "swelling reward", must=("rewards_out_of_scale",),
              may=(*may, "value_loss_exploded", "value_loss_dwarfs")),
+        Case("swelling noise", "swelling noise", must=("value_loss_exploded",),
+             may=(*may, "rewards_out_of_scale", "value_loss_dwarfs")),
         Case("endless", "endless", must=("no_episode_finished",), may=may),
         Case("slow", "slow", must=("environment_dominates",), may=may),
         Case("broken numbers", nan, must=("not_finite",), may=(*may, "rewards_out_of_scale", "value_loss_dwarfs")),
@@ -417,6 +430,7 @@ def language_cases() -> list[Case]:
         *cases,
         Case("pays for length", "length", free, ("responses_do_not_end",), lost),
         Case("reward by chance", "chance", {}, ("reward_flat",), lost),
+        Case("no brake", "chance", dict(beta=0.0001, learning_rate=0.01, n_iterations=40), ("kl_ran_away",), lost),
         Case("constant reward", "constant", {}, ("reward_constant",), lost),
         Case("missing answers", "patchy", dict(max_missing_rewards=1.0), ("rewards_missing",), lost),
         Case("learning rate 1e-9", "share of words", dict(learning_rate=1e-9), ("updates_too_small",), lost),
