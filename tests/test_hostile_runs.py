@@ -467,7 +467,8 @@ def test_states_of_the_wrong_kind_end_in_words(kind: str, request: pytest.Fixtur
     state_file = max(run.glob("checkpoints/step_*")) / "state.json"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     raised = []
-    for what, state in odd_states(json.loads(state_file.read_text())):
+    states = list(odd_states(json.loads(state_file.read_text())))
+    for what, state in states if kind == "control" else states[::2]:  # a language run takes ten times as long to load
         plant(state_file.parent, "state.json", json.dumps(state).encode())
         for use in uses_of_control(run)[::3] if kind == "control" else uses_of_language(run)[-1:]:
             try:
