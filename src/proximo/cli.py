@@ -19,11 +19,9 @@ import tyro
 from proximo.cli_arguments import (
     CheckEnvArguments,
     DoctorArguments,
-    EvaluateArguments,
     PresetsArguments,
-    ReportArguments,
     ResumeArguments,
-    WatchArguments,
+    parse,
 )
 from proximo.errors import UserError, nearest, shown, tell
 from proximo.lines import fitted, width_of
@@ -235,11 +233,12 @@ def _tune(words: list[str]) -> Outcome:
 
 def _resume(words: list[str]) -> Outcome:
     from proximo.api import resume_with
+    from proximo.runs.directory import is_language_run
     from proximo.terminal import Display, dashboard_port
 
-    given = _parse(ResumeArguments, words, "resume")
+    given = parse(ResumeArguments, words, "resume")
     port = dashboard_port(given)
-    if _is_language_run(given.run):
+    if is_language_run(given.run):
         from proximo.cli_language import resume_command
         from proximo.language import refuse_control_settings
         from proximo.stage_display import StageDisplay
@@ -344,155 +343,21 @@ def _where_time_went(run: Any) -> dict[str, str]:
 
 
 def _evaluate(words: list[str]) -> Outcome:
-    if any(word.partition("=")[0] == "--against" for word in words):
-        from proximo.cli_models import compare_command
+    from proximo.cli_runs import evaluate_command
 
-        return compare_command(words)
-    from proximo.runs.directory import open_run
-    from proximo.saved_run import evaluate_opened, open_policy, rate_opened, skipped_in_words
-    from proximo.training.agents_config import SelfPlayConfig
-
-    given = _parse(EvaluateArguments, words, "evaluate")
-    if _is_language_run(given.run):
-        raise UserError(
-            f"{given.run} is a language run, and is compared with another model: proximo evaluate {given.run} "
-            "--against MODEL --reward REWARD --prompts FILE"
-        )
-    config, policy, checkpoint = open_policy(open_run(given.run), given.checkpoint)
-    if checkpoint.skipped:
-        tell(f"proximo: {skipped_in_words(checkpoint)}")
-    if isinstance(config, SelfPlayConfig):
-        rated = rate_opened(
-            config,
-            checkpoint,
-            given.env,
-            episodes=given.episodes,
-            seed=given.seed,
-            allow_import=given.allow_import,
-        )
-        return _ratings(rated, open_run(given.run), as_json=given.json)
-    result = evaluate_opened(
-        config,
-        policy,
-        checkpoint.step,
-        given.env,
-        episodes=given.episodes,
-        seed=given.seed,
-        deterministic=not given.stochastic,
-        allow_import=given.allow_import,
-    )
-    if given.json:
-        return EXIT_DONE, json.dumps(result)
-    how = "most likely actions" if result["deterministic"] else "sampled actions"
-    return EXIT_DONE, (
-        f"{result['env_id']}, policy of step {result['step']:,}: "
-        f"{result['episodes']} episodes, {how}, seed {result['seed']}\n"
-        f"return  {result['return_mean']:.2f} +- {result['return_std']:.2f}"
-        f"  (from {result['return_min']:.2f} to {result['return_max']:.2f})\n"
-        f"length  {result['length_mean']:.1f} steps"
-        f"{_by_agent(result)}"
-    )
-
-
-def _ratings(rated: dict[str, Any], run: Any, *, as_json: bool) -> Outcome:
-    """The ratings of a self-play run in words, as a picture, and kept for the page of the run."""
-    from proximo.report.ratings import draw_ratings, keep_ratings
-
-    picture = draw_ratings(rated, rated["env_id"], run.report)
-    keep_ratings(rated, run)
-    if as_json:
-        return EXIT_DONE, json.dumps(rated | {"picture": str(picture)})
-    widest = max(len(player["name"]) for player in rated["players"])
-    lines = [
-        f"{player['name']:<{widest}}  {player['rating']:7.0f} +- {player['standard_error']:.0f}"
-        for player in rated["players"]
-    ]
-    return EXIT_DONE, (
-        f"{rated['env_id']}, self-play: {rated['games_per_pair']} games of each pair, sampled moves, seed "
-        f"{rated['seed']}\nElo ratings, with standard errors:\n" + "\n".join(lines) + "\n"
-        f"latest against random: {rated['wins']} won, {rated['draws']} drawn, {rated['losses']} lost "
-        f"(score {rated['score_mean']:.3f} +- {rated['score_standard_error']:.3f})\n{picture}"
-    )
-
-
-def _by_agent(result: dict[str, Any]) -> str:
-    """What each agent scored, and all together, where there are several."""
-    if "agents" not in result:
-        return ""
-    agents = ((agent, "-" if mean is None else f"{mean:.2f}") for agent, mean in result["agents"].items())
-    each = "".join(f"\n  {agent}  {mean}" for agent, mean in agents)
-    return f" (the return above is the mean over agents)\nteam    {result['team_return_mean']:.2f}, of{each}"
+    return evaluate_command(words)
 
 
 def _watch(words: list[str]) -> Outcome:
-    from proximo.collect.several import make_several
-    from proximo.models.control import RowActor
-    from proximo.report.video import record_video
-    from proximo.runs.directory import open_run
-    from proximo.saved_run import make_for, open_policy, run_environment, skipped_in_words
-    from proximo.training.agents_config import AgentsConfig, SelfPlayConfig
-    from proximo.training.agents_evaluate import FilmedAgents, filmed
-    from proximo.training.evaluate import check_same_spaces
-    from proximo.training.selfplay import FilmedGame
+    from proximo.cli_runs import watch_command
 
-    given = _parse(WatchArguments, words, "watch")
-    directory = open_run(given.run)
-    config, policy, checkpoint = open_policy(directory, given.checkpoint)
-    if checkpoint.skipped:
-        tell(f"proximo: {skipped_in_words(checkpoint)}")
-    env_id, factory = run_environment(config, given.env, allow_import=given.allow_import)
-
-    def make_filmed() -> Any:
-        if isinstance(config, SelfPlayConfig):
-            return FilmedGame(config, factory, policy)
-        if isinstance(config, AgentsConfig):
-            kwargs = config.environment.env_kwargs | {"render_mode": "rgb_array"}
-            return FilmedAgents(make_several(factory, env_id, kwargs, "parallel"), config)
-        env = make_for(config, factory, render_mode="rgb_array")
-        check_same_spaces(env_id, env, policy)
-        return env
-
-    path = record_video(
-        filmed(policy) if isinstance(config, AgentsConfig) else RowActor(policy),
-        make_filmed,
-        directory.videos / f"step_{checkpoint.step}-seed{given.seed}",
-        n_episodes=given.episodes,
-        seed=given.seed,
-        deterministic=not given.stochastic,
-    )
-    return EXIT_DONE, json.dumps({"video": str(path)}) if given.json else str(path)
+    return watch_command(words)
 
 
 def _report(words: list[str]) -> Outcome:
-    from proximo.baselines import baselines_of
-    from proximo.report.folder import is_report
-    from proximo.report.report import report_json, write_report
-    from proximo.runs.directory import open_run
+    from proximo.cli_runs import report_command
 
-    given = _parse(ReportArguments, words, "report")
-    if not given.runs:
-        raise UserError("proximo report needs one or more run directories.")
-    # `proximo report runs/CartPole-v1/*` also names the report that the same command wrote before.
-    reports = [path for path in given.runs if is_report(Path(path))]
-    if reports and len(reports) < len(given.runs):
-        tell(f"proximo: left out, since they are reports: {', '.join(map(str, reports))}")
-        given = replace(given, runs=tuple(path for path in given.runs if path not in reports))
-    runs = [open_run(path) for path in given.runs]
-    report = write_report(runs, given.out, baselines=baselines_of(runs))
-    if given.tensorboard is not None:
-        _to_tensorboard(runs, given.tensorboard)
-    if given.json:
-        return EXIT_DONE, json.dumps(report_json(report))
-    return EXIT_DONE, f"{report.text}\nOpen this page in a browser: {report.page}"
-
-
-def _to_tensorboard(runs: list[Any], folder: Path) -> None:
-    from proximo.loggers.following import export_events
-    from proximo.report.records import run_names
-
-    for run, name in zip(runs, run_names(runs), strict=True):
-        export_events(run, files.expanded(folder) / name)
-    tell(f"TensorBoard: tensorboard --logdir {shlex.quote(str(folder))}")
+    return report_command(words)
 
 
 def _check_env(words: list[str]) -> Outcome:
@@ -503,7 +368,7 @@ def _check_env(words: list[str]) -> Outcome:
     from proximo.collect.packed_env import ActionMask
     from proximo.collect.replay import load_record, replay_record
 
-    given = _parse(CheckEnvArguments, words, "check-env")
+    given = parse(CheckEnvArguments, words, "check-env")
     kwargs = _json_object("--env-kwargs", given.env_kwargs)
     factory = find_factory(given.env)
 
@@ -532,7 +397,7 @@ def _doctor(words: list[str]) -> Outcome:
 
     from proximo.doctor import diagnose_machine, main_text
 
-    given = _parse(DoctorArguments, words, "doctor")
+    given = parse(DoctorArguments, words, "doctor")
     if given.json:
         entries = diagnose_machine(speed=given.speed)
         is_ready = all(entry.status != "problem" for entry in entries)
@@ -545,7 +410,7 @@ def _doctor(words: list[str]) -> Outcome:
 def _presets(words: list[str]) -> Outcome:
     from proximo.presets import ATARI, PRESETS
 
-    _parse(PresetsArguments, words, "presets")
+    parse(PresetsArguments, words, "presets")
     lines = [f"{'environment':<25}  {'steps':>10}  measured score"]
     for env_id, preset in (PRESETS | {"ALE/...": ATARI}).items():
         lines.append(f"{env_id:<25}  {preset.settings['total_steps']:>10,}  {preset.score}")
@@ -570,12 +435,6 @@ def _record(words: list[str]) -> Outcome:
     from proximo.cli_from_data import record_command
 
     return record_command(words)
-
-
-def _is_language_run(path: Path) -> bool:
-    from proximo.runs.directory import open_run, read_config
-
-    return "stage" in read_config(open_run(path))
 
 
 def _convert(words: list[str]) -> Outcome:
@@ -635,10 +494,6 @@ COMMANDS: dict[str, Callable[[list[str]], Outcome]] = {
     "chat": _chat,
     "demo": _language("demo_command"),
 }
-
-
-def _parse(kind: Any, words: list[str], command: str) -> Any:
-    return tyro.cli(kind, args=words, prog=f"proximo {command}")
 
 
 def _config_file(words: list[str]) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -147,3 +147,8 @@ class DoctorArguments:
 @dataclass(frozen=True)
 class PresetsArguments:
     """List the environments with tuned settings, their sources and measured scores."""
+
+
+def parse(kind: Any, words: list[str], command: str) -> Any:
+    """The words after a command as its arguments."""
+    return tyro.cli(kind, args=words, prog=f"proximo {command}")

@@ -179,6 +179,11 @@ def read_config(run: RunDirectory) -> dict[str, Any]:
         raise UserError(f"{path} is no valid TOML: {error}. Mend that place, or restore the file.") from error
 
 
+def is_language_run(path: Path | str) -> bool:
+    """Whether a run is of a language model; raises UserError as `open_run` and `read_config` do."""
+    return "stage" in read_config(open_run(path))
+
+
 def _claimed(path: Path) -> Path:
     """Create the folder that the user named, or take it if it is empty."""
     if path.is_dir():
